@@ -1,0 +1,253 @@
+"""Messages between peers: what each one carries, its checks, and its bytes.
+
+A message is a msgspec Struct written as a msgpack array `[tag, field, ...]`; tensors travel behind it as raw bytes (the body of
+the frame) and are described in the message by `TensorSpec`. Types, ranges and lengths are part of the declarations, so whatever
+`decode` returns has been checked, and nothing is allocated on a peer's word alone.
+
+This module knows nothing of connections, sessions or torch.
+
+    transport --bytes--> decode --Message--> handler          transport <--bytes-- encode <--Message-- handler
+
+docs/protocol.md lists every message byte by byte.
+"""
+
+from enum import IntEnum
+from math import prod
+from typing import Annotated
+
+import msgspec
+
+from swarm.errors import (
+    CheckpointMismatch,
+    ConfigError,
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerError,
+    PeerMisbehaved,
+    PeerTimeout,
+    PeerUnreachable,
+    ProtocolMismatch,
+    RequestError,
+    RouteNotFound,
+    SwarmError,
+    UnknownModel,
+    UnsupportedModel,
+)
+from swarm.types import MAX_BLOCKS, BlockRange
+
+PROTOCOL_VERSION = 1
+"""Both sides must speak the same version; it is the first thing that either side checks."""
+
+MAX_BATCH_SIZE = 1024
+"""Sequences in one session."""
+MAX_LENGTH = 1 << 24
+"""Tokens in one sequence, above any model's context."""
+MAX_STEP_TOKENS = 1 << 16
+"""Tokens in one step over all rows; a server may set a lower limit of its own."""
+MAX_META_BYTES = 1 << 18
+"""Encoded size of a message without its body."""
+
+SESSION_SERVICE = "session"
+INFO_SERVICE = "info"
+
+Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
+Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, msgspec.Meta(max_length=1024)]
+Rows = Annotated[tuple[Length, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH_SIZE)]
+
+
+class DType(IntEnum):
+    """Element types that may cross the wire."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    BFLOAT16 = 2
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one element."""
+        return 4 if self is DType.FLOAT32 else 2
+
+
+class Encoding(IntEnum):
+    """How a tensor's elements are laid out in the body."""
+
+    RAW = 0
+    """Row-major elements, little-endian."""
+    INT8_ROWS = 1
+    """One fp32 scale per row of the last dimension (all scales first), then one signed byte per element."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Describes a tensor in the body of a frame: its logical dtype, its shape [tokens, hidden] and how it is encoded."""
+
+    dtype: DType
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)], Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]]
+    encoding: Encoding = Encoding.RAW
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the encoded tensor."""
+        if self.encoding is Encoding.INT8_ROWS:
+            return self.shape[0] * (4 + self.shape[1])
+        return prod(self.shape) * self.dtype.num_bytes
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """Base of everything that peers say to each other."""
+
+
+class InfoRequest(Message, tag=1):
+    """Ask a server what it is. Answered by `Info`."""
+
+
+class Info(Message, tag=2):
+    """What a server is and how busy it is now."""
+
+    model: Digest
+    model_name: Text
+    start: Block
+    end: Block
+    state: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    version: Text
+    dtype: Text
+    quantization: Text
+    num_sessions: Length
+    kv_free_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    kv_total_tokens: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class OpenSession(Message, tag=3):
+    """First message of a session stream: which blocks, for how many sequences of which length. Answered by `SessionOpened`."""
+
+    session_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    model: Digest
+    start: Block
+    end: Block
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_SIZE)]
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
+
+    @property
+    def blocks(self) -> BlockRange:
+        """The blocks to run, validated.
+
+        Raises:
+            InvalidRequest: when the range is empty.
+        """
+        return BlockRange(self.start, self.end)
+
+
+class SessionOpened(Message, tag=4):
+    """The server is ready for steps of at most `max_step_tokens` tokens over all rows."""
+
+    max_step_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    can_rollback: bool
+
+
+class Step(Message, tag=5):
+    """New tokens for the rows of a session; the body is their hidden states, row after row. Answered by `StepResult`.
+
+    `order[i]` (when given) names the old row whose state becomes row i, before anything else. Row i then holds exactly
+    `positions[i]` tokens (a smaller number than before is a rollback) and receives `num_tokens[i]` more. The answer holds the
+    outputs of the last `num_outputs[i]` of them.
+    """
+
+    step_id: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    positions: Rows
+    num_tokens: Rows
+    num_outputs: Rows
+    order: Rows | None
+    hidden_states: TensorSpec
+
+
+class StepResult(Message, tag=6):
+    """Outputs of a step in the dtype of its inputs, and what the step cost the server."""
+
+    step_id: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    hidden_states: TensorSpec
+    queue_us: Annotated[int, msgspec.Meta(ge=0)]
+    compute_us: Annotated[int, msgspec.Meta(ge=0)]
+    batch_tokens: Annotated[int, msgspec.Meta(ge=0)]
+
+
+AnyMessage = InfoRequest | Info | OpenSession | SessionOpened | Step | StepResult
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | bytearray | memoryview) -> Message:
+    """Read a message from a peer.
+
+    Raises:
+        PeerMisbehaved: when the bytes are not a valid message; `.peer_id` is left to the caller, who knows it.
+    """
+    if len(data) > MAX_META_BYTES:
+        raise PeerMisbehaved(f"message of {len(data)} bytes, limit {MAX_META_BYTES}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PeerMisbehaved(f"malformed message: {error}") from error
+
+
+class WireError(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A refusal in the form in which it crosses the wire."""
+
+    code: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    text: Text
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
+
+
+# A peer's own trouble reaches the caller as the PeerError branch, whatever it was called over there; the caller's faults keep their class.
+_REQUEST_CODES: dict[int, type[RequestError]] = {
+    1: RequestError,
+    2: InvalidRequest,
+    3: UnknownModel,
+    4: UnsupportedModel,
+    5: CheckpointMismatch,
+    6: ProtocolMismatch,
+    7: ConfigError,
+}
+_PEER_CODES: dict[int, type[PeerError]] = {
+    32: PeerError,
+    33: PeerUnreachable,
+    34: PeerDisconnected,
+    35: PeerTimeout,
+    37: PeerMisbehaved,
+}
+_BUSY_CODE = 36
+_CODES: dict[type[SwarmError], int] = {
+    **{cls: code for code, cls in _REQUEST_CODES.items()},
+    **{cls: code for code, cls in _PEER_CODES.items()},
+    PeerBusy: _BUSY_CODE,
+    RouteNotFound: 32,
+}
+_error_encoder = msgspec.msgpack.Encoder()
+_error_decoder = msgspec.msgpack.Decoder(WireError)
+
+
+def error_to_wire(error: SwarmError) -> bytes:
+    """A refusal as msgpack. Unknown kinds travel as a plain PeerError, so no detail of this process leaks."""
+    code = next((_CODES[cls] for cls in type(error).__mro__ if cls in _CODES), 32)
+    retry = error.retry_after_s if isinstance(error, PeerBusy) else 0.0
+    return _error_encoder.encode(WireError(code, str(error)[:1024], min(max(retry, 0.0), 86400.0)))
+
+
+def error_from_wire(data: bytes | bytearray | memoryview, *, peer_id: str | None) -> SwarmError:
+    """The error that a peer refused us with; a malformed one becomes PeerMisbehaved, never an exception here."""
+    try:
+        wire = _error_decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return PeerMisbehaved(f"malformed error message: {error}", peer_id=peer_id)
+    if wire.code in _REQUEST_CODES:
+        return _REQUEST_CODES[wire.code](wire.text)
+    if wire.code == _BUSY_CODE:
+        return PeerBusy(wire.text, peer_id=peer_id, retry_after_s=wire.retry_after_s)
+    return _PEER_CODES.get(wire.code, PeerError)(wire.text, peer_id=peer_id)
