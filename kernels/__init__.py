@@ -1,0 +1,1 @@
+"""Kernels over plain tensors: torch and triton only; nothing here knows of models, sessions or swarms."""

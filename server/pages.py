@@ -1,0 +1,220 @@
+"""Who owns which page of the KV cache: a refcounting allocator and one page table per sequence.
+
+Pure bookkeeping over integers. It does not know tensors, layers, sessions or time: whoever owns the pools executes the
+(source, destination) copies that `PageTable.grow` returns, in order, before it writes the new tokens.
+
+    PageTable.grow(length) --allocate/share/free--> PageAllocator
+         |                                            pages [0, num_pages), refcounts, free runs
+         +--> copies [(src, dst), ...]  (copy-on-write: a page with several owners is never written)
+
+A sequence's pages are kept in one contiguous ascending run where possible: then the CPU attention reads the cache
+as a view instead of gathering it.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Sequence
+
+from swarm.errors import InvalidRequest, PeerBusy
+
+PAGE_SIZE = 16
+"""Tokens per page."""
+
+
+class OutOfPages(PeerBusy):
+    """The pool has fewer free pages than a sequence needs; the message has both numbers."""
+
+
+class PageAllocator:
+    """Refcounts of a fixed pool of pages, with the free pages kept as maximal runs.
+
+    A new sequence starts in the middle of the largest free run (unless that run has no used page before it), so that
+    it and its left neighbour both have room to grow in place.
+
+    Args:
+        num_pages: size of the pool.
+    """
+
+    def __init__(self, num_pages: int):
+        if num_pages < 1:
+            raise InvalidRequest(f"a page pool needs at least 1 page, not {num_pages}")
+        self._references = [0] * num_pages
+        self._starts = [0]
+        self._ends = {0: num_pages}
+        self._num_free = num_pages
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._references)
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self._num_free
+
+    def references(self, page: int) -> int:
+        """How many owners `page` has; 0 for a free page."""
+        return self._references[page]
+
+    def allocate(self, count: int, *, after: int | None = None) -> list[int]:
+        """Take `count` pages, each then owned once.
+
+        Args:
+            count: pages wanted, >= 0.
+            after: the last page that the sequence owns already; the run right behind it is preferred.
+
+        Raises:
+            OutOfPages: nothing is taken then.
+        """
+        if count > self._num_free:
+            raise OutOfPages(f"need {count} pages, {self._num_free} free")
+        pages: list[int] = []
+        while len(pages) < count:
+            behind = pages[-1] if pages else after
+            first, length = self._place(count - len(pages), behind)
+            self._take(first, length)
+            pages.extend(range(first, first + length))
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one owner to each of `pages`, all of which must be in use."""
+        for page in pages:
+            if self._references[page] == 0:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self._references[page] += 1
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Remove one owner from each of `pages`; a page without owners returns to the pool."""
+        for page in pages:
+            if self._references[page] == 0:
+                raise ValueError(f"page {page} is freed more often than it was taken")
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._release(page)
+
+    def _place(self, count: int, behind: int | None) -> tuple[int, int]:
+        """(first page, length <= count) of the best place for a run of `count` pages."""
+        if behind is not None and behind + 1 in self._ends:
+            first = behind + 1
+            return first, min(count, self._ends[first] - first)
+        first = max(self._starts, key=lambda start: self._ends[start] - start)
+        room = self._ends[first] - first
+        if room <= count:
+            return first, room
+        return (first + (room - count) // 2 if first > 0 else first), count
+
+    def _take(self, first: int, length: int) -> None:
+        """Cut pages [first, first + length) out of the free run that holds them."""
+        start = self._starts[bisect_right(self._starts, first) - 1]
+        end = self._ends.pop(start)
+        self._starts.remove(start)
+        for piece_start, piece_end in ((start, first), (first + length, end)):
+            if piece_start < piece_end:
+                insort(self._starts, piece_start)
+                self._ends[piece_start] = piece_end
+        for page in range(first, first + length):
+            self._references[page] = 1
+        self._num_free -= length
+
+    def _release(self, page: int) -> None:
+        """Give one page back, merged with the free runs on both sides of it."""
+        start, end = page, page + 1
+        index = bisect_left(self._starts, page)
+        if index < len(self._starts) and self._starts[index] == end:
+            end = self._ends.pop(self._starts.pop(index))
+        if index > 0 and self._ends[self._starts[index - 1]] == page:
+            start = self._starts.pop(index - 1)
+        insort(self._starts, start)
+        self._ends[start] = end
+        self._num_free += 1
+
+
+class PageTable:
+    """The pages of one sequence, in token order: token i lies in `pages[i // PAGE_SIZE]`.
+
+    Args:
+        allocator: the pool that the pages come from.
+    """
+
+    def __init__(self, allocator: PageAllocator):
+        self._allocator = allocator
+        self._pages: list[int] = []
+        self._length = 0
+
+    @property
+    def pages(self) -> Sequence[int]:
+        return self._pages
+
+    @property
+    def length(self) -> int:
+        """Tokens that the sequence holds."""
+        return self._length
+
+    def pages_needed(self, length: int) -> int:
+        """Free pages that `grow(length)` would take, copies included."""
+        return max(0, _num_pages(length) - len(self._pages)) + self._must_copy(length)
+
+    def grow(self, length: int) -> list[tuple[int, int]]:
+        """Make room for tokens [self.length, length), all of which may then be written.
+
+        Returns:
+            Page copies (source, destination) to execute in order before the new tokens are written.
+
+        Raises:
+            InvalidRequest: if `length` is less than the present one.
+            OutOfPages: the table is unchanged then.
+        """
+        if length < self._length:
+            raise InvalidRequest(f"cannot grow a sequence from {self._length} to {length} tokens")
+        needed = self.pages_needed(length)
+        if needed > self._allocator.num_free:
+            raise OutOfPages(f"need {needed} pages, {self._allocator.num_free} free")
+        copies = [self._own_last_page()] if self._must_copy(length) else []
+        missing = _num_pages(length) - len(self._pages)
+        if missing > 0:
+            self._pages += self._allocator.allocate(missing, after=self._pages[-1] if self._pages else None)
+        self._length = length
+        return copies
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on and free the pages that held nothing else.
+
+        Raises:
+            InvalidRequest: if `length` is negative or more than the present one.
+        """
+        if not 0 <= length <= self._length:
+            raise InvalidRequest(f"cannot truncate a sequence of {self._length} tokens to {length}")
+        keep = _num_pages(length)
+        self._allocator.free(reversed(self._pages[keep:]))
+        del self._pages[keep:]
+        self._length = length
+
+    def fork(self) -> "PageTable":
+        """A second sequence with the same tokens. Pages are shared until one of the two grows into its last page."""
+        other = PageTable(self._allocator)
+        self._allocator.share(self._pages)
+        other._pages = list(self._pages)
+        other._length = self._length
+        return other
+
+    def free(self) -> None:
+        """Give all pages back; the table is empty afterwards."""
+        self.truncate(0)
+
+    def _must_copy(self, length: int) -> bool:
+        """Whether growing to `length` writes into a last page that others own too."""
+        writes_last = length > self._length and self._length % PAGE_SIZE != 0
+        return writes_last and self._allocator.references(self._pages[-1]) > 1
+
+    def _own_last_page(self) -> tuple[int, int]:
+        shared = self._pages[-1]
+        (own,) = self._allocator.allocate(1, after=self._pages[-2] if len(self._pages) > 1 else None)
+        self._allocator.free([shared])
+        self._pages[-1] = own
+        return shared, own
+
+
+def _num_pages(length: int) -> int:
+    return -(-length // PAGE_SIZE)

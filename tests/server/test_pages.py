@@ -1,0 +1,139 @@
+"""Page bookkeeping: the pool never loses a page, never gives one away twice, and sequences never share what they write."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from swarm.errors import InvalidRequest, PeerBusy
+from swarm.server.pages import PAGE_SIZE, OutOfPages, PageAllocator, PageTable
+
+NUM_PAGES = 24
+
+
+class PagesMachine(RuleBasedStateMachine):
+    """Random growth, truncation, forks and frees against a model in which each sequence is a list of its own tokens."""
+
+    tables = Bundle("tables")
+
+    def __init__(self):
+        super().__init__()
+        self.allocator = PageAllocator(NUM_PAGES)
+        self.cells = [[None] * PAGE_SIZE for _ in range(NUM_PAGES)]
+        self.tokens = {}
+        self.counter = 0
+
+    @rule(target=tables)
+    def open(self):
+        table = PageTable(self.allocator)
+        self.tokens[table] = []
+        return table
+
+    @rule(table=tables, extra=st.integers(0, 5 * PAGE_SIZE))
+    def grow(self, table, extra):
+        length = table.length + extra
+        needed, free, before = table.pages_needed(length), self.allocator.num_free, list(table.pages)
+        if needed > free:
+            with pytest.raises(OutOfPages, match=f"need {needed} pages, {free} free"):
+                table.grow(length)
+            assert (self.allocator.num_free, list(table.pages)) == (free, before)
+            return
+        for source, destination in table.grow(length):
+            self.cells[destination] = list(self.cells[source])
+        assert self.allocator.num_free == free - needed
+        for position in range(len(self.tokens[table]), length):
+            self.counter += 1
+            self.cells[table.pages[position // PAGE_SIZE]][position % PAGE_SIZE] = self.counter
+            self.tokens[table].append(self.counter)
+
+    @rule(table=tables, data=st.data())
+    def truncate(self, table, data):
+        length = data.draw(st.integers(0, table.length))
+        table.truncate(length)
+        del self.tokens[table][length:]
+
+    @rule(target=tables, table=tables)
+    def fork(self, table):
+        other = table.fork()
+        self.tokens[other] = list(self.tokens[table])
+        return other
+
+    @rule(table=consumes(tables))
+    def close(self, table):
+        table.free()
+        assert not table.pages
+        del self.tokens[table]
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self):
+        for table, tokens in self.tokens.items():
+            assert table.length == len(tokens)
+            assert tokens == [self.cells[table.pages[i // PAGE_SIZE]][i % PAGE_SIZE] for i in range(len(tokens))]
+
+    @invariant()
+    def pages_are_free_or_owned_exactly_as_counted(self):
+        owners = [0] * NUM_PAGES
+        for table in self.tokens:
+            assert len(set(table.pages)) == len(table.pages) == -(-table.length // PAGE_SIZE)
+            for page in table.pages:
+                owners[page] += 1
+        assert owners == [self.allocator.references(page) for page in range(NUM_PAGES)]
+        assert self.allocator.num_free == owners.count(0)
+        assert self.allocator.num_free + self.allocator.num_used == NUM_PAGES
+
+    @precondition(lambda self: not self.tokens)
+    @invariant()
+    def an_empty_pool_is_one_run_again(self):
+        if self.allocator.num_free == NUM_PAGES:
+            pages = self.allocator.allocate(NUM_PAGES)
+            assert pages == list(range(NUM_PAGES))
+            self.allocator.free(pages)
+
+
+PagesMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPages = PagesMachine.TestCase
+
+
+def test_two_growing_sequences_stay_contiguous():
+    """Token-by-token growth of neighbours leaves each in one run, so that attention reads views."""
+    allocator = PageAllocator(64)
+    tables = [PageTable(allocator) for _ in range(3)]
+    for length in range(1, 12 * PAGE_SIZE):
+        for table in tables:
+            table.grow(length)
+    for table in tables:
+        assert list(table.pages) == list(range(table.pages[0], table.pages[0] + len(table.pages)))
+
+
+def test_a_scattered_pool_still_gives_all_its_pages():
+    """Fragmentation costs contiguity, never capacity."""
+    allocator = PageAllocator(16)
+    pages = allocator.allocate(16)
+    allocator.free(pages[::2])
+    assert sorted(allocator.allocate(8)) == pages[::2]
+    assert allocator.num_free == 0
+
+
+def test_running_out_says_both_numbers_and_is_a_busy_peer():
+    """The typed reply of a full pool needs no translation on its way to the client."""
+    allocator = PageAllocator(2)
+    with pytest.raises(PeerBusy, match="need 3 pages, 2 free"):
+        allocator.allocate(3)
+
+
+def test_freeing_twice_is_refused():
+    """A double free would give one page to two sequences later, so it is an error at once."""
+    allocator = PageAllocator(2)
+    pages = allocator.allocate(1)
+    allocator.free(pages)
+    with pytest.raises(ValueError, match="freed more often"):
+        allocator.free(pages)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.grow(3), lambda t: t.truncate(9), lambda t: t.truncate(-1)])
+def test_a_length_in_the_wrong_direction_is_refused(change):
+    """Growing down and truncating up are caller mistakes."""
+    table = PageTable(PageAllocator(2))
+    table.grow(8)
+    with pytest.raises(InvalidRequest):
+        change(table)
