@@ -1,0 +1,221 @@
+"""Every form of paged attention equals the reference on ragged batches; nothing leaks from page to page."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.kernels.cpu_paged_attention import paged_attention_cpu
+from swarm.kernels.paged_attention import (
+    AttentionForm,
+    PagedBatch,
+    RowSpan,
+    paged_attention,
+    paged_attention_reference,
+    write_kv,
+)
+
+PAGE = 16
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CPU = torch.device("cpu")
+
+FORMS = {
+    "plain": {},
+    "window": {"window": 7},
+    "chunk": {"chunk": 24},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi": True},
+    "window+sinks+softcap": {"window": 40, "sinks": True, "softcap": 5.0},
+}
+
+
+def make_form(heads, *, sinks=False, alibi=False, **options):
+    generator = torch.Generator().manual_seed(heads)
+    return AttentionForm(
+        scale=0.3,
+        sinks_H=torch.randn(heads, generator=generator) if sinks else None,
+        alibi_H=torch.rand(heads, generator=generator) if alibi else None,
+        **options,
+    )
+
+
+def make_batch(shapes, *, scattered, num_pages=64, seed=0):
+    """Sequences of (position, new rows), their pages in runs or shuffled all over the pool."""
+    order = list(range(num_pages))
+    if scattered:
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
+    spans, row = [], 0
+    for position, count in shapes:
+        need = -(-(position + count) // PAGE)
+        pages, order = order[:need], order[need:]
+        spans.append(RowSpan(row, count, position, pages))
+        row += count
+    return PagedBatch(spans, PAGE, CPU)
+
+
+def make_step(batch, *, heads, kv_heads, width, value_width, dtype=torch.float32, num_pages=64):
+    """Queries and pools whose unused slots are NaN: only slots of the sequences' own keys may be read."""
+    generator = torch.Generator().manual_seed(1)
+    k_pool = torch.full((kv_heads, num_pages * PAGE, width), float("nan"), dtype=dtype)
+    v_pool = torch.full((kv_heads, num_pages * PAGE, value_width), float("nan"), dtype=dtype)
+    for span in batch.spans:
+        if span.position:
+            before = PagedBatch([RowSpan(0, span.position, 0, span.pages)], PAGE, CPU)
+            k = torch.randn(kv_heads, span.position, width, generator=generator).to(dtype)
+            v = torch.randn(kv_heads, span.position, value_width, generator=generator).to(dtype)
+            write_kv(k, v, k_pool, v_pool, before)
+    rows = batch.num_rows
+    k = torch.randn(kv_heads, rows, width, generator=generator).to(dtype)
+    v = torch.randn(kv_heads, rows, value_width, generator=generator).to(dtype)
+    write_kv(k, v, k_pool, v_pool, batch)
+    return torch.randn(heads, rows, width, generator=generator).to(dtype), k_pool, v_pool
+
+
+def check(attend, batch, form, **shape):
+    dtype = shape.get("dtype", torch.float32)
+    q, k_pool, v_pool = make_step(batch, **shape)
+    expected = paged_attention_reference(q, k_pool, v_pool, batch, form)
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(attend(q, k_pool, v_pool, batch, form), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+MIXED = [(5, 1), (0, 33), (40, 1), (17, 20), (15, 1), (16, 1), (99, 1)]
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_cpu_form_equals_reference(name, scattered):
+    """Prefill, chunked prefill and decode rows in one batch, in runs of pages and scattered."""
+    batch = make_batch(MIXED, scattered=scattered)
+    form = make_form(6, **FORMS[name])
+    check(paged_attention_cpu, batch, form, heads=6, kv_heads=2, width=8, value_width=8)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["plain", "alibi", "sinks"])
+def test_cpu_form_in_half_precision(name, dtype):
+    """Half precision is as near to the reference as its rounding allows, ALiBi included."""
+    batch = make_batch(MIXED, scattered=False)
+    check(paged_attention_cpu, batch, make_form(4, **FORMS[name]), heads=4, kv_heads=4, width=16, value_width=16,
+          dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(1, 1, 8, 8), (8, 1, 16, 16), (4, 4, 24, 16)])
+def test_cpu_form_of_other_head_shapes(heads, kv_heads, width, value_width):
+    """One head, multi-query, and values narrower than keys (MLA)."""
+    shapes = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": value_width}
+    for batch in (make_batch(MIXED, scattered=False), make_batch([(30, 1)], scattered=False)):
+        check(paged_attention_cpu, batch, make_form(heads), **shapes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=6),
+    decode=st.booleans(),
+    scattered=st.booleans(),
+    name=st.sampled_from(sorted(FORMS)),
+)
+def test_any_batch_equals_reference(shapes, decode, scattered, name):
+    """Whatever the mix of lengths, each row is what it would be alone."""
+    batch = make_batch([(p, 1 if decode else n) for p, n in shapes], scattered=scattered)
+    check(paged_attention_cpu, batch, make_form(6, **FORMS[name]), heads=6, kv_heads=3, width=8, value_width=8)
+
+
+def test_many_short_decode_rows_are_one_batched_call(monkeypatch):
+    """Continuous batching costs one attention call per layer, not one per session."""
+    from swarm.kernels import cpu_paged_attention as module
+
+    calls = []
+    attend = module._attend
+    monkeypatch.setattr(module, "_attend", lambda *args: calls.append(1) or attend(*args))
+    batch = make_batch([(position, 1) for position in (3, 17, 40, 90, 100)], scattered=True)
+    check(paged_attention_cpu, batch, make_form(4), heads=4, kv_heads=2, width=8, value_width=8)
+    assert len(calls) == 1
+
+
+def test_a_run_of_pages_is_read_as_a_view():
+    """A contiguous sequence is not copied: the step never touches slots outside its own keys."""
+    batch = make_batch([(70, 1)], scattered=False)
+    assert batch.slots_T is None
+    q, k_pool, v_pool = make_step(batch, heads=4, kv_heads=2, width=8, value_width=8)
+    k_pool[:, 71:], v_pool[:, 71:] = float("nan"), float("nan")
+    assert torch.isfinite(paged_attention(q, k_pool, v_pool, batch, make_form(4))).all()
+
+
+def test_numbers_of_a_former_owner_of_a_page_reach_nobody():
+    """A hostile session leaves NaN in a page; the next owner's batched rows stay clean."""
+    k_pool = torch.full((1, 4 * PAGE, 8), float("nan"))
+    v_pool = k_pool.clone()
+    batch = PagedBatch([RowSpan(i, 1, 0, [i]) for i in range(4)], PAGE, CPU)
+    rows = torch.randn(1, 4, 8)
+    write_kv(rows, rows, k_pool, v_pool, batch)
+    assert torch.isfinite(paged_attention(rows, k_pool, v_pool, batch, make_form(1))).all()
+
+
+@pytest.fixture(scope="module")
+def triton_form():
+    """The Triton kernel, run by Triton's interpreter on the CPU: bf16 dots are wrong there, so fp32 and fp16.
+
+    Triton decides at its own import how its library functions (tl.sum, ...) run, and others may have imported it
+    before: they are switched over too.
+    """
+    pytest.importorskip("triton")
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for library in (language, language.standard):
+            for name, function in list(vars(library).items()):
+                if isinstance(function, JITFunction):
+                    patch.setattr(library, name, InterpretedFunction(function.fn))
+        module = importlib.import_module("swarm.kernels.triton_paged_attention")
+        module = importlib.reload(module)
+        yield module.paged_attention_triton
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_triton_form_equals_reference(triton_form, name):
+    """Prefill and decode rows over scattered pages in one launch; outputs start as NaN."""
+    batch = make_batch([(5, 1), (0, 21), (40, 1), (33, 1)], scattered=True)
+    check(poisoned(triton_form), batch, make_form(6, **FORMS[name]), heads=6, kv_heads=2, width=8, value_width=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(5, 1, 24, 16), (2, 2, 64, 64)])
+def test_triton_form_of_other_shapes(triton_form, heads, kv_heads, width, value_width, dtype):
+    """Groups and widths that are no powers of two, and values narrower than keys."""
+    batch = make_batch([(35, 1), (3, 1), (0, 1)], scattered=True)
+    check(poisoned(triton_form), batch, make_form(heads), heads=heads, kv_heads=kv_heads, width=width,
+          value_width=value_width, dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "splits"), list(itertools.product(["plain", "window", "sinks", "alibi"], [2, 5])))
+def test_triton_splits_combine_to_the_same(triton_form, monkeypatch, name, splits):
+    """Cutting the keys of a long decode row into splits, even empty ones, changes nothing."""
+    module = importlib.import_module("swarm.kernels.triton_paged_attention")
+    monkeypatch.setattr(module, "_num_splits", lambda *_: splits)
+    batch = make_batch([(150, 1), (9, 1)], scattered=True)
+    check(triton_form, batch, make_form(4, **FORMS[name]), heads=4, kv_heads=2, width=16, value_width=16)
+
+
+def poisoned(attend):
+    """`attend` with NaN in every tensor that it allocates."""
+
+    def run(q, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            empty = torch.Tensor.new_empty
+
+            def poison(self, *shape, **options):
+                tensor = empty(self, *shape, **options)
+                return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+            patch.setattr(torch.Tensor, "new_empty", poison)
+            return attend(q, *args)
+
+    return run
