@@ -1,0 +1,5 @@
+"""Identity on the network, discovery and raw streams: libp2p's daemon and hivemind's DHT behind one supervised `Node`."""
+
+from swarm.network.node import Node, NodeConfig
+
+__all__ = ["Node", "NodeConfig"]
