@@ -1,0 +1,1 @@
+"""The client: embeddings, head and everything trainable, around blocks that run on servers."""

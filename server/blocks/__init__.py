@@ -1,0 +1,1 @@
+"""Runs a range of transformer blocks on paged memory."""

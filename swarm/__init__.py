@@ -1,0 +1,28 @@
+"""Runs transformer blocks of large language models on many machines: `from swarm import AutoDistributedModelForCausalLM`.
+
+Importing this package loads neither torch nor transformers; the names below come in when they are first used.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swarm.client.auto import AutoDistributedModelForCausalLM
+
+__all__ = ["AutoDistributedModelForCausalLM", "__version__"]
+__version__ = "0.1.0"
+
+# In a checkout, its root must not stay on sys.path: our kernels/ folder would hide the `kernels` package that
+# transformers imports. The sub-packages are found through the installation, editable or not.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _root]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoDistributedModelForCausalLM":
+        from swarm.client.auto import AutoDistributedModelForCausalLM
+
+        return AutoDistributedModelForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
