@@ -177,9 +177,9 @@ class Session:
         return tuple(segment.hop for segment in self._segments if segment.hop is not None)
 
     @property
-    def links(self) -> frozenset[int]:
-        """Links in use; the driver closes all others."""
-        return frozenset(segment.link for segment in self._segments if segment.hop is not None)
+    def hops(self) -> dict[int, Hop]:
+        """Links in use and where they lead; the driver closes all others."""
+        return {segment.link: segment.hop for segment in self._segments if segment.hop is not None}
 
     def __repr__(self) -> str:
         replays = f" | {self.num_replays} replayed" if self.num_replays else ""

@@ -1,0 +1,141 @@
+"""What a client knows of the servers of one model: their records, how they behaved, and the routes that follow.
+
+    registry.lookup ──records──┐
+    step timings, failures ────┴──► Offers ──swarm.routing──► hops
+
+Penalties decay; nobody is banned, so a server that failed is still used when it is the only one.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarm.catalog import lookup_name
+from swarm.errors import CheckpointMismatch, PeerBusy, PeerError, RouteNotFound
+from swarm.network.node import Node
+from swarm.registry import Registry, ServerRecord
+from swarm.routing import Offer, find_route
+from swarm.session import Hop
+from swarm.types import BlockRange, ServerState
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_HOP_S = 0.02
+"""Cost of a visit to a server that was never measured."""
+DEFAULT_BLOCK_S = 0.005
+"""Seconds per block and token of a server that announced no speed."""
+PENALTY_S = 10.0
+"""Cost that one failure adds to a visit ..."""
+PENALTY_HALF_LIFE_S = 20.0
+"""... and how fast it fades."""
+REFRESH_S = 15.0
+"""Age at which the records are read again."""
+
+
+@dataclass(slots=True)
+class _Behaviour:
+    """What was measured of one peer."""
+
+    hop_s: float | None = None
+    penalty: float = 0.0
+    penalised_at: float = 0.0
+
+    def penalty_at(self, now: float) -> float:
+        return float(self.penalty * 0.5 ** ((now - self.penalised_at) / PENALTY_HALF_LIFE_S))
+
+
+class Peers:
+    """The servers of one model as one client sees them.
+
+    Args:
+        node: the client's own peer.
+        model: content digest of the checkpoint.
+        model_name: its name, for messages.
+        num_blocks: how many blocks the model has.
+    """
+
+    def __init__(self, node: Node, *, model: str, model_name: str, num_blocks: int):
+        self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
+        self._node = node
+        self._registry = Registry(node)
+        self._records: dict[str, ServerRecord] = {}
+        self._read_at = float("-inf")
+        self._behaviour: dict[str, _Behaviour] = {}
+        self._reading = asyncio.Lock()
+
+    @property
+    def records(self) -> tuple[ServerRecord, ...]:
+        """The servers as last read, online ones only."""
+        return tuple(record for record in self._records.values() if record.state is ServerState.ONLINE)
+
+    def name_of(self, peer_id: str) -> str:
+        """The public name of a server, or the end of its identity."""
+        record = self._records.get(peer_id)
+        return record.public_name if record is not None and record.public_name else f"…{peer_id[-8:]}"
+
+    async def refresh(self, *, max_age_s: float = REFRESH_S) -> None:
+        """Read the records again when they are older than `max_age_s`."""
+        async with self._reading:
+            if time.monotonic() - self._read_at < max_age_s:
+                return
+            records = await self._registry.lookup(self.model)
+            self._records = {record.peer_id: record for record in records if record.blocks.end <= self.num_blocks}
+            self._read_at = time.monotonic()
+
+    async def route(self, blocks: BlockRange) -> tuple[Hop, ...]:
+        """The best chain over `blocks` by what is known now.
+
+        Raises:
+            RouteNotFound: when blocks are missing.
+            CheckpointMismatch: when the swarm serves this name with other content only.
+        """
+        await self.refresh()
+        try:
+            return find_route(self._offers(), blocks)
+        except RouteNotFound as error:
+            await self.refresh(max_age_s=0.5)
+            if not self._records:
+                await self._explain_absence(error)
+            return find_route(self._offers(), blocks)
+
+    def measured(self, peer_id: str, overhead_s: float) -> None:
+        """A step over this peer took `overhead_s` besides the blocks' compute."""
+        behaviour = self._behaviour.setdefault(peer_id, _Behaviour())
+        behaviour.hop_s = overhead_s if behaviour.hop_s is None else 0.9 * behaviour.hop_s + 0.1 * overhead_s
+
+    def failed(self, peer_id: str, error: Exception) -> None:
+        """This peer failed; it becomes costly for a while, longer when it failed before."""
+        now = time.monotonic()
+        behaviour = self._behaviour.setdefault(peer_id, _Behaviour())
+        behaviour.penalty = min(behaviour.penalty_at(now) + PENALTY_S, 32 * PENALTY_S)
+        behaviour.penalised_at = now
+        level = logging.INFO if isinstance(error, PeerBusy | PeerError) else logging.WARNING
+        logger.log(level, "server %s failed: %s", self.name_of(peer_id), error)
+
+    def _offers(self) -> Sequence[Offer]:
+        now = time.monotonic()
+        offers = []
+        for record in self.records:
+            behaviour = self._behaviour.get(record.peer_id, _Behaviour())
+            block_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
+            hop_s = DEFAULT_HOP_S if behaviour.hop_s is None else behaviour.hop_s
+            offers.append(
+                Offer(
+                    peer_id=record.peer_id,
+                    blocks=record.blocks,
+                    block_s=block_s * (1.0 + record.load),
+                    hop_s=hop_s + behaviour.penalty_at(now),
+                )
+            )
+        return offers
+
+    async def _explain_absence(self, error: RouteNotFound) -> None:
+        """Raise CheckpointMismatch when the name is served with other content."""
+        for entry in await lookup_name(self._node, self.model_name):
+            if entry.digest != self.model:
+                raise CheckpointMismatch(
+                    f"the swarm serves {entry.name} with other content ({entry.digest[:12]}, ours is {self.model[:12]}):"
+                    " use the same checkpoint and revision"
+                ) from error

@@ -1,0 +1,209 @@
+"""The client's side of the network for synchronous callers: one event loop in a thread of its own.
+
+    generate (caller's thread) ─► SwarmSession.step ─► loop thread: RemoteSession ─► Transport ─► servers
+
+Everything that awaits lives on the loop; callers block on a future, and an interrupt (Ctrl-C) cancels what they waited for.
+"""
+
+import asyncio
+import atexit
+import logging
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from typing import Any, Self, TypeVar
+
+import torch
+
+from swarm.checkpoint import Checkpoint
+from swarm.client.peers import Peers
+from swarm.client.session import HopTiming, RemoteSession, SessionConfig
+from swarm.network.node import Node, NodeConfig
+from swarm.session import Hop
+from swarm.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self, name: str = "swarm-client"):
+        self._loop = _new_event_loop()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive() and not self._loop.is_closed()
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Run a coroutine on the loop and wait for it; an exception in the waiting thread cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """Stop the loop and join the thread."""
+        if self.is_running:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            pending = asyncio.all_tasks(self._loop)
+            for task in pending:
+                task.cancel()
+            if pending:
+                self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            self._loop.close()
+
+
+class SwarmSession:
+    """A `swarm.client.session.RemoteSession` for synchronous callers."""
+
+    def __init__(self, loop: LoopThread, remote: RemoteSession):
+        self._loop, self._remote = loop, remote
+        self.batch_size = remote.machine.batch_size
+        self.max_length = remote.machine.max_length
+        self._closed = False
+
+    @property
+    def route(self) -> tuple[Hop, ...]:
+        """The hops in use, in order."""
+        return self._remote.route
+
+    @property
+    def timings(self) -> Sequence[HopTiming]:
+        """The latest answered steps, hop by hop."""
+        return tuple(self._remote.timings)
+
+    @property
+    def num_replays(self) -> int:
+        """Servers that were replaced in the middle of this session."""
+        return self._remote.machine.num_replays
+
+    def __repr__(self) -> str:
+        return repr(self._remote.machine)
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        positions: Sequence[int],
+        num_tokens: Sequence[int],
+        num_outputs: Sequence[int] | None = None,
+        order: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Run one step through all blocks; see `swarm.session.Session.begin`."""
+        return self._loop.run(
+            self._remote.step(
+                hidden_states, positions=positions, num_tokens=num_tokens, num_outputs=num_outputs, order=order
+            )
+        )
+
+    def close(self) -> None:
+        """Free the session on all its servers; may be called twice."""
+        if not self._closed and self._loop.is_running:
+            self._closed = True
+            self._loop.run(self._remote.close(), CLOSE_TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SwarmService:
+    """The remote blocks of one model, reached through the swarm."""
+
+    def __init__(self, loop: LoopThread, node: Node, transport: Transport, peers: Peers, config: SessionConfig, hidden: int):
+        self._loop, self._node, self._transport, self.peers = loop, node, transport, peers
+        self._config = config
+        self.num_blocks, self.hidden_size = peers.num_blocks, hidden
+        self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
+        atexit.register(self.close)
+
+    def open_session(self, *, batch_size: int, max_length: int) -> SwarmSession:
+        """A new session; servers are contacted at its first step."""
+        remote = RemoteSession(
+            self.peers, self._transport, batch_size=batch_size, max_length=max_length, config=self._config
+        )
+        session = SwarmSession(self._loop, remote)
+        self._sessions.add(session)
+        return session
+
+    def close(self) -> None:
+        """Close all sessions, leave the swarm and stop the loop; may be called twice."""
+        atexit.unregister(self.close)
+        if not self._loop.is_running:
+            return
+        for session in list(self._sessions):
+            session.close()
+        try:
+            self._loop.run(_leave(self._transport, self._node), CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
+        self._loop.stop()
+
+
+def connect(
+    checkpoint: Checkpoint,
+    *,
+    num_blocks: int,
+    hidden_size: int,
+    initial_peers: Sequence[str],
+    config: SessionConfig | None = None,
+) -> SwarmService:
+    """Join the swarm as a client of one model.
+
+    Args:
+        checkpoint: says which model, by content.
+        num_blocks: blocks of the model.
+        hidden_size: width of its hidden states.
+        initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
+        config: patience and encoding of sessions.
+
+    Raises:
+        PeerUnreachable: none of the initial peers answers.
+        ConfigError: an address is malformed.
+    """
+    loop = LoopThread()
+    try:
+        node, transport = loop.run(_join(tuple(initial_peers)))
+    except BaseException:
+        loop.stop()
+        raise
+    peers = Peers(node, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
+
+
+async def _join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
+    node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True))
+    transport = Transport(node, listen=None)
+    await transport.start()
+    return node, transport
+
+
+async def _leave(transport: Transport, node: Node) -> None:
+    await transport.close()
+    await node.close()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -1,0 +1,160 @@
+"""`python -m swarm.server [MODEL] --blocks 0:24`: serve some blocks of a model.
+
+Parses the command line, prints what an operator needs to see, turns errors into one line and signals into a clean stop.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm import __version__
+from swarm.errors import SwarmError
+from swarm.server.config import CacheSize, ServerConfig
+from swarm.types import BlockRange
+
+if TYPE_CHECKING:
+    from swarm.server.server import Plan, Server
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a server; returns the exit status: 0 after a clean stop, 2 after an error, which is printed in one line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = _config(args)
+        _run(config)
+    except SwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swarm.server",
+        description="Serve a range of a model's transformer blocks to a swarm. Without --initial-peers a new swarm begins.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
+    add("--blocks", metavar="START:END", help="half-open range of blocks, 0:24 is 24 blocks; all blocks if not given")
+    add("--initial-peers", nargs="+", default=(), metavar="ADDR", help="addresses of peers of the swarm to join")
+    add("--quantization", choices=("auto", "none", "int8", "nf4"), default="auto", help="auto: int8 on GPUs, none on CPU")
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="auto: 16 bits on GPUs, float32 on CPU")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one")
+    add("--kv-cache", default="16384", metavar="SIZE", help="room for the KV cache in tokens (16384) or bytes (2GiB)")
+    add("--threads", type=int, metavar="N", help="CPU threads for the blocks; torch's choice if not given")
+    add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
+    add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
+    add("--data-port", type=int, default=0, metavar="PORT", help="TCP port for direct connections; 0 picks a free one")
+    add("--announce", nargs="+", default=(), metavar="ADDR", help="addresses to announce in place of those found")
+    add("--public-name", default="", metavar="NAME", help="name shown to others, at most 32 bytes")
+    add("--identity", type=Path, metavar="FILE", help="file with this peer's key, made when missing; a new identity if not given")
+    add("--revision", metavar="REV", help="revision of a hub model")
+    add("--cache-dir", type=Path, metavar="DIR", help="where checkpoints are kept; ~/.cache/swarm or $SWARM_CACHE if not given")
+    add("--token", metavar="TOKEN", help="access token for the hub")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="how much to log")
+    add("--version", action="version", version=f"swarm {__version__}")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> ServerConfig:
+    return ServerConfig(
+        model=args.model,
+        blocks=BlockRange.parse(args.blocks) if args.blocks else None,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        token=args.token,
+        initial_peers=tuple(args.initial_peers),
+        host=args.host,
+        port=args.port,
+        data_port=args.data_port,
+        announce=tuple(args.announce),
+        public_name=args.public_name,
+        identity_path=args.identity,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        cache_size=CacheSize.parse(args.kv_cache),
+        threads=args.threads,
+    )
+
+
+def _run(config: ServerConfig) -> None:
+    import torch
+    import uvloop
+
+    from swarm.server.server import make_plan
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    plan = make_plan(config)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(config, plan))
+
+
+async def _serve(config: ServerConfig, plan: "Plan") -> None:
+    from swarm.server.server import LoadingStopped, Server
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with Server(config, plan) as server:
+        await server.join()
+        _print_addresses(config, plan, server.node.addresses)
+        loading = asyncio.create_task(server.load(_print_progress))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not loading.done():
+            await server.leave()
+            with suppress(LoadingStopped):
+                await loading
+            return
+        await loading
+        print(_online_line(server, plan), flush=True)
+        await server.serve_until(stop)
+    print("stopped", flush=True)
+
+
+def _print_addresses(config: ServerConfig, plan: "Plan", addresses: Sequence[str]) -> None:
+    print(f"{plan.checkpoint.name} {plan.checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
+    print("listening on", *addresses, sep="\n  ")
+    if not config.initial_peers:
+        print(
+            "new swarm; other machines join with\n"
+            f"  python -m swarm.server {config.model} --blocks START:END --initial-peers {addresses[0]}\n"
+            f"and ask it with\n  python -m swarm.client \"Your question\" --model {config.model} --initial-peers {addresses[0]}"
+        )
+    sys.stdout.flush()
+
+
+def _print_progress(done: int, total: int) -> None:
+    end = "\n" if done == total or not sys.stdout.isatty() else "\r"
+    if sys.stdout.isatty() or done == total:
+        print(f"loaded {done}/{total} blocks", end=end, flush=True)
+
+
+def _online_line(server: "Server", plan: "Plan") -> str:
+    executor = server.executor
+    return (
+        f"ONLINE: blocks {plan.blocks}, {plan.quantization if plan.quantization != 'none' else 'unquantised'}"
+        f" {str(plan.dtype).removeprefix('torch.')} on {plan.device}, KV cache for {executor.total_tokens} tokens"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

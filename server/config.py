@@ -1,0 +1,66 @@
+"""What a server is told to do, and how "auto" becomes a plan."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.errors import ConfigError
+from swarm.types import BlockRange
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSize:
+    """Size of the KV cache, in tokens or in bytes; exactly one is given."""
+
+    tokens: int | None = None
+    num_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CacheSize":
+        """Read "16384" (tokens) or "2GiB", "512M" (bytes).
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG](?:IB|B)?|B)?", text.strip().upper())
+        if match is None or not float(match[1]):
+            raise ConfigError(f"{text!r} is not a cache size; write tokens (16384) or bytes (2GiB)")
+        if match[2] is None:
+            return cls(tokens=int(float(match[1])))
+        return cls(num_bytes=int(float(match[1]) * _UNITS[match[2].rstrip("B").rstrip("I")]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server. `None` and "auto" are resolved once, by `swarm.server.server`."""
+
+    model: str
+    """Embedded name, checkpoint directory or hub id."""
+    blocks: BlockRange | None = None
+    """Which blocks to serve; None serves all."""
+    revision: str | None = None
+    cache_dir: Path | None = None
+    token: str | None = None
+    initial_peers: tuple[str, ...] = ()
+    """Full addresses of peers to join; none starts a new swarm."""
+    host: str = "0.0.0.0"
+    """Address to listen on."""
+    port: int = 0
+    """TCP port of the libp2p daemon; 0 picks a free one."""
+    data_port: int = 0
+    """TCP port of the direct data plane; 0 picks a free one."""
+    announce: tuple[str, ...] = ()
+    """Addresses to announce in place of those found."""
+    public_name: str = ""
+    identity_path: Path | None = None
+    """File with the Ed25519 key; None makes a new identity."""
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "auto"
+    cache_size: CacheSize = CacheSize(tokens=16384)
+    threads: int | None = None
+    """CPU threads for the blocks; None leaves torch's choice."""
+    announce_period_s: float = 20.0
+    """How often the record is renewed; it expires after three periods."""

@@ -1,0 +1,278 @@
+"""One server from start to stop: joins the swarm, loads its blocks, announces itself, serves, leaves.
+
+    ServerConfig ─► plan ─► Node, Transport ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
+                                                                                      ─► announce ONLINE ... OFFLINE
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import torch
+
+from swarm import __version__
+from swarm.catalog import ModelEntry, announce_model, lookup_name
+from swarm.checkpoint import Checkpoint, resolve
+from swarm.errors import CheckpointMismatch, ConfigError, SwarmError
+from swarm.identity import Identity
+from swarm.network.node import Node, NodeConfig
+from swarm.protocol import INFO_SERVICE, SESSION_SERVICE
+from swarm.registry import Registry, ServerRecord
+from swarm.server.blocks import BlockSpan, Chunk
+from swarm.server.config import ServerConfig
+from swarm.server.executor import Executor
+from swarm.server.handler import Handler
+from swarm.server.pages import PageAllocator, PageTable
+from swarm.transport import Transport
+from swarm.types import BlockRange, ServerState
+
+logger = logging.getLogger(__name__)
+
+OFFLINE_TIMEOUT_S = 2.0
+"""How long leaving may take to say so; the record expires anyway."""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A ServerConfig with every "auto" resolved against the machine and the model."""
+
+    checkpoint: Checkpoint
+    num_blocks: int
+    blocks: BlockRange
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str
+
+
+def make_plan(config: ServerConfig) -> Plan:
+    """Resolve the model and every "auto".
+
+    Raises:
+        UnknownModel: no such model.
+        ConfigError: a device, dtype or block range that can't be.
+    """
+    checkpoint = resolve(
+        config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token
+    )
+    text_config = checkpoint.config().get_text_config()
+    num_blocks = int(text_config.num_hidden_layers)
+    blocks = config.blocks or BlockRange(0, num_blocks)
+    if blocks.end > num_blocks:
+        raise ConfigError(f"blocks {blocks} are outside {checkpoint.name}, which has blocks 0:{num_blocks}")
+    device = _choose_device(config.device)
+    quantization = config.quantization
+    if quantization == "auto":
+        quantization = "int8" if device.type == "cuda" else "none"
+    return Plan(
+        checkpoint=checkpoint,
+        num_blocks=num_blocks,
+        blocks=blocks,
+        device=device,
+        dtype=_choose_dtype(config.dtype, device, getattr(text_config, "dtype", None)),
+        quantization=quantization,
+    )
+
+
+class LoadingStopped(SwarmError):
+    """The server was told to stop while it loaded its blocks."""
+
+
+class Server:
+    """A running server. Use `async with Server(config, plan) as server: await server.serve_until(stop)`."""
+
+    def __init__(self, config: ServerConfig, plan: Plan):
+        self.config, self.plan = config, plan
+        self.node: Node
+        self.executor: Executor
+        self.handler: Handler | None = None
+        self.state = ServerState.JOINING
+        self._registry: Registry
+        self._decode_tps = 0.0
+        self._stack = AsyncExitStack()
+
+    async def join(self) -> None:
+        """Start the network and announce JOINING.
+
+        Raises:
+            ConfigError: port in use, bad identity file or address.
+            PeerUnreachable: none of the initial peers answers.
+            CheckpointMismatch: the swarm serves this model's name with other content.
+        """
+        config = self.config
+        identity = Identity.load_or_create(config.identity_path) if config.identity_path else None
+        self.node = await Node.start(
+            NodeConfig(
+                identity=identity,
+                initial_peers=config.initial_peers,
+                host=config.host,
+                port=config.port,
+                announce=config.announce,
+            )
+        )
+        self._stack.push_async_callback(self.node.close)
+        self.transport = Transport(
+            self.node, listen=(config.host, config.data_port), announce_hosts=_hosts(config.announce)
+        )
+        await self.transport.start()
+        self._stack.push_async_callback(self.transport.close)
+        self._registry = Registry(self.node)
+        await self._refuse_mismatch()
+        await self._announce()
+
+    async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Load the blocks and serve them.
+
+        Raises:
+            UnsupportedModel: the block runner would run this model wrongly.
+            LoadingStopped: `leave` was called meanwhile.
+        """
+        plan, size = self.plan, self.config.cache_size
+
+        def progress(done: int, total: int) -> None:
+            if self.state is ServerState.OFFLINE:
+                raise LoadingStopped(f"stopped after loading {done} of {total} blocks")
+            if on_progress is not None:
+                on_progress(done, total)
+
+        span = await asyncio.to_thread(
+            BlockSpan.load,
+            plan.checkpoint,
+            plan.blocks,
+            device=plan.device,
+            dtype=plan.dtype,
+            quantization=plan.quantization,
+            kv_tokens=size.tokens,
+            kv_bytes=size.num_bytes,
+            on_progress=progress,
+        )
+        self._decode_tps = await asyncio.to_thread(measure_decode, span)
+        self.executor = Executor(span, asyncio.get_running_loop())
+        self.executor.start()
+        self._stack.callback(self.executor.stop)
+        self.handler = Handler(
+            self.executor,
+            model=plan.checkpoint.digest,
+            model_name=plan.checkpoint.name,
+            quantization=plan.quantization,
+            max_positions=span.max_positions,
+        )
+        self.transport.serve(SESSION_SERVICE, self.handler.session)
+        self.transport.serve(INFO_SERVICE, self.handler.info)
+        self.state = ServerState.ONLINE
+        await self._announce()
+
+    async def serve_until(self, stop: asyncio.Event) -> None:
+        """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions."""
+        while not stop.is_set():
+            try:
+                async with asyncio.timeout(self.config.announce_period_s):
+                    await stop.wait()
+            except TimeoutError:
+                await self._announce()
+        await self.leave()
+
+    async def leave(self) -> None:
+        """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""
+        self.state = ServerState.OFFLINE
+        if self.handler is not None:
+            self.handler.state = ServerState.OFFLINE
+        try:
+            async with asyncio.timeout(OFFLINE_TIMEOUT_S):
+                await self._announce()
+        except TimeoutError:
+            logger.info("could not announce OFFLINE within %.0f s; the record will expire", OFFLINE_TIMEOUT_S)
+
+    async def __aenter__(self) -> "Server":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def _announce(self) -> None:
+        config, plan = self.config, self.plan
+        ttl_s = 3 * config.announce_period_s
+        handler, executor = self.handler, self.executor if self.handler is not None else None
+        record = ServerRecord(
+            peer_id=self.node.peer_id,
+            model=plan.checkpoint.digest,
+            blocks=plan.blocks,
+            state=self.state,
+            decode_tps=self._decode_tps,
+            load=min(1.0, handler.num_sessions / 32) if handler is not None else 0.0,
+            kv_free_tokens=executor.free_tokens if executor is not None else 0,
+            quantization=plan.quantization,
+            dtype=str(plan.dtype).removeprefix("torch."),
+            public_name=config.public_name,
+            version=__version__,
+            expires_at=time.time() + ttl_s,
+        )
+        entry = ModelEntry(digest=plan.checkpoint.digest, name=plan.checkpoint.name, num_blocks=plan.num_blocks)
+        try:
+            await self._registry.announce(record, ttl_s)
+            if self.state is not ServerState.OFFLINE:
+                await announce_model(self.node, entry)
+        except SwarmError as error:
+            logger.warning("could not announce %s: %s", self.state.name, error)
+
+    async def _refuse_mismatch(self) -> None:
+        ours = self.plan.checkpoint
+        for entry in await lookup_name(self.node, ours.name):
+            if entry.digest != ours.digest:
+                raise CheckpointMismatch(
+                    f"the swarm serves {entry.name} with other content ({entry.digest[:12]}, ours is {ours.digest[:12]}):"
+                    " use the same checkpoint and revision"
+                )
+
+
+def measure_decode(span: BlockSpan, num_steps: int = 8) -> float:
+    """Tokens per second through one block, one row at a time: the median of a few steps after a warm-up."""
+    table = PageTable(PageAllocator(span.num_pages))
+    hidden_states = torch.zeros(1, span.hidden_size)
+    state = span.new_state(span.blocks)
+    times = []
+    for position in range(min(num_steps, span.max_positions, span.num_pages)):
+        table.grow(position + 1)
+        chunk = Chunk(
+            hidden_states=hidden_states,
+            position=position,
+            pages=table.pages,
+            entry=span.blocks.start,
+            exit=span.blocks.end,
+            state=state,
+        )
+        started = time.perf_counter()
+        span.run([chunk])
+        times.append(time.perf_counter() - started)
+    step_s = sorted(times[1:] or times)[len(times[1:] or times) // 2]
+    return len(span.blocks) / max(step_s, 1e-9)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name} asked, but torch finds no CUDA device here")
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+    """On CPU fp32, which is exact and, without AMX, also the fastest; elsewhere what the checkpoint holds, at most 16 bits."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _hosts(announce: tuple[str, ...]) -> tuple[str, ...]:
+    """The host parts of announced addresses ("1.2.3.4" or "/ip4/1.2.3.4/tcp/...")."""
+    return tuple(address.split("/")[2] if address.startswith("/") else address for address in announce)
+
