@@ -1,7 +1,7 @@
-"""`python -m swarm.client.demo`: a real model answers through three servers on this machine, checked against plain transformers.
+"""`python -m swarm.client.demo`: a real model answers through three servers here, checked against plain transformers.
 
-    bootstrap + 3 servers (processes on loopback) ─► client streams an answer ─► same text as transformers in one process?
-    then the same question through int8 servers, and both rates
+bootstrap + 3 servers (processes on loopback) ─► client streams an answer ─► same text as transformers in one process?
+then the same question through int8 servers, and both rates
 """
 
 import argparse
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--question", default=QUESTION, help=f"what to ask (default: {QUESTION})")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
+    )
     args = parser.parse_args(argv)
     try:
         return _demo(args.question or QUESTION, args.max_new_tokens)

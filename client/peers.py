@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarm.catalog import lookup_name
-from swarm.errors import CheckpointMismatch, PeerBusy, PeerError, RouteNotFound
+from swarm.catalog import refuse_other_content
+from swarm.errors import PeerBusy, PeerError, RouteNotFound
 from swarm.network.node import Node
 from swarm.registry import Registry, ServerRecord
 from swarm.routing import Offer, find_route
@@ -94,10 +94,10 @@ class Peers:
         await self.refresh()
         try:
             return find_route(self._offers(), blocks)
-        except RouteNotFound as error:
+        except RouteNotFound:
             await self.refresh(max_age_s=0.5)
             if not self._records:
-                await self._explain_absence(error)
+                await refuse_other_content(self._node, self.model_name, self.model)
             return find_route(self._offers(), blocks)
 
     def measured(self, peer_id: str, overhead_s: float) -> None:
@@ -130,12 +130,3 @@ class Peers:
                 )
             )
         return offers
-
-    async def _explain_absence(self, error: RouteNotFound) -> None:
-        """Raise CheckpointMismatch when the name is served with other content."""
-        for entry in await lookup_name(self._node, self.model_name):
-            if entry.digest != self.model:
-                raise CheckpointMismatch(
-                    f"the swarm serves {entry.name} with other content ({entry.digest[:12]}, ours is {self.model[:12]}):"
-                    " use the same checkpoint and revision"
-                ) from error

@@ -1,4 +1,4 @@
-"""Peers as child processes of this one: start them, read what they print, end them. For the demo, tests and benchmarks."""
+"""Peers as child processes of this one, for the demo, tests and benchmarks: start, read what they print, end."""
 
 import os
 import re
@@ -82,7 +82,9 @@ class PeerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def _search(self, pattern: str) -> re.Match[str] | None:

@@ -2,7 +2,8 @@
 
     generate (caller's thread) ─► SwarmSession.step ─► loop thread: RemoteSession ─► Transport ─► servers
 
-Everything that awaits lives on the loop; callers block on a future, and an interrupt (Ctrl-C) cancels what they waited for.
+Everything that awaits lives on the loop; callers block on a future, and an interrupt (Ctrl-C) cancels what they waited
+for.
 """
 
 import asyncio
@@ -128,7 +129,9 @@ class SwarmSession:
 class SwarmService:
     """The remote blocks of one model, reached through the swarm."""
 
-    def __init__(self, loop: LoopThread, node: Node, transport: Transport, peers: Peers, config: SessionConfig, hidden: int):
+    def __init__(
+        self, loop: LoopThread, node: Node, transport: Transport, peers: Peers, config: SessionConfig, hidden: int
+    ):
         self._loop, self._node, self._transport, self.peers = loop, node, transport, peers
         self._config = config
         self.num_blocks, self.hidden_size = peers.num_blocks, hidden

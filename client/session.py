@@ -5,8 +5,8 @@
                        ▼
                      Done ─► outputs
 
-Policy: what a server answers to a step is believed when it blames the request; anything else that goes wrong blames the server,
-which is then replaced, until `max_wait_s` has passed without progress.
+Policy: what a server answers to a step is believed when it blames the request; anything else that goes wrong blames the
+server, which is then replaced, until `max_wait_s` has passed without progress.
 """
 
 import asyncio
@@ -244,7 +244,9 @@ class _Patience:
         """
         self._attempts += 1
         # The first failure of a server is no reason to pause: another one may be ready.
-        pause = 0.0 if self._attempts == 1 and not isinstance(error, RouteNotFound) else 0.05 * 2 ** (self._attempts - 1)
+        pause = (
+            0.0 if self._attempts == 1 and not isinstance(error, RouteNotFound) else 0.05 * 2 ** (self._attempts - 1)
+        )
         pause = min(pause, MAX_BACKOFF_S)
         if time.monotonic() + pause > self._deadline or (isinstance(error, RequestError) and self._attempts > 3):
             raise error

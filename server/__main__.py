@@ -44,15 +44,25 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m swarm.server",
-        description="Serve a range of a model's transformer blocks to a swarm. Without --initial-peers a new swarm begins.",
+        description="Serve a range of a model's transformer blocks. Without --initial-peers a new swarm begins.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
     add("--blocks", metavar="START:END", help="half-open range of blocks, 0:24 is 24 blocks; all blocks if not given")
     add("--initial-peers", nargs="+", default=(), metavar="ADDR", help="addresses of peers of the swarm to join")
-    add("--quantization", choices=("auto", "none", "int8", "nf4"), default="auto", help="auto: int8 on GPUs, none on CPU")
-    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="auto: 16 bits on GPUs, float32 on CPU")
+    add(
+        "--quantization",
+        choices=("auto", "none", "int8", "nf4"),
+        default="auto",
+        help="auto: int8 on GPUs, none on CPU",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="auto: 16 bits on GPUs, float32 on CPU",
+    )
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one")
     add("--kv-cache", default="16384", metavar="SIZE", help="room for the KV cache in tokens (16384) or bytes (2GiB)")
     add("--threads", type=int, metavar="N", help="CPU threads for the blocks; torch's choice if not given")
@@ -61,9 +71,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-port", type=int, default=0, metavar="PORT", help="TCP port for direct connections; 0 picks a free one")
     add("--announce", nargs="+", default=(), metavar="ADDR", help="addresses to announce in place of those found")
     add("--public-name", default="", metavar="NAME", help="name shown to others, at most 32 bytes")
-    add("--identity", type=Path, metavar="FILE", help="file with this peer's key, made when missing; a new identity if not given")
+    add(
+        "--identity",
+        type=Path,
+        metavar="FILE",
+        help="file with this peer's key, made when missing; a new identity if not given",
+    )
     add("--revision", metavar="REV", help="revision of a hub model")
-    add("--cache-dir", type=Path, metavar="DIR", help="where checkpoints are kept; ~/.cache/swarm or $SWARM_CACHE if not given")
+    add(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where checkpoints are kept; ~/.cache/swarm or $SWARM_CACHE if not given",
+    )
     add("--token", metavar="TOKEN", help="access token for the hub")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="how much to log")
     add("--version", action="version", version=f"swarm {__version__}")
@@ -137,7 +157,8 @@ def _print_addresses(config: ServerConfig, plan: "Plan", addresses: Sequence[str
         print(
             "new swarm; other machines join with\n"
             f"  python -m swarm.server {config.model} --blocks START:END --initial-peers {addresses[0]}\n"
-            f"and ask it with\n  python -m swarm.client \"Your question\" --model {config.model} --initial-peers {addresses[0]}"
+            "and ask it with\n"
+            f'  python -m swarm.client "Your question" --model {config.model} --initial-peers {addresses[0]}'
         )
     sys.stdout.flush()
 

@@ -4,7 +4,8 @@
     open/submit/close ──commands (queue)──►  schedule ─► run ─► finish
     await future      ◄──call_soon_threadsafe──┘
 
-It knows nothing of messages on the wire or of peers. Errors of one batch fail the jobs of that batch; the thread lives on.
+It knows nothing of messages on the wire or of peers. Errors of one batch fail the jobs of that batch; the thread lives
+on.
 """
 
 import asyncio
@@ -114,6 +115,16 @@ class Executor:
     def close(self, session: CachedSession) -> None:
         """Free a session's pages and drop its waiting steps."""
         self._commands.put(lambda: self._scheduler.cancel(session))
+
+    async def pages_in_use(self) -> int:
+        """Pages held by sessions, after all commands given so far."""
+        future: asyncio.Future[int] = self._loop.create_future()
+
+        def report() -> None:
+            self._loop.call_soon_threadsafe(future.set_result, self._allocator.num_used)
+
+        self._commands.put(report)
+        return await future
 
     # -- device thread ------------------------------------------------------------------------------------------
 

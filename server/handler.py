@@ -141,11 +141,15 @@ class Handler:
         """
         span = self.executor.span
         if message.model != self._model:
-            raise CheckpointMismatch(f"this server runs {self._model_name} {self._model[:12]}, not {message.model[:12]}")
+            raise CheckpointMismatch(
+                f"this server runs {self._model_name} {self._model[:12]}, not {message.model[:12]}"
+            )
         if not span.blocks.covers(message.blocks):
             raise InvalidRequest(f"this server runs blocks {span.blocks}, not {message.blocks}")
         if message.max_length > self._max_positions:
-            raise InvalidRequest(f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions")
+            raise InvalidRequest(
+                f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions"
+            )
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {self.state.name}", retry_after_s=60.0)
         rows = self.num_rows + message.batch_size

@@ -2,12 +2,13 @@
 
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 
-    submit(job) ─► waiting ─schedule(now)─► Batch(rows, copies, refused) ─run─► finish(batch, outputs) ─► jobs that are done
+    submit(job) ─► waiting ─schedule(now)─► Batch(rows, copies, refused) ─run─► finish(batch, outputs) ─► jobs done
                       ▲                                                            │
                       └──────────────── rest of a long prompt ─────────────────────┘
 
-A job is one step of one session. It first takes its place in the cache (beam order, rollback), then its rows run in one or more
-batches, as the token budget and the free pages allow. A job that waits for pages longer than its deadline is refused.
+A job is one step of one session. It first takes its place in the cache (beam order, rollback), then its rows run in one
+or more batches, as the token budget and the free pages allow. A job that waits for pages longer than its deadline is
+refused.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """One server from start to stop: joins the swarm, loads its blocks, announces itself, serves, leaves.
 
-    ServerConfig ─► plan ─► Node, Transport ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
-                                                                                      ─► announce ONLINE ... OFFLINE
+ServerConfig ─► plan ─► Node, Transport ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
+                                                                                  ─► announce ONLINE ... OFFLINE
 """
 
 import asyncio
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from swarm import __version__
-from swarm.catalog import ModelEntry, announce_model, lookup_name
+from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint import Checkpoint, resolve
-from swarm.errors import CheckpointMismatch, ConfigError, SwarmError
+from swarm.errors import ConfigError, SwarmError
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE
@@ -55,9 +55,7 @@ def make_plan(config: ServerConfig) -> Plan:
         UnknownModel: no such model.
         ConfigError: a device, dtype or block range that can't be.
     """
-    checkpoint = resolve(
-        config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token
-    )
+    checkpoint = resolve(config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token)
     text_config = checkpoint.config().get_text_config()
     num_blocks = int(text_config.num_hidden_layers)
     blocks = config.blocks or BlockRange(0, num_blocks)
@@ -120,7 +118,7 @@ class Server:
         await self.transport.start()
         self._stack.push_async_callback(self.transport.close)
         self._registry = Registry(self.node)
-        await self._refuse_mismatch()
+        await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
         await self._announce()
 
     async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -218,15 +216,6 @@ class Server:
         except SwarmError as error:
             logger.warning("could not announce %s: %s", self.state.name, error)
 
-    async def _refuse_mismatch(self) -> None:
-        ours = self.plan.checkpoint
-        for entry in await lookup_name(self.node, ours.name):
-            if entry.digest != ours.digest:
-                raise CheckpointMismatch(
-                    f"the swarm serves {entry.name} with other content ({entry.digest[:12]}, ours is {ours.digest[:12]}):"
-                    " use the same checkpoint and revision"
-                )
-
 
 def measure_decode(span: BlockSpan, num_steps: int = 8) -> float:
     """Tokens per second through one block, one row at a time: the median of a few steps after a warm-up."""
@@ -264,7 +253,7 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _choose_dtype(name: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
-    """On CPU fp32, which is exact and, without AMX, also the fastest; elsewhere what the checkpoint holds, at most 16 bits."""
+    """On CPU fp32: exact and, without AMX, fastest. Elsewhere what the checkpoint holds, at most 16 bits."""
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cpu":
@@ -275,4 +264,3 @@ def _choose_dtype(name: str, device: torch.device, stored: torch.dtype | None) -
 def _hosts(announce: tuple[str, ...]) -> tuple[str, ...]:
     """The host parts of announced addresses ("1.2.3.4" or "/ip4/1.2.3.4/tcp/...")."""
     return tuple(address.split("/")[2] if address.startswith("/") else address for address in announce)
-

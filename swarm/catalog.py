@@ -1,8 +1,8 @@
 """Model names and the content that is served under them.
 
-Blocks are announced by content digest (`swarm.registry`). This table is for people, who know names: it tells a peer that a name is
-served with other content than its own. Every server adds an entry of its own, spread over shards so that no key grows with
-the swarm.
+Blocks are announced by content digest (`swarm.registry`). This table is for people, who know names: it tells a peer
+that a name is served with other content than its own. Every server adds an entry of its own, spread over shards so that
+no key grows with the swarm.
 """
 
 import time
@@ -11,6 +11,7 @@ from zlib import crc32
 
 import msgspec
 
+from swarm.errors import CheckpointMismatch
 from swarm.network.node import Node
 from swarm.types import MAX_BLOCKS
 
@@ -51,6 +52,20 @@ async def lookup_name(node: Node, name: str) -> frozenset[ModelEntry]:
         if entry.name == name:
             entries.add(entry)
     return frozenset(entries)
+
+
+async def refuse_other_content(node: Node, name: str, digest: str) -> None:
+    """Check that a name means the same to us and to the swarm.
+
+    Raises:
+        CheckpointMismatch: when the swarm serves this name with other content than ours.
+    """
+    for entry in await lookup_name(node, name):
+        if entry.digest != digest:
+            raise CheckpointMismatch(
+                f"the swarm serves {name} with other content ({entry.digest[:12]}, ours is {digest[:12]}):"
+                " use the same checkpoint and revision"
+            )
 
 
 def _key(name: str, shard: int) -> str:

@@ -28,7 +28,9 @@ def encode_tensor(hidden_states: torch.Tensor, encoding: Encoding = Encoding.RAW
     """
     if hidden_states.ndim != 2 or hidden_states.dtype not in _WIRE_DTYPES:
         shape = tuple(hidden_states.shape)
-        raise InvalidRequest(f"cannot send a {hidden_states.dtype} tensor of shape {shape}: need 2 dimensions of floats")
+        raise InvalidRequest(
+            f"cannot send a {hidden_states.dtype} tensor of shape {shape}: need 2 dimensions of floats"
+        )
     num_tokens, hidden_size = hidden_states.shape
     spec = TensorSpec(_WIRE_DTYPES[hidden_states.dtype], (num_tokens, hidden_size), encoding)
     tensor = hidden_states.detach().cpu().contiguous()

@@ -1,20 +1,20 @@
 """Every error that swarm raises, in one tree. The branch answers "whose fault, and what next".
 
-    SwarmError
-    ├── RequestError        ours: the same request fails everywhere, so never retry
-    │   ├── InvalidRequest      a message or argument with a wrong shape, dtype, size or position
-    │   ├── UnknownModel        no such model name, directory or hub id
-    │   ├── UnsupportedModel    the block runner would run this model wrongly
-    │   ├── CheckpointMismatch  same name, different content
-    │   ├── ProtocolMismatch    the two sides speak different protocol versions
-    │   └── ConfigError         a setting of this process can't work (port in use, bad identity file, ...)
-    ├── PeerError           theirs: try another peer; `.peer_id` says whom to blame
-    │   ├── PeerUnreachable     no connection could be made
-    │   ├── PeerDisconnected    the connection broke
-    │   ├── PeerTimeout         nothing came before the deadline
-    │   ├── PeerBusy            refused for now; `.retry_after_s` says when to come back
-    │   └── PeerMisbehaved      malformed, oversized or out-of-order data
-    └── RouteNotFound       nobody serves some blocks: wait; `.missing` says which
+SwarmError
+├── RequestError        ours: the same request fails everywhere, so never retry
+│   ├── InvalidRequest      a message or argument with a wrong shape, dtype, size or position
+│   ├── UnknownModel        no such model name, directory or hub id
+│   ├── UnsupportedModel    the block runner would run this model wrongly
+│   ├── CheckpointMismatch  same name, different content
+│   ├── ProtocolMismatch    the two sides speak different protocol versions
+│   └── ConfigError         a setting of this process can't work (port in use, bad identity file, ...)
+├── PeerError           theirs: try another peer; `.peer_id` says whom to blame
+│   ├── PeerUnreachable     no connection could be made
+│   ├── PeerDisconnected    the connection broke
+│   ├── PeerTimeout         nothing came before the deadline
+│   ├── PeerBusy            refused for now; `.retry_after_s` says when to come back
+│   └── PeerMisbehaved      malformed, oversized or out-of-order data
+└── RouteNotFound       nobody serves some blocks: wait; `.missing` says which
 """
 
 from collections.abc import Sequence

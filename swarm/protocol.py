@@ -1,8 +1,8 @@
 """Messages between peers: what each one carries, its checks, and its bytes.
 
-A message is a msgspec Struct written as a msgpack array `[tag, field, ...]`; tensors travel behind it as raw bytes (the body of
-the frame) and are described in the message by `TensorSpec`. Types, ranges and lengths are part of the declarations, so whatever
-`decode` returns has been checked, and nothing is allocated on a peer's word alone.
+A message is a msgspec Struct written as a msgpack array `[tag, field, ...]`; tensors travel behind it as raw bytes (the
+body of the frame) and are described in the message by `TensorSpec`. Types, ranges and lengths are part of the
+declarations, so whatever `decode` returns has been checked, and nothing is allocated on a peer's word alone.
 
 This module knows nothing of connections, sessions or torch.
 
@@ -81,7 +81,7 @@ class Encoding(IntEnum):
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Describes a tensor in the body of a frame: its logical dtype, its shape [tokens, hidden] and how it is encoded."""
+    """Describes a tensor in the body of a frame: logical dtype, shape [tokens, hidden] and encoding."""
 
     dtype: DType
     shape: tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)], Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]]
@@ -120,7 +120,7 @@ class Info(Message, tag=2):
 
 
 class OpenSession(Message, tag=3):
-    """First message of a session stream: which blocks, for how many sequences of which length. Answered by `SessionOpened`."""
+    """First message of a session stream: which blocks, how many rows of which length. Answered by `SessionOpened`."""
 
     session_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     model: Digest
@@ -150,8 +150,8 @@ class Step(Message, tag=5):
     """New tokens for the rows of a session; the body is their hidden states, row after row. Answered by `StepResult`.
 
     `order[i]` (when given) names the old row whose state becomes row i, before anything else. Row i then holds exactly
-    `positions[i]` tokens (a smaller number than before is a rollback) and receives `num_tokens[i]` more. The answer holds the
-    outputs of the last `num_outputs[i]` of them.
+    `positions[i]` tokens (a smaller number than before is a rollback) and receives `num_tokens[i]` more. The answer
+    holds the outputs of the last `num_outputs[i]` of them.
     """
 
     step_id: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -205,7 +205,7 @@ class WireError(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
 
 
-# A peer's own trouble reaches the caller as the PeerError branch, whatever it was called over there; the caller's faults keep their class.
+# A peer's own trouble reaches the caller in the PeerError branch; the caller's faults keep their class.
 _REQUEST_CODES: dict[int, type[RequestError]] = {
     1: RequestError,
     2: InvalidRequest,

@@ -1,7 +1,7 @@
 """Choose a chain of servers for a range of blocks: beam search over spans, cheapest expected time per token first.
 
-Pure: offers and costs come in, hops go out. It knows nothing of records, pings or the network; the caller turns what it has
-announced and measured into `Offer`s.
+Pure: offers and costs come in, hops go out. It knows nothing of records, pings or the network; the caller turns what it
+has announced and measured into `Offer`s.
 
     offers (who serves what, how fast, how far) --find_route--> ordered hops that cover each block once
 """
@@ -40,8 +40,8 @@ class _Partial:
 def find_route(offers: Sequence[Offer], blocks: BlockRange) -> tuple[Hop, ...]:
     """The cheapest chain over `blocks` that the beam search finds.
 
-    A hop enters its server's span at any block and leaves at its end or where another server's span begins, since no other
-    exit can be part of a cheapest route while every server has one speed.
+    A hop enters its server's span at any block and leaves at its end or where another server's span begins, since no
+    other exit can be part of a cheapest route while every server has one speed.
 
     Raises:
         RouteNotFound: when some blocks are served by nobody; `.missing` names them.

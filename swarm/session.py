@@ -1,15 +1,16 @@
 """The client's side of an inference session as a pure state machine: what to send next, whatever fails.
 
-The blocks of a model are cut into segments, each run by one server through one link. A segment keeps its *history*: every hidden
-state that entered it, row by row. A server that holds fewer tokens than the history has is behind, and being behind is the
-only reason to send anything: a new token, a replay after a failure and a prompt in chunks are one case.
+The blocks of a model are cut into segments, each run by one server through one link. A segment keeps its *history*:
+every hidden state that entered it, row by row. A server that holds fewer tokens than the history has is behind, and
+being behind is the only reason to send anything: a new token, a replay after a failure and a prompt in chunks are one
+case.
 
     begin(step) ─► FindRoute ─routed()─► Send ─received()─► Send ... ─► Done(outputs)
                        ▲                   │
                        └──── failed() ─────┘     (the segment loses its server; its history stays)
 
-The machine does no I/O and knows no clock: a driver carries out each action and reports what happened. Which error is worth
-another try, how long to wait for one and whom to blame is the driver's policy.
+The machine does no I/O and knows no clock: a driver carries out each action and reports what happened. Which error is
+worth another try, how long to wait for one and whom to blame is the driver's policy.
 """
 
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ class FindRoute:
 class Send:
     """Send this step over link `link` (opening it when it is new) and report with `received` or `failed`.
 
-    `positions`, `num_tokens`, `num_outputs` and `order` mean what they mean in `swarm.protocol.Step`; `hidden_states` is
-    [sum(num_tokens), hidden], row after row, and the answer is [sum(num_outputs), hidden].
+    `positions`, `num_tokens`, `num_outputs` and `order` mean what they mean in `swarm.protocol.Step`; `hidden_states`
+    is [sum(num_tokens), hidden], row after row, and the answer is [sum(num_outputs), hidden].
     """
 
     link: int
@@ -148,8 +149,8 @@ class _Segment:
 class Session:
     """State of one inference session over `blocks`, for `batch_size` rows of at most `max_length` tokens.
 
-    Call `begin` with a step, then carry out the returned actions until `Done`. After an exception that the driver raised out of
-    a step, `abandon` makes the session ready to go on from any position it has reached.
+    Call `begin` with a step, then carry out the returned actions until `Done`. After an exception that the driver
+    raised out of a step, `abandon` makes the session ready to go on from any position it has reached.
     """
 
     def __init__(self, blocks: BlockRange, *, batch_size: int, max_length: int):
@@ -365,5 +366,5 @@ class Session:
                 raise InvalidRequest(f"row {row} holds {length} tokens, cannot continue at position {position}")
             if not 0 <= wanted <= count or position + count > self.max_length:
                 raise InvalidRequest(
-                    f"row {row}: {count} tokens ({wanted} outputs) at position {position}, session limit {self.max_length}"
+                    f"row {row}: {count} tokens ({wanted} outputs) at {position}, session limit {self.max_length}"
                 )

@@ -34,7 +34,7 @@ def test_int8_rows_stay_within_half_a_step(dtype, num_tokens, hidden_size, scale
 
 def test_a_body_of_the_wrong_length_is_refused():
     """The size is checked against the declared shape before anything is allocated."""
-    with pytest.raises(PeerMisbehaved, match="8 bytes, 4611686018427387904|8 bytes"):
+    with pytest.raises(PeerMisbehaved, match="of 8 bytes"):
         decode_tensor(TensorSpec(DType.FLOAT32, (65536, 1 << 20)), b"\x00" * 8)
 
 
