@@ -1,0 +1,328 @@
+"""One connection to a peer on an asyncio transport, whatever carries it: feeds the mux, wakes the streams, keeps the time.
+
+carrier --data_received--> Mux --events--> Streams          Streams --send_now / pieces--> carrier.write
+                             ^-- tick (timer)                        carrier full: pause_writing -> wait_writable
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from swarm.errors import (
+    InvalidRequest,
+    PeerDisconnected,
+    PeerError,
+    PeerMisbehaved,
+    PeerTimeout,
+    ProtocolMismatch,
+    SwarmError,
+)
+from swarm.protocol import MAX_META_BYTES, error_from_wire, error_to_wire
+from swarm.transport.frames import MAX_FRAGMENT_BYTES
+from swarm.transport.limits import Limits
+from swarm.transport.mux import Credited, Failed, Finished, Greeted, Mux, Opened, Received, Refused
+from swarm.transport.stream import Stream
+
+log = logging.getLogger(__name__)
+
+WRITE_BUFFER_BYTES = 1 << 20
+"""Senders wait while more than this is queued at the carrier."""
+_JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
+
+
+class Owner(Protocol):
+    """Who keeps a connection."""
+
+    def on_greeted(self, connection: "Connection", ticket: bytes) -> None:
+        """HELLO has come; sets `peer_id` where the ticket proves it. May raise a SwarmError to refuse."""
+
+    def on_opened(self, connection: "Connection", stream: Stream) -> None:
+        """The peer has opened a stream. May raise a SwarmError to refuse it."""
+
+    def on_closed(self, connection: "Connection") -> None:
+        """The connection is over."""
+
+
+class Connection(asyncio.Protocol):
+    """A connection that carries many streams.
+
+    Args:
+        owner: is told of new streams and of the end.
+        carrier: "direct" or "p2p".
+        make_mux: makes the protocol state for a given time.
+        limits: timeouts and sizes.
+        peer_id: the authenticated peer; empty until its ticket is seen.
+    """
+
+    def __init__(
+        self, owner: Owner, carrier: str, make_mux: Callable[[float], Mux], limits: Limits, *, peer_id: str = ""
+    ) -> None:
+        self.peer_id = peer_id
+        self.carrier = carrier
+        self.is_closed = False
+        self.idle_since: float | None = None
+        self._owner = owner
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._mux = make_mux(self._loop.time())
+        self._streams: dict[int, Stream] = {}
+        self._transport: asyncio.Transport | None = None
+        self._is_started = False
+        self._greeted: asyncio.Future[None] = self._loop.create_future()
+        self._writable: asyncio.Future[None] | None = None
+        self._timer = self._loop.call_later(limits.ping_period_s / 2, self._tick)
+
+    # --- the owner's side ---
+
+    def start(self) -> None:
+        """Say HELLO; before that only the carrier's own handshake has been seen by the peer."""
+        self._is_started = True
+        self._flush()
+
+    async def wait_greeted(self) -> None:
+        """Wait for the peer's HELLO.
+
+        Raises:
+            ProtocolMismatch, PeerError: why it will not come.
+        """
+        await asyncio.shield(self._greeted)
+
+    def open_stream(self, service: str) -> Stream:
+        """Open a stream to a service of the peer.
+
+        Raises:
+            PeerDisconnected: when the connection is over.
+        """
+        if self.is_closed:
+            raise PeerDisconnected(f"connection to {self.peer_id} is closed", peer_id=self.peer_id)
+        stream_id = self._mux.open(service)
+        stream = self._streams[stream_id] = Stream(self, stream_id, service)
+        self._flush()
+        return stream
+
+    @property
+    def rtt_s(self) -> float | None:
+        """The last measured round trip in seconds."""
+        return self._mux.rtt_s
+
+    @property
+    def is_greeted(self) -> bool:
+        """Whether the peer has said HELLO."""
+        return self._mux.is_greeted
+
+    @property
+    def num_streams(self) -> int:
+        """Streams of both sides."""
+        return self._mux.num_streams
+
+    @property
+    def num_peer_streams(self) -> int:
+        """Streams that the peer has opened."""
+        return self._mux.num_peer_streams
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The carrier's transport, once connected."""
+        assert self._transport is not None
+        return self._transport
+
+    def close(self, error: SwarmError) -> None:
+        """End the connection; the peer and all streams get `error`."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._timer.cancel()
+        if self._transport is not None and not self._transport.is_closing():
+            if self._is_started:
+                self._mux.fail(0, error_to_wire(error))
+                self._transport.write(self._mux.take_output())
+            self._transport.close()
+            self._loop.call_later(1.0, self._transport.abort)  # a peer that does not read must not keep it open
+        self._end(error)
+
+    # --- the streams' side ---
+
+    def send_now(self, stream_id: int, meta: bytes, body: bytes | memoryview) -> bool:
+        """Send a message in one frame at once if there is room for it; False when it must wait or be cut."""
+        if len(body) > MAX_FRAGMENT_BYTES or self._writable is not None or not self._mux.may_send(stream_id):
+            return False
+        self.start_message(stream_id, meta, body)
+        self.write(self._mux.encode_data(stream_id, meta, len(body), has_more=False), body)
+        return True
+
+    def may_send(self, stream_id: int) -> bool:
+        """Whether the stream has credit to start a message."""
+        return self._mux.may_send(stream_id) and not self.is_closed
+
+    def start_message(self, stream_id: int, meta: bytes, body: bytes | memoryview) -> None:
+        """Pay for a message.
+
+        Raises:
+            InvalidRequest: when it is larger than the peer accepts.
+        """
+        if len(meta) > MAX_META_BYTES or len(meta) + len(body) > self._limits.max_message_bytes:
+            raise InvalidRequest(
+                f"message of {len(meta)} + {len(body)} bytes, limits {MAX_META_BYTES} and {self._limits.max_message_bytes}"
+            )
+        self._mux.start_message(stream_id, len(meta) + len(body))
+
+    def pieces(
+        self, stream_id: int, meta: bytes, body: bytes | memoryview
+    ) -> Iterator[tuple[bytes, bytes | memoryview]]:
+        """Head and body of the frames of one message."""
+        view = memoryview(body)
+        for start in range(0, max(len(view), 1), MAX_FRAGMENT_BYTES):
+            piece = view[start : start + MAX_FRAGMENT_BYTES]
+            has_more = start + MAX_FRAGMENT_BYTES < len(view)
+            yield self._mux.encode_data(stream_id, meta, len(piece), has_more=has_more), piece
+            meta = b""
+
+    def write(self, head: bytes, body: bytes | memoryview) -> None:
+        """Write a frame behind any control frames that wait."""
+        transport = self.transport
+        if len(body) <= _JOIN_BYTES:
+            transport.write(b"".join((self._mux.take_output(), head, body)))
+        else:
+            transport.write(self._mux.take_output() + head)
+            transport.write(body)
+
+    async def wait_writable(self) -> None:
+        """Wait while the carrier has too much to send."""
+        while self._writable is not None and not self.is_closed:
+            await asyncio.shield(self._writable)
+
+    def consume(self, stream_id: int, cost: int) -> None:
+        """A stream's application has taken a message."""
+        self._mux.consume(stream_id, cost)
+        self._flush()
+
+    def finish(self, stream_id: int) -> None:
+        """A stream was closed on our side."""
+        self._mux.finish(stream_id)
+        self._drop_if_gone(stream_id)
+        self._flush()
+
+    def fail(self, stream_id: int, error: SwarmError) -> None:
+        """A stream was aborted on our side."""
+        self._mux.fail(stream_id, error_to_wire(error))
+        self._drop_if_gone(stream_id)
+        self._flush()
+
+    # --- the carrier's side ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_closed:
+            return
+        try:
+            for event in self._mux.receive(data, self._loop.time()):
+                self._on_event(event)
+        except PeerMisbehaved as error:
+            log.warning("dropping %s connection of %s: %s", self.carrier, self.peer_id or "a stranger", error)
+            self.close(PeerMisbehaved(str(error), peer_id=self.peer_id))
+        except SwarmError as error:
+            log.info("closing %s connection of %s: %s", self.carrier, self.peer_id or "a stranger", error)
+            self.close(error)
+        else:
+            self._flush()
+
+    def eof_received(self) -> None:
+        """The peer has closed: nothing can be told to it, so the transport closes too."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        if not self.is_closed:
+            self.is_closed = True
+            reason = f": {exc}" if exc else ""
+            self._end(PeerDisconnected(f"connection to {self.peer_id} was lost{reason}", peer_id=self.peer_id))
+
+    def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # --- inside ---
+
+    def _on_event(self, event: object) -> None:
+        if isinstance(event, Received):
+            if (stream := self._streams.get(event.stream_id)) is not None:
+                stream.on_message(event.meta, event.body, event.cost)
+        elif isinstance(event, Credited):
+            if (stream := self._streams.get(event.stream_id)) is not None:
+                stream.on_credit()
+        elif isinstance(event, Opened):
+            self._on_opened(event)
+        elif isinstance(event, Finished):
+            if (stream := self._streams.get(event.stream_id)) is not None:
+                stream.on_finish()
+                self._drop_if_gone(event.stream_id)
+        elif isinstance(event, Failed | Refused):
+            self._on_failed(event)
+        elif isinstance(event, Greeted):
+            self._owner.on_greeted(self, event.ticket)
+            if not self._greeted.done():
+                self._greeted.set_result(None)
+
+    def _on_opened(self, event: Opened) -> None:
+        stream = self._streams[event.stream_id] = Stream(self, event.stream_id, event.service)
+        try:
+            self._owner.on_opened(self, stream)
+        except SwarmError as error:
+            self.fail(event.stream_id, error)
+
+    def _on_failed(self, event: Failed | Refused) -> None:
+        error = error_from_wire(event.error, peer_id=self.peer_id)
+        if event.stream_id == 0:
+            raise error
+        if (stream := self._streams.pop(event.stream_id, None)) is not None:
+            stream.on_failure(error, drop_inbox=isinstance(event, Refused))
+
+    def _drop_if_gone(self, stream_id: int) -> None:
+        if not self._mux.has(stream_id):
+            self._streams.pop(stream_id, None)
+
+    def _flush(self) -> None:
+        if self._is_started and self._transport is not None and (output := self._mux.take_output()):
+            self._transport.write(output)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        try:
+            self._mux.tick(now)
+        except PeerTimeout as error:
+            log.info("%s connection of %s: %s", self.carrier, self.peer_id or "a stranger", error)
+            self.close(PeerTimeout(f"{self.peer_id or 'peer'}: {error}", peer_id=self.peer_id))
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        self._flush()
+        self._timer = self._loop.call_later(self._limits.ping_period_s / 2, self._tick)
+        if self._mux.num_streams or not self._mux.is_greeted:
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = now
+        elif now - self.idle_since > self._limits.idle_timeout_s:
+            self.close(PeerDisconnected("closed because nothing was using it"))
+
+    def _end(self, error: SwarmError) -> None:
+        """Everyone who waits learns that the connection is over."""
+        blame = error if isinstance(error, ProtocolMismatch | PeerError) else PeerDisconnected(str(error))
+        if isinstance(blame, PeerError) and blame.peer_id is None:
+            blame.peer_id = self.peer_id
+        if not self._greeted.done():
+            self._greeted.set_exception(blame)
+            self._greeted.exception()  # retrieved, in case that nobody waits
+        self.resume_writing()
+        for stream in self._streams.values():
+            stream.on_failure(blame)
+        self._streams.clear()
+        self._mux.close()
+        self._owner.on_closed(self)

@@ -1,0 +1,273 @@
+"""The direct carrier: TLS 1.3 over TCP, pinned to a certificate and opened with a ticket.
+
+The client learns host, port, the certificate's fingerprint and a single-use ticket over the peer's authenticated p2p stream.
+The fingerprint proves the server to the client, the ticket proves the client to the server; no certificate authority is
+involved, and the certificate lives as long as the process. This module knows nothing of streams or services.
+
+    DirectListener --accept, TLS--> on_connection(protocol)        dial(offer) --TCP, TLS, fingerprint--> (transport, protocol)
+"""
+
+import asyncio
+import datetime
+import hashlib
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import ssl
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from swarm.errors import ConfigError, PeerMisbehaved, PeerUnreachable
+from swarm.network.tasks import TaskSet
+
+log = logging.getLogger(__name__)
+
+TICKET_BYTES = 32
+TICKET_LIFETIME_S = 30.0
+MAX_TICKETS = 4096
+MAX_TICKETS_PER_PEER = 16
+MAX_HOSTS = 8
+_ACCEPT_PAUSE_S = 0.1
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """Where and how to connect directly. Without hosts there is no direct way."""
+
+    version: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    hosts: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=MAX_HOSTS)] = ()
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    fingerprint: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    ticket: Annotated[bytes, msgspec.Meta(max_length=TICKET_BYTES)] = b""
+
+
+class Tickets:
+    """Single-use, short-lived proofs that a peer id asked for a connection. Pure but for the random bytes."""
+
+    def __init__(self, make_random: Callable[[int], bytes] = secrets.token_bytes) -> None:
+        self._make_random = make_random
+        self._issued: dict[bytes, tuple[str, float]] = {}
+
+    def issue(self, peer_id: str, now: float) -> bytes | None:
+        """A new ticket for the peer, or None when too many are out."""
+        self._expire(now)
+        held = sum(owner == peer_id for owner, _ in self._issued.values())
+        if held >= MAX_TICKETS_PER_PEER or len(self._issued) >= MAX_TICKETS:
+            return None
+        ticket = self._make_random(TICKET_BYTES)
+        self._issued[ticket] = (peer_id, now + TICKET_LIFETIME_S)
+        return ticket
+
+    def redeem(self, ticket: bytes, now: float) -> str | None:
+        """The peer to whom the ticket was given; None when it is unknown, used or expired. It is void afterwards."""
+        self._expire(now)
+        owner = self._issued.pop(ticket, None)
+        return owner[0] if owner is not None else None
+
+    def _expire(self, now: float) -> None:
+        while self._issued:
+            ticket, (_, deadline) = next(iter(self._issued.items()))  # the oldest
+            if deadline > now:
+                return
+            del self._issued[ticket]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """A self-signed certificate of this process and its SHA-256 fingerprint."""
+
+    context: ssl.SSLContext
+    fingerprint: bytes
+
+    @classmethod
+    def generate(cls) -> "Certificate":
+        """Make a key (P-256) and a certificate that nobody needs to trust: clients compare the fingerprint."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "swarm")])
+        now = datetime.datetime.now(datetime.UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=3650))
+            .sign(key, hashes.SHA256())
+        )
+        encoded = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0  # connections are not resumed
+        _load(context, encoded + certificate.public_bytes(serialization.Encoding.PEM))
+        der = certificate.public_bytes(serialization.Encoding.DER)
+        return cls(context=context, fingerprint=hashlib.sha256(der).digest())
+
+
+class DirectListener:
+    """Accepts TLS connections, few at a time until they have proved themselves.
+
+    Args:
+        make_protocol: makes the protocol of one connection.
+        may_accept: whether there is room for one more connection.
+        handshake_timeout_s: deadline of the TLS handshake.
+        max_handshakes: handshakes at a time; more connections are closed at once.
+    """
+
+    def __init__(
+        self,
+        make_protocol: Callable[[], asyncio.Protocol],
+        *,
+        may_accept: Callable[[], bool],
+        handshake_timeout_s: float,
+        max_handshakes: int,
+    ) -> None:
+        self.certificate = Certificate.generate()
+        self.host = ""
+        self.port = 0
+        self._make_protocol = make_protocol
+        self._may_accept = may_accept
+        self._handshake_timeout_s = handshake_timeout_s
+        self._max_handshakes = max_handshakes
+        self._tasks = TaskSet()
+        self._socket: socket.socket | None = None
+
+    def start(self, host: str, port: int) -> None:
+        """Listen.
+
+        Raises:
+            ConfigError: when the address can't be used.
+        """
+        address = ipaddress.ip_address(host)
+        listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setblocking(False)
+            listener.bind((host, port))
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            raise ConfigError(f"can't listen on {host} port {port}: {error.strerror}") from error
+        self._socket = listener
+        self.host, self.port = listener.getsockname()[:2]
+        self._tasks.spawn(self._accept_all(listener), name="accept direct connections")
+
+    async def close(self) -> None:
+        """Stop listening; connections that are established stay."""
+        await self._tasks.close()
+        if self._socket is not None:
+            self._socket.close()
+
+    async def _accept_all(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of file descriptors, or a connection that died in the queue
+                log.warning("accept failed: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            if len(self._tasks) > self._max_handshakes or not self._may_accept():
+                connection.close()
+                continue
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._tasks.spawn(self._shake_hands(connection), name="TLS handshake")
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._make_protocol,
+                connection,
+                ssl=self.certificate.context,
+                ssl_handshake_timeout=self._handshake_timeout_s,
+            )
+        except (OSError, ssl.SSLError) as error:
+            log.debug("TLS handshake failed: %r", error)
+            connection.close()
+
+
+async def dial(
+    offer: Offer, make_protocol: Callable[[], asyncio.Protocol], *, peer_id: str, timeout_s: float
+) -> tuple[asyncio.Transport, asyncio.Protocol]:
+    """Connect to the first of the offer's hosts that answers with the right certificate; all are tried at once.
+
+    Raises:
+        PeerUnreachable: when none does. PeerMisbehaved: when the offer is no use.
+    """
+    hosts = _check_offer(offer, peer_id)
+    attempts = {asyncio.ensure_future(_dial_host(host, offer, make_protocol, timeout_s)): host for host in hosts}
+    failures: list[str] = []
+    pending = set(attempts)
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in done:
+                if attempt.exception() is None:
+                    return attempt.result()
+                failures.append(f"{attempts[attempt]}: {attempt.exception() or type(attempt.exception()).__name__}")
+    finally:
+        for attempt in pending:
+            attempt.cancel()
+    raise PeerUnreachable(f"no direct way to {peer_id}, port {offer.port}: {'; '.join(failures)}", peer_id=peer_id)
+
+
+async def _dial_host(
+    host: str, offer: Offer, make_protocol: Callable[[], asyncio.Protocol], timeout_s: float
+) -> tuple[asyncio.Transport, asyncio.Protocol]:
+    async with asyncio.timeout(timeout_s):
+        transport, protocol = await asyncio.get_running_loop().create_connection(
+            make_protocol,
+            host,
+            offer.port,
+            ssl=_client_context(),
+            server_hostname="swarm",
+            ssl_handshake_timeout=timeout_s,
+        )
+    presented = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    if presented is None or not secrets.compare_digest(hashlib.sha256(presented).digest(), offer.fingerprint):
+        transport.abort()
+        raise PeerUnreachable("another certificate than the peer's")
+    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return transport, protocol
+
+
+def _check_offer(offer: Offer, peer_id: str) -> Sequence[str]:
+    """The offer's hosts, if they are addresses and the rest is complete."""
+    try:
+        hosts = [str(ipaddress.ip_address(host)) for host in offer.hosts]
+    except ValueError as error:
+        raise PeerMisbehaved(f"{peer_id} offers {offer.hosts!r}, which are not addresses", peer_id=peer_id) from error
+    if not offer.port or len(offer.fingerprint) != 32 or len(offer.ticket) != TICKET_BYTES:
+        raise PeerMisbehaved(f"{peer_id} makes an incomplete offer of a direct connection", peer_id=peer_id)
+    return hosts
+
+
+def _client_context() -> ssl.SSLContext:
+    """TLS 1.3 without authorities; the caller compares the fingerprint before it says anything."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _load(context: ssl.SSLContext, pem: bytes) -> None:
+    """Load key and certificate, which the ssl module takes from a file only."""
+    descriptor, path = tempfile.mkstemp(prefix="swarm-", suffix=".pem")  # mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+        context.load_cert_chain(path)
+    finally:
+        os.unlink(path)

@@ -1,0 +1,46 @@
+"""What a peer may take from us before it is refused, and how long we wait for it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits of a transport.
+
+    Attributes:
+        max_streams_per_peer: streams that one peer may have open on us.
+        max_streams: streams that all peers together may have open on us.
+        max_connections_per_peer: connections of one peer.
+        max_connections: connections of all peers, both carriers.
+        max_pending_connections: connections that have not said HELLO yet.
+        max_message_bytes: meta and body of one message.
+        window_bytes: a sender waits when so much of what it sent on a stream has not been consumed.
+        max_buffered_bytes: received and not yet consumed on one connection; a stream that goes beyond is refused.
+        max_total_buffered_bytes: the same over all connections.
+        ping_period_s: a PING is sent after so much silence.
+        silence_timeout_s: a peer that sends nothing for so long is taken for dead.
+        hello_timeout_s: TLS handshake and HELLO must be complete after so long.
+        idle_timeout_s: a connection without streams is closed after so long.
+    """
+
+    max_streams_per_peer: int = 256
+    max_streams: int = 4096
+    max_connections_per_peer: int = 4
+    max_connections: int = 1024
+    max_pending_connections: int = 64
+    max_message_bytes: int = 64 << 20
+    window_bytes: int = 4 << 20
+    max_buffered_bytes: int = 192 << 20
+    max_total_buffered_bytes: int = 1 << 30
+    ping_period_s: float = 1.0
+    silence_timeout_s: float = 4.0
+    hello_timeout_s: float = 5.0
+    idle_timeout_s: float = 120.0
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes received and not yet consumed, counted over all connections of a transport."""
+
+    limit: int
+    used: int = 0

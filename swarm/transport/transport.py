@@ -1,0 +1,444 @@
+"""Message streams to peers: over a direct TLS connection where there is a way, else over a p2p stream.
+
+    open(peer, service) --> a live connection, or dial --> Connection.open_stream --> Stream
+        dial direct: ask for an offer over p2p --> direct.dial --> HELLO with the ticket
+        dial p2p:    Node.open_stream_protocol --> HELLO
+    incoming connection --HELLO--> known peer --OPEN--> serve()'s handler(stream), one supervised task each
+
+One connection carries all streams of a peer, in both directions. This module knows nothing of models, blocks or messages.
+"""
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal, Self
+
+import msgspec
+
+from swarm.errors import (
+    ConfigError,
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerError,
+    PeerMisbehaved,
+    PeerTimeout,
+    PeerUnreachable,
+    ProtocolMismatch,
+    SwarmError,
+)
+from swarm.network import Node
+from swarm.network.tasks import TaskSet
+from swarm.protocol import PROTOCOL_VERSION, Message
+from swarm.transport.connection import Connection
+from swarm.transport.direct import MAX_HOSTS, DirectListener, Offer, Tickets, dial
+from swarm.transport.frames import MAX_SERVICE_BYTES
+from swarm.transport.limits import Budget, Limits
+from swarm.transport.mux import Mux
+from swarm.transport.reachability import Reachability
+from swarm.transport.stream import EndOfStream, Stream
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Stream], Awaitable[None]]
+Carrier = Literal["auto", "direct", "p2p"]
+
+MUX_STREAM = "/swarm/mux"
+"""Name of the p2p stream that carries frames."""
+OFFER_STREAM = "/swarm/offer"
+"""Name of the p2p stream that hands out offers of direct connections."""
+DIRECT_TIMEOUT_S = 3.0
+"""Longest wait for a direct connection when a p2p stream would do."""
+_MAX_OFFER_BYTES = 1024
+_MAX_OFFERS_AT_ONCE = 64
+_offer_decoder = msgspec.msgpack.Decoder(Offer)
+
+
+class Transport:
+    """Opens streams to peers and serves theirs.
+
+    Args:
+        node: our identity and p2p streams.
+        listen: host and port (0: any) for direct connections; None offers p2p only.
+        announce_hosts: addresses under which peers may try us; by default those of the node.
+        limits: what peers may take from us.
+        version: protocol version that we speak.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        listen: tuple[str, int] | None = None,
+        announce_hosts: Sequence[str] | None = None,
+        limits: Limits | None = None,
+        version: int = PROTOCOL_VERSION,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.node = node
+        self._version = version
+        self._listen = listen
+        self._announce_hosts = announce_hosts
+        self._budget = Budget(self.limits.max_total_buffered_bytes)
+        self._services: dict[str, Handler] = {}
+        self._tickets = Tickets()
+        self._reachability = Reachability()
+        self._connections: set[Connection] = set()
+        self._by_peer: dict[str, list[Connection]] = {}
+        self._dial_locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._handling: dict[str, int] = {}
+        self._num_offers = 0
+        self._listener: DirectListener | None = None
+        self._tasks = TaskSet()
+        self._is_closed = False
+
+    async def start(self) -> None:
+        """Listen for direct connections and p2p streams.
+
+        Raises:
+            ConfigError: when the address for direct connections can't be used.
+        """
+        if self._listen is not None:
+            self._listener = DirectListener(
+                lambda: self._accept("direct", ""),
+                may_accept=self._has_room,
+                handshake_timeout_s=self.limits.hello_timeout_s,
+                max_handshakes=self.limits.max_pending_connections,
+            )
+            self._listener.start(*self._listen)
+        await self.node.add_stream_protocol(MUX_STREAM, lambda peer_id: self._accept("p2p", peer_id))
+        await self.node.add_stream_handler(OFFER_STREAM, self._make_offer)
+
+    def serve(self, service: str, handler: Handler) -> None:
+        """Call `handler(stream)` for each stream that a peer opens to `service`.
+
+        When it returns, the stream is finished; a SwarmError that it raises is sent to the peer; any other error is logged
+        and the peer learns only that there was one.
+        """
+        if not 1 <= len(service.encode()) <= MAX_SERVICE_BYTES:
+            raise ConfigError(f"name of service {service!r} must have 1 to {MAX_SERVICE_BYTES} bytes")
+        self._services[service] = handler
+
+    async def open(self, peer_id: str, service: str, *, timeout_s: float, carrier: Carrier = "auto") -> Stream:
+        """Open a stream to a peer's service, over a connection that exists or a new one.
+
+        Args:
+            timeout_s: deadline for the connection, in seconds. That the service is missing shows at `receive`.
+            carrier: "direct", "p2p", or whichever works, direct ones first.
+
+        Raises:
+            PeerUnreachable, PeerTimeout, PeerBusy: no connection. ProtocolMismatch: the peer speaks another version.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._connect(peer_id, carrier, timeout_s)
+        except TimeoutError as error:
+            raise PeerTimeout(f"no connection to {peer_id} within {timeout_s:g} s", peer_id=peer_id) from error
+        return connection.open_stream(service)
+
+    async def call(
+        self, peer_id: str, service: str, message: Message, *, timeout_s: float, carrier: Carrier = "auto"
+    ) -> Message:
+        """Open a stream, send one message, return the answer, close. Errors as `open` and `Stream.receive`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with await self.open(peer_id, service, timeout_s=timeout_s, carrier=carrier) as stream:
+                    await stream.send(message)
+                    answer, _ = await stream.receive()
+                    return answer
+        except TimeoutError as error:
+            raise PeerTimeout(f"no answer from {peer_id} within {timeout_s:g} s", peer_id=peer_id) from error
+        except EndOfStream as error:
+            raise PeerMisbehaved(f"{peer_id} finished {service} without an answer", peer_id=peer_id) from error
+
+    def rtt_s(self, peer_id: str) -> float | None:
+        """The last measured round trip to a connected peer in seconds."""
+        return next((c.rtt_s for c in self._by_peer.get(peer_id, ()) if c.rtt_s is not None), None)
+
+    @property
+    def direct_port(self) -> int | None:
+        """TCP port for direct connections."""
+        return self._listener.port if self._listener is not None else None
+
+    @property
+    def num_connections(self) -> int:
+        """Connections of both carriers."""
+        return len(self._connections)
+
+    async def close(self) -> None:
+        """Take no more connections, end the handlers, close all connections."""
+        self._is_closed = True
+        if self._listener is not None:
+            await self._listener.close()
+        await self._tasks.close()
+        for connection in list(self._connections):
+            connection.close(PeerDisconnected(f"{self.node.peer_id} is shutting down"))
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Transport {len(self._connections)} connections | {sum(self._handling.values())} streams served>"
+
+    # --- making connections ---
+
+    async def _connect(self, peer_id: str, carrier: Carrier, timeout_s: float) -> Connection:
+        if peer_id == self.node.peer_id:
+            raise InvalidRequest("a peer does not connect to itself")
+        if carrier != "p2p":
+            if (connection := self._live(peer_id, "direct")) is not None:
+                return connection
+            if carrier == "direct" or self._reachability.should_try(peer_id, self._now):
+                try:
+                    wait_s = timeout_s if carrier == "direct" else min(timeout_s / 2, DIRECT_TIMEOUT_S)
+                    return await self._dial_once(peer_id, "direct", wait_s)
+                except (PeerUnreachable, PeerTimeout, PeerDisconnected) as error:
+                    self._reachability.failed(peer_id, self._now)
+                    if carrier == "direct":
+                        raise
+                    log.debug("no direct connection to %s: %s", peer_id, error)
+        return self._live(peer_id, "p2p") or await self._dial_once(peer_id, "p2p", timeout_s)
+
+    async def _dial_once(self, peer_id: str, carrier: str, timeout_s: float) -> Connection:
+        """Dial; whoever wants the same connection meanwhile waits for this attempt first."""
+        lock = self._dial_locks.setdefault((peer_id, carrier), asyncio.Lock())
+        try:
+            async with asyncio.timeout(timeout_s), lock:
+                connection = self._live(peer_id, carrier)
+                if connection is None:
+                    make = self._dial_direct if carrier == "direct" else self._dial_p2p
+                    connection = await make(peer_id, timeout_s)
+                return connection
+        except TimeoutError as error:
+            raise PeerTimeout(
+                f"no {carrier} connection to {peer_id} within {timeout_s:g} s", peer_id=peer_id
+            ) from error
+        finally:
+            if not lock.locked():
+                self._dial_locks.pop((peer_id, carrier), None)
+
+    async def _dial_direct(self, peer_id: str, timeout_s: float) -> Connection:
+        offer = await self._ask_offer(peer_id, timeout_s)
+        if not offer.hosts:
+            raise PeerUnreachable(f"{peer_id} takes no direct connections", peer_id=peer_id)
+        made: list[Connection] = []
+
+        def make_protocol() -> Connection:
+            made.append(self._make_connection("direct", peer_id, is_dialler=True, ticket=offer.ticket))
+            return made[-1]
+
+        winner: asyncio.Protocol | None = None
+        try:
+            _, winner = await dial(offer, make_protocol, peer_id=peer_id, timeout_s=timeout_s)
+        finally:
+            for connection in made:
+                if connection is not winner:
+                    connection.close(PeerDisconnected("not needed"))
+        assert isinstance(winner, Connection)
+        connection = await self._greet(winner)
+        self._reachability.succeeded(peer_id)
+        return connection
+
+    async def _dial_p2p(self, peer_id: str, timeout_s: float) -> Connection:
+        connection = self._make_connection("p2p", peer_id, is_dialler=True)
+        try:
+            await self.node.open_stream_protocol(peer_id, MUX_STREAM, connection, timeout_s=timeout_s)
+        except BaseException:
+            connection.close(PeerDisconnected("not needed"))
+            raise
+        return await self._greet(connection)
+
+    async def _greet(self, connection: Connection) -> Connection:
+        """Exchange HELLOs on a connection that we made."""
+        self._add(connection)
+        connection.start()
+        try:
+            await connection.wait_greeted()
+        except BaseException:
+            connection.close(PeerDisconnected("gave up waiting for HELLO"))
+            raise
+        return connection
+
+    def _make_connection(self, carrier: str, peer_id: str, *, is_dialler: bool, ticket: bytes = b"") -> Connection:
+        def make_mux(now: float) -> Mux:
+            return Mux(
+                is_dialler=is_dialler,
+                limits=self.limits,
+                now=now,
+                budget=self._budget,
+                ticket=ticket,
+                version=self._version,
+            )
+
+        return Connection(self, carrier, make_mux, self.limits, peer_id=peer_id)
+
+    def _live(self, peer_id: str, carrier: str) -> Connection | None:
+        for connection in self._by_peer.get(peer_id, ()):
+            if connection.carrier == carrier and connection.is_greeted and not connection.is_closed:
+                return connection
+        return None
+
+    # --- taking connections ---
+
+    def _accept(self, carrier: str, peer_id: str) -> Connection:
+        connection = _Accepted(self, carrier, peer_id)
+        self._connections.add(connection)
+        return connection
+
+    def _has_room(self) -> bool:
+        num_pending = sum(not connection.is_greeted for connection in self._connections)
+        return (
+            not self._is_closed
+            and len(self._connections) < self.limits.max_connections
+            and num_pending < self.limits.max_pending_connections
+        )
+
+    def on_greeted(self, connection: Connection, ticket: bytes) -> None:
+        """A peer has said HELLO: on a direct connection its ticket tells who it is."""
+        if not isinstance(connection, _Accepted):
+            return
+        if connection.carrier == "direct":
+            owner = self._tickets.redeem(ticket, self._now)
+            if owner is None:
+                raise PeerMisbehaved("HELLO with a ticket that is unknown, used or expired")
+            connection.peer_id = owner
+        if self._is_closed or len(self._by_peer.get(connection.peer_id, ())) >= self.limits.max_connections_per_peer:
+            raise PeerBusy(f"limit of {self.limits.max_connections_per_peer} connections per peer", retry_after_s=5.0)
+        self._add(connection)
+
+    def on_opened(self, connection: Connection, stream: Stream) -> None:
+        """A peer has opened a stream: check the limits, start the handler."""
+        handler = self._services.get(stream.service)
+        if handler is None:
+            raise InvalidRequest(f"{self.node.peer_id} does not serve {stream.service!r}")
+        num_streams = max(self._handling.get(connection.peer_id, 0), connection.num_peer_streams - 1)
+        if num_streams >= self.limits.max_streams_per_peer:
+            raise PeerBusy(f"{num_streams} streams are open, limit {self.limits.max_streams_per_peer} per peer")
+        if sum(self._handling.values()) >= self.limits.max_streams:
+            raise PeerBusy(f"limit of {self.limits.max_streams} streams")
+        self._tasks.spawn(self._handle(handler, stream), name=f"{stream.service} for {stream.peer_id}")
+
+    def on_closed(self, connection: Connection) -> None:
+        """A connection is over."""
+        self._connections.discard(connection)
+        connections = self._by_peer.get(connection.peer_id, [])
+        if connection in connections:
+            connections.remove(connection)
+        if not connections:
+            self._by_peer.pop(connection.peer_id, None)
+
+    def _add(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        self._by_peer.setdefault(connection.peer_id, []).append(connection)
+
+    async def _handle(self, handler: Handler, stream: Stream) -> None:
+        """Run one stream's handler; one of the two outermost loops, so it catches everything."""
+        self._handling[stream.peer_id] = self._handling.get(stream.peer_id, 0) + 1
+        try:
+            await handler(stream)
+            await stream.close()
+        except EndOfStream:
+            await stream.close()
+        except asyncio.CancelledError:
+            await stream.abort(PeerDisconnected(f"{self.node.peer_id} is shutting down"))
+            raise
+        except SwarmError as error:
+            await stream.abort(error)
+        except Exception:
+            log.exception("handler of %s failed", stream.service)
+            await stream.abort(PeerError("internal error"))
+        finally:
+            self._handling[stream.peer_id] -= 1
+            if not self._handling[stream.peer_id]:
+                del self._handling[stream.peer_id]
+
+    # --- offers of direct connections ---
+
+    async def _ask_offer(self, peer_id: str, timeout_s: float) -> Offer:
+        """Ask a peer, over its authenticated p2p stream, how to connect directly."""
+        reader, writer = await self.node.open_stream(peer_id, OFFER_STREAM, timeout_s)
+        try:
+            writer.write(self._version.to_bytes(2, "big"))
+            data = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+            if len(data) > _MAX_OFFER_BYTES:
+                raise PeerMisbehaved(f"{peer_id} sent an offer of {len(data)} bytes", peer_id=peer_id)
+            offer = _offer_decoder.decode(data)
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            raise PeerDisconnected(f"{peer_id} closed the stream without an offer", peer_id=peer_id) from error
+        except msgspec.MsgspecError as error:
+            raise PeerMisbehaved(f"{peer_id} sent a malformed offer: {error}", peer_id=peer_id) from error
+        finally:
+            writer.close()
+        if offer.version != self._version:
+            raise ProtocolMismatch(f"{peer_id} speaks protocol version {offer.version}, we speak {self._version}")
+        return offer
+
+    async def _make_offer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer_id: str) -> None:
+        """Answer a peer that asks for a direct connection."""
+        if self._num_offers >= _MAX_OFFERS_AT_ONCE:
+            return
+        self._num_offers += 1
+        try:
+            async with asyncio.timeout(self.limits.hello_timeout_s):
+                version = int.from_bytes(await reader.readexactly(2), "big")
+                if version != self._version:
+                    log.info("%s speaks protocol version %d, we speak %d", peer_id, version, self._version)
+                data = msgspec.msgpack.encode(self._offer_for(peer_id) if version == self._version else self._no_offer)
+                writer.write(len(data).to_bytes(2, "big") + data)
+                await reader.read()  # until the peer closes: the daemon would cut the tail of what we sent
+        except TimeoutError:
+            log.debug("%s asked for an offer and did not take it", peer_id)
+        finally:
+            self._num_offers -= 1
+
+    def _offer_for(self, peer_id: str) -> Offer:
+        ticket = self._tickets.issue(peer_id, self._now) if self._listener is not None and self._has_room() else None
+        if self._listener is None or ticket is None:
+            return self._no_offer
+        return Offer(
+            version=self._version,
+            hosts=self._offered_hosts(),
+            port=self._listener.port,
+            fingerprint=self._listener.certificate.fingerprint,
+            ticket=ticket,
+        )
+
+    @property
+    def _no_offer(self) -> Offer:
+        return Offer(version=self._version)
+
+    def _offered_hosts(self) -> tuple[str, ...]:
+        """Where peers may try us: as configured, or the address we listen on, or (when that is all of them) the node's."""
+        assert self._listener is not None
+        if self._announce_hosts is not None:
+            return tuple(self._announce_hosts)[:MAX_HOSTS]
+        if not ipaddress.ip_address(self._listener.host).is_unspecified:
+            return (self._listener.host,)
+        hosts = [parts[2] for address in self.node.addresses if (parts := address.split("/"))[1] in ("ip4", "ip6")]
+        return tuple(dict.fromkeys(hosts))[:MAX_HOSTS]
+
+    @property
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+class _Accepted(Connection):
+    """A connection that a peer has made: it says HELLO as soon as the carrier is up."""
+
+    def __init__(self, owner: Transport, carrier: str, peer_id: str) -> None:
+        def make_mux(now: float) -> Mux:
+            return Mux(is_dialler=False, limits=owner.limits, now=now, budget=owner._budget, version=owner._version)
+
+        super().__init__(owner, carrier, make_mux, owner.limits, peer_id=peer_id)
+        self._has_room = owner._has_room()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.start()
+        if not self._has_room:
+            self.close(PeerBusy("no room for more connections", retry_after_s=5.0))
