@@ -1,4 +1,6 @@
-"""Runs transformer blocks of large language models on many machines: `from swarm import AutoDistributedModelForCausalLM`.
+"""Runs the transformer blocks of large language models on many machines.
+
+    from swarm import AutoDistributedModelForCausalLM
 
 Importing this package loads neither torch nor transformers; the names below come in when they are first used.
 """

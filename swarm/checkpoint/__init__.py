@@ -1,1 +1,1 @@
-"""Finds checkpoints (`source`) and loads parts of them (`partial`). The only package of swarm that knows transformers."""
+"""Finds checkpoints (`source`) and loads parts of them (`partial`). All that `swarm` knows of transformers is here."""
