@@ -15,19 +15,19 @@ from swarm.checkpoint.partial import build_model, build_rotary, find_blocks, ite
 from swarm.errors import CheckpointMismatch, InvalidRequest, UnsupportedModel
 from swarm.types import BlockRange
 
-LLAMA: dict[str, Any] = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=96,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-TOKENS: dict[str, Any] = dict(vocab_size=96, bos_token_id=1, eos_token_id=2)
+LLAMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOKENS: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2}
 GPT2: dict[str, Any] = dict(n_embd=32, n_layer=3, n_head=4, n_positions=128, **TOKENS)
 BLOOM: dict[str, Any] = dict(hidden_size=32, n_layer=3, n_head=4, **TOKENS)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -169,9 +169,9 @@ def test_tied_weights_stay_one_tensor(tmp_path: Path) -> None:
 def test_multimodal_checkpoint_gives_its_text_part(tmp_path: Path) -> None:
     """Text layers that sit deeper are found; the vision tower is not read."""
     text = CONFIGS["gemma3_text"]
-    vision = dict(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
-    )
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14
+    }
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     model = AutoModelForCausalLM.from_config(config).eval()

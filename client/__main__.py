@@ -1,0 +1,186 @@
+"""`python -m swarm.client "question" --initial-peers ADDR`: a model of the swarm answers on the terminal.
+
+    main ─► from_pretrained ─► Conversation.ask (once, or for each line with --chat) ─► text on stdout, route and rates on stderr
+
+Exit status: 0 answered, 2 an error (one line on stderr), 130 interrupted.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from swarm.errors import InvalidRequest, SwarmError
+
+if TYPE_CHECKING:
+    from swarm.client.chat import Answer, Conversation
+    from swarm.client.model import DistributedModel
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_NEW_TOKENS = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        _check(args)
+        return _run(args)
+    except (SwarmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swarm.client",
+        description="Ask a model whose transformer blocks run on the servers of a swarm.",
+        epilog="example: python -m swarm.client 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3Koo...",
+    )
+    add = parser.add_argument
+    add("question", nargs="?", help="what to ask; may be left out with --chat")
+    add("--model", default=DEFAULT_MODEL, help="embedded name, checkpoint directory or hub id (default: %(default)s)")
+    add(
+        "--initial-peers",
+        nargs="+",
+        metavar="ADDR",
+        default=[],
+        help="full addresses of any peers of the swarm (required)",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="keep a conversation: one question per line, an empty line or Ctrl-D ends it",
+    )
+    add("--system", metavar="TEXT", help="instructions that come before the first question (default: the model's own)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    add(
+        "--do-sample",
+        action="store_true",
+        help="draw tokens at random instead of taking the likeliest (default: off, unless one of the next three is given)",
+    )
+    add("--temperature", type=float, metavar="T", help="how random, above 0 (default: the model's own, or 1)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest tokens of this total probability, above 0 to 1",
+    )
+    add("--seed", type=int, metavar="N", help="makes random answers repeatable (default: different each time)")
+    add("--show-route", action="store_true", help="print which peer ran which blocks, and how fast the answer came")
+    add("--json", action="store_true", help="print one JSON object per answer instead of streaming the text")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
+    add("--cache-dir", metavar="DIR", help="where converted and downloaded files are kept (default: ~/.cache/swarm)")
+    add("--threads", type=int, metavar="N", help="CPU threads for the local part (default: torch's choice)")
+    add("--verbose", action="store_true", help="log what happens to stderr")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    if not args.initial_peers:
+        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
+    if not args.question and not args.chat:
+        raise InvalidRequest("nothing to ask: give a question, or --chat")
+    if args.max_new_tokens < 1:
+        raise InvalidRequest(f"--max-new-tokens is {args.max_new_tokens}, need at least 1")
+    if args.temperature is not None and not args.temperature > 0:
+        raise InvalidRequest(f"--temperature is {args.temperature}, need more than 0")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise InvalidRequest(f"--top-p is {args.top_p}, need more than 0 and at most 1")
+    if args.threads is not None and args.threads < 1:
+        raise InvalidRequest(f"--threads is {args.threads}, need at least 1")
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from swarm.client.auto import AutoDistributedModelForCausalLM
+    from swarm.client.chat import Conversation
+
+    transformers_logging.set_verbosity_error()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        args.model, initial_peers=args.initial_peers, revision=args.revision, cache_dir=args.cache_dir
+    )
+    with model, Conversation(model, AutoTokenizer.from_pretrained(model.checkpoint.path), system=args.system) as talk:
+        for question in _questions(args):
+            _answer(talk, model, question, args)
+    return 0
+
+
+def _questions(args: argparse.Namespace) -> Iterator[str]:
+    """The question of the command line, then, with --chat, one per line of input."""
+    if args.question:
+        yield args.question
+    while args.chat:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def _answer(talk: "Conversation", model: "DistributedModel", question: str, args: argparse.Namespace) -> None:
+    answer = talk.ask(question, show=None if args.json else _show, **_options(args))
+    if args.json:
+        print(json.dumps(_report(answer, model)), flush=True)
+        return
+    print(flush=True)
+    if args.show_route:
+        route = " -> ".join(f"{name} [{hop.blocks}]" for name, hop in model.last_route)
+        print(f"route: {route}", file=sys.stderr)
+        print(
+            f"time to first token {answer.first_token_s:.2f} s, then {answer.tokens_per_s:.1f} tokens/s"
+            f" ({answer.num_sent_tokens} of {answer.num_prompt_tokens} tokens sent, {answer.num_tokens} generated)",
+            file=sys.stderr,
+        )
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    chosen = {"temperature": args.temperature, "top_p": args.top_p}
+    options: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    do_sample = args.do_sample or bool(options) or args.seed is not None
+    return options | {"do_sample": do_sample, "max_new_tokens": args.max_new_tokens}
+
+
+def _report(answer: "Answer", model: "DistributedModel") -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "num_prompt_tokens": answer.num_prompt_tokens,
+        "num_sent_tokens": answer.num_sent_tokens,
+        "num_tokens": answer.num_tokens,
+        "first_token_s": round(answer.first_token_s, 4),
+        "tokens_per_s": round(answer.tokens_per_s, 2),
+        "route": [{"name": name, "peer_id": hop.peer_id, "blocks": str(hop.blocks)} for name, hop in model.last_route],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

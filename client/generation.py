@@ -1,0 +1,209 @@
+"""What a distributed model adds to a transformers model: sessions, and their end on every way out of `generate`.
+
+    generate ─► transformers' own loop ─► __call__ ─Pass─► forward of the model's own class ─► RemoteBlocks
+       └─ opens a session, closes it: at return, on any exception, on Ctrl-C
+
+Everything about decoding (sampling, beams, penalties, assistants, streamers, stopping) is transformers' own. Knows nothing of
+networks. Hooks used, in transformers 5.17 to 5.23: GenerationMixin._prepare_cache_for_generation, .__call__, .generate.
+"""
+
+import logging
+import sys
+import weakref
+from collections import deque
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from swarm.checkpoint.source import Checkpoint
+from swarm.client.cache import BlockService, BlockSession, RemoteCache
+from swarm.client.remote_blocks import Pass, model_pass
+from swarm.errors import InvalidRequest, SwarmError
+
+logger = logging.getLogger(__name__)
+
+_LOCAL_CACHES = ("static", "offloaded", "offloaded_static", "quantized", "hybrid", "sliding_window")
+_CACHE_NAMES = ("past_key_values", "cache_params")
+
+_opened: ContextVar[list[RemoteCache] | None] = ContextVar("swarm_client_opened", default=None)
+"""Sessions that the running `generate` of this thread has opened."""
+
+
+class DistributedMixin(GenerationMixin):
+    """Mixed into the class of a transformers causal model whose layer list is a RemoteBlocks."""
+
+    block_service: BlockService
+    checkpoint: Checkpoint
+    last_route: tuple[tuple[str, Any], ...] = ()
+    """(name, hop) of each server that the last `generate` went through, in order."""
+    _abandoned: "deque[BlockSession]"
+
+    def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> RemoteCache:
+        """Open a session that outlives a call of `generate`, so that the next call sends only new tokens.
+
+            with model.inference_session(max_length=512) as session:
+                ids = model.generate(ids, session=session, max_new_tokens=20)
+                ids = model.generate(torch.cat([ids, more], 1), session=session, max_new_tokens=20)
+
+        Args:
+            max_length: most tokens in a row, prompt and answers together; all that the model can hold by default.
+            batch_size: rows; with beams or several return sequences, their product with the prompts.
+
+        Raises:
+            InvalidRequest: when `max_length` is more than the model's positions.
+        """
+        limit = max_positions(self)
+        if max_length is None:
+            max_length = limit or 1 << 16
+        self._check_length(max_length)
+        if batch_size < 1 or max_length < 1:
+            raise InvalidRequest(f"a session needs a row and a token, got batch_size {batch_size}, length {max_length}")
+        return self._open(batch_size, max_length)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, session: RemoteCache | None = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate` of transformers, with the blocks on other machines.
+
+        A session is opened for the call and closed with it, also after an exception. With
+        `return_dict_in_generate=True` it stays open as `.past_key_values` of the result, for the caller to close.
+
+        Args:
+            session: continue this session; `inputs` are then the whole sequence so far, of which only what is new is sent.
+
+        Raises:
+            InvalidRequest: for arguments that the model or the session cannot serve.
+            RouteNotFound, PeerError: when the swarm fails for longer than its patience.
+        """
+        self._close_abandoned()
+        if session is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise InvalidRequest("pass either session or past_key_values, not both")
+            kwargs["past_key_values"] = session
+        given = kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, RemoteCache):
+            raise InvalidRequest(f"past_key_values must come from inference_session(), got {type(given).__name__}")
+        opened: list[RemoteCache] = []
+        token = _opened.set(opened)
+        result = None
+        try:
+            result = super().generate(*args, **kwargs)
+            return result
+        finally:
+            _opened.reset(token)
+            kept = getattr(result, "past_key_values", None)
+            self._remember_route(opened[0] if opened else given)
+            for cache in opened:
+                if cache is kept:
+                    weakref.finalize(cache, self._abandoned.append, cache.session).atexit = False
+                else:
+                    _close_quietly(cache)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model once; see the `forward` of the transformers class.
+
+        Without a session (`past_key_values`), one is opened for this call only.
+        """
+        if len(args) > 1:
+            raise InvalidRequest("pass everything but the first argument by keyword")
+        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+        if cache is None:
+            if kwargs.get("use_cache"):
+                raise InvalidRequest("use_cache=True needs past_key_values=model.inference_session(...)")
+            kwargs["use_cache"] = False
+        elif not isinstance(cache, RemoteCache):
+            raise InvalidRequest(f"past_key_values must come from inference_session(), got {type(cache).__name__}")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise InvalidRequest(f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}")
+        keep = kwargs.get("logits_to_keep", 0)
+        with model_pass(Pass(cache=cache, mask=mask, outputs=keep if isinstance(keep, int) else 0)):
+            return super().__call__(*args, **kwargs)
+
+    def close(self) -> None:
+        """Close all sessions and leave the swarm; may be called twice."""
+        self._close_abandoned()
+        self.block_service.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- hooks of transformers ----------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        """Called once by `generate`, when the lengths are known: check them and open a session."""
+        self._check_length(generation_config.max_length)
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        rows = batch_size * copies
+        name = "cache_params" if "mamba" in type(self).__name__.lower() else "past_key_values"
+        given: Cache | None = model_kwargs.get(name)
+        if given is not None:
+            assert isinstance(given, RemoteCache)  # checked by generate
+            if given.rows != rows:
+                raise InvalidRequest(f"the batch has {rows} rows, the session {given.rows}")
+            given._is_user_defined = True
+            return True
+        if generation_config.use_cache is False:
+            return False
+        if generation_config.cache_implementation in _LOCAL_CACHES:
+            raise InvalidRequest(f"cache_implementation={generation_config.cache_implementation!r} is for local models")
+        guessed = (
+            generation_config.prompt_lookup_num_tokens or 0
+        )  # guesses may reach beyond the end, and are dropped there
+        max_length = min(generation_config.max_length + guessed, max_positions(self) or sys.maxsize)
+        cache = self._open(rows, max_length, copies)
+        model_kwargs[name] = cache
+        opened = _opened.get()
+        if opened is not None:
+            opened.append(cache)
+        return True
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _open(self, rows: int, max_length: int, copies: int = 1) -> RemoteCache:
+        session = self.block_service.open_session(batch_size=rows, max_length=max_length)
+        return RemoteCache(session, max_length=max_length, copies=copies)
+
+    def _remember_route(self, cache: RemoteCache | None) -> None:
+        if cache is not None:
+            peers = getattr(self.block_service, "peers", None)
+            self.last_route = tuple((peers.name_of(it.peer_id) if peers else it.peer_id, it) for it in cache.route)
+
+    def _check_length(self, length: int) -> None:
+        limit = max_positions(self)
+        if limit is not None and length > limit:
+            raise InvalidRequest(f"max_length {length} is more than the {limit} positions of {self.checkpoint.name}")
+
+    def _close_abandoned(self) -> None:
+        """Close sessions that were left to the garbage collector, which must not wait for a network itself."""
+        while self._abandoned:
+            try:
+                self._abandoned.popleft().close()
+            except SwarmError as error:
+                logger.info("an abandoned session did not close: %s", error)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence that the model was made for, or None where it has no such limit."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def _close_quietly(cache: RemoteCache) -> None:
+    """Close without hiding the exception that may be on its way."""
+    try:
+        cache.close()
+    except (SwarmError, TimeoutError) as error:
+        logger.warning("a session did not close: %s", error)

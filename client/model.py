@@ -1,0 +1,150 @@
+"""Turns a transformers causal model into one whose decoder layers run on other machines.
+
+    build on the meta device ─► load embeddings, norms, head ─► layer list := [RemoteBlocks] ─► class := Distributed<class>
+                                                                                                └─► dry run
+
+The model's own forward stays: it embeds, scales, norms and projects as its authors wrote it, and loops over one "layer". How it
+treats that layer differs (some take [0] of what it returns), so a dry run with identity blocks finds out, and refuses a
+model whose forward can't be driven like this. Knows nothing of networks: blocks come as a `BlockService`.
+"""
+
+import logging
+from collections import deque
+from itertools import product
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
+
+from swarm.checkpoint.partial import build_model, find_blocks, load_rest
+from swarm.checkpoint.source import Checkpoint
+from swarm.client.cache import BlockService
+from swarm.client.generation import DistributedMixin
+from swarm.client.head import HeadFormat, fit_head
+from swarm.client.remote_blocks import RemoteBlocks
+from swarm.errors import CheckpointMismatch, UnsupportedModel
+
+logger = logging.getLogger(__name__)
+
+_REMOTE_ATTENTION = "swarm_remote"
+"""Registered for attention but not for masks, so that models build no masks."""
+
+
+class DistributedModel(DistributedMixin, PreTrainedModel):
+    """For type checkers: what `distribute` returns (the real class also inherits the model's own)."""
+
+
+def distribute(
+    checkpoint: Checkpoint,
+    service: BlockService,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    head: HeadFormat = "auto",
+) -> DistributedModel:
+    """Build the local part of a model and join it with remote blocks.
+
+    Args:
+        checkpoint: read for its config, embeddings, norms and head only.
+        service: where the blocks are.
+        dtype: of the local part; the checkpoint's own by default.
+        device: of the local part.
+        head: number format of the head's matrix; "auto" keeps `dtype`.
+
+    Raises:
+        UnsupportedModel: transformers has no such causal model, or its forward can't be driven with remote blocks.
+        CheckpointMismatch: tensors are missing or misshapen, or the service has another number of blocks.
+    """
+    config = checkpoint.config()
+    dtype = dtype or _dtype_of(config)
+    model = _build(config, dtype)
+    _check_service(model, service)
+    path, _ = find_blocks(model)
+    load_rest(model, checkpoint, dtype=dtype, device=device)
+    model.generation_config = _generation_config(checkpoint, model)
+    fit_head(model, head)
+    model.__class__ = type(
+        f"Distributed{type(model).__name__}", (DistributedMixin, type(model)), {"__module__": type(model).__module__}
+    )
+    distributed = cast(DistributedModel, model)
+    distributed.checkpoint, distributed.block_service, distributed._abandoned = checkpoint, service, deque()
+    _fit_blocks(distributed, path).service = service
+    return distributed
+
+
+def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Build without masks where the model's attention lets us, else with its plainest attention."""
+    AttentionInterface.register(_REMOTE_ATTENTION, _no_local_attention)
+    try:
+        return build_model(config, dtype=dtype, attn_implementation=_REMOTE_ATTENTION)
+    except (KeyError, UnsupportedModel):
+        return build_model(config, dtype=dtype, attn_implementation="eager")
+
+
+def _no_local_attention(*_: Any, **__: Any) -> Any:
+    raise UnsupportedModel("a local attention layer ran in a model whose blocks are remote")
+
+
+def _check_service(model: PreTrainedModel, service: BlockService) -> None:
+    text = model.config.get_text_config(decoder=True)
+    ours = (text.num_hidden_layers, text.hidden_size)
+    theirs = (service.num_blocks, service.hidden_size)
+    if ours != theirs:
+        raise CheckpointMismatch(f"the model has (blocks, width) {ours}, the remote blocks have {theirs}")
+
+
+def _fit_blocks(model: DistributedModel, path: str) -> RemoteBlocks:
+    """Put RemoteBlocks into the model's layer list in the way that its forward can work with, the cheapest one first."""
+    parent, _, name = path.rpartition(".")
+    decoder = model.get_submodule(parent)
+    rotary = {key: module for key, module in decoder.named_children() if "rotary" in key.lower()}
+    stubs: dict[str, nn.Module] = {key: _NoRotary() for key in rotary}
+    error: Exception | None = None
+    for with_masks, modules, returns_tuple in product((False, True), (stubs, rotary), (False, True)):
+        blocks = RemoteBlocks(None, returns_tuple=returns_tuple)
+        setattr(decoder, name, nn.ModuleList([blocks]))
+        for key, module in modules.items():
+            setattr(decoder, key, module)
+        if with_masks:
+            model.config._attn_implementation = "eager"
+        try:
+            _dry_run(model)
+        except Exception as raised:  # noqa: BLE001 - any failure of foreign code means: not like this
+            error = raised
+        else:
+            return blocks
+    raise UnsupportedModel(
+        f"the forward of {type(model).__name__} can't be driven with remote blocks: {type(error).__name__}: {error}"
+    ) from error
+
+
+def _dry_run(model: DistributedModel) -> None:
+    """Run two rows through the local part; a wrong treatment of the layer's result shows in the shape of the logits."""
+    ids = torch.zeros(2, 3, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    if logits.shape[:2] != (2, 3):
+        raise UnsupportedModel(f"logits have shape {tuple(logits.shape)}, need (2, 3, vocabulary)")
+
+
+class _NoRotary(nn.Module):
+    """Stands for rotary tables, which only layers use."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nothing = hidden_states.new_empty(0)
+        return nothing, nothing
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> GenerationConfig:
+    if (checkpoint.path / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(checkpoint.path)
+    else:
+        config = GenerationConfig.from_model_config(model.config)
+    config.use_cache = True  # some configs say no; over a network that would send the whole text for each token
+    return config
