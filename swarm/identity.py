@@ -1,12 +1,13 @@
 """Who a peer is: an Ed25519 key in libp2p's own file format, and the peer id that is derived from it.
 
-The peer id of an Ed25519 key contains the public key itself, so whoever knows a peer's id can check its signatures without
-any directory. This module knows nothing of networks or of what is signed.
+The peer id of an Ed25519 key contains the public key itself, so whoever knows a peer's id can check its signatures
+without any directory. This module knows nothing of networks or of what is signed.
 
     file --load--> Identity --peer_id--> announced to everyone
                        |--sign--> 64 bytes --verify(peer_id, ...)--> bool, at any peer
 
-Formats: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md (protobuf keys, identity multihash, base58btc).
+Formats: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md (protobuf keys, identity multihash,
+base58btc).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Identity on the network, discovery and raw streams: libp2p's daemon and hivemind's DHT behind one supervised `Node`."""
+"""Discovery and raw streams between peers: libp2p's daemon and hivemind's DHT behind one supervised `Node`."""
 
 from swarm.network.node import Node, NodeConfig
 

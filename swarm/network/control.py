@@ -1,9 +1,10 @@
 """A client of the libp2p daemon's control socket: unary calls, raw streams, and questions about peers.
 
-It speaks hivemind's p2pd protocol (varint-delimited protobuf on a unix socket) in place of hivemind's own ControlClient, with
-four of its faults cured: a reply that meets a cancelled call is dropped instead of ending the reader (so one race can't hang
-every later call), the loss of the daemon fails all pending calls at once, an oversized reply becomes an error for its caller,
-and every request has a deadline. It knows nothing of processes, the DHT or what is in a call.
+It speaks hivemind's p2pd protocol (varint-delimited protobuf on a unix socket) in place of hivemind's own
+ControlClient, with four of its faults cured: a reply that meets a cancelled call is dropped instead of ending the
+reader (so one race can't hang every later call), the loss of the daemon fails all pending calls at once, an oversized
+reply becomes an error for its caller, and every request has a deadline. It knows nothing of processes, the DHT or
+what is in a call.
 
     unary:   call_unary_handler --callUnary--> [persistent connection] --requestHandling--> registered handler -> task
     streams: open_stream  --STREAM_OPEN-->  [one connection each] --> the caller's asyncio protocol takes it over
@@ -86,7 +87,7 @@ class _Delimited(asyncio.Protocol):
         try:
             while not self.is_headed and (message := self.reader.next()) is not None:
                 self.is_headed = not self.received(message)
-        except Exception as error:  # one bad message must cost this connection, not the loop
+        except Exception as error:  # noqa: BLE001 - one bad message must cost this connection, not the loop
             log.warning("dropping a connection to the daemon: %r", error)
             self.transport.abort()
 
@@ -254,10 +255,12 @@ class DaemonControl:
         """Call a peer's unary handler. Cancelling the call tells the daemon, at no risk for other calls.
 
         Raises:
-            P2PDaemonError: when the peer can't be reached or the daemon is lost. P2PHandlerError: when the handler failed.
+            P2PDaemonError: when the peer can't be reached or the daemon is lost. P2PHandlerError: when the handler
+            failed.
         """
         request = p2pd_pb2.CallUnaryRequest(peer=peer_id.to_bytes(), proto=name, data=data)
-        return await self._call(callUnary=request)
+        reply: bytes = await self._call(callUnary=request)
+        return reply
 
     async def add_unary_handler(self, name: str, handler: UnaryHandler, balanced: bool = False) -> None:
         """Serve `name` to all peers, on this daemon and on those that follow it."""
@@ -390,12 +393,12 @@ class DaemonControl:
         elif (future := self._pending.get(response.callId)) is None or future.done():
             log.debug("dropped a late %s", kind)  # the caller has gone: nothing to tell it, nothing to break
         elif kind == "daemonError":
-            future.set_exception(P2PDaemonError(response.daemonError.message))
+            future.set_exception(P2PDaemonError(_one_line(response.daemonError.message)))
         elif kind != "callUnaryResponse":
             future.set_result(None)
         elif response.callUnaryResponse.HasField("error"):
-            text = response.callUnaryResponse.error[:1024].decode(errors="replace")
-            future.set_exception(P2PHandlerError(text))
+            text = response.callUnaryResponse.error.decode(errors="replace")
+            future.set_exception(P2PHandlerError(_one_line(text)))
         else:
             future.set_result(response.callUnaryResponse.response)
 
@@ -440,7 +443,11 @@ class DaemonControl:
 
 def _raise_if_failed(response: Any) -> None:
     if response.type == p2pd_pb2.Response.ERROR:
-        raise P2PDaemonError(response.error.msg[:1024])
+        raise P2PDaemonError(_one_line(response.error.msg))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text[:1024].split())
 
 
 def _varint(value: int) -> bytes:

@@ -1,7 +1,8 @@
 """Runs the libp2p daemon (p2pd, from hivemind's wheel) as a child process and tells when it ends.
 
-The child's output pipe is its life line: it closes when the process dies, whatever killed it. The daemon in turn ends when its
-last client has gone, so it does not outlive a killed parent. This module knows nothing of what is said to the daemon.
+The child's output pipe is its life line: it closes when the process dies, whatever killed it. The daemon in turn ends
+when its last client has gone, so it does not outlive a killed parent. This module knows nothing of what is said to
+the daemon.
 
     Daemon.start(settings) -> p2pd --"Peer ID:"--> ready      p2pd dies -> output closes -> `ended` is set
 """
@@ -54,6 +55,10 @@ class DaemonSettings:
     def control_path(self) -> str:
         """The daemon's control socket."""
         return str(self.directory / "p2pd.sock")
+
+    def remove_socket(self) -> None:
+        """Make room for the socket of the next daemon."""
+        Path(self.control_path).unlink(missing_ok=True)
 
     @property
     def listen_path(self) -> str:
@@ -126,10 +131,10 @@ class Daemon:
         Raises:
             P2PDaemonError: when it exits or is not ready in time; the message carries its last words.
         """
-        Path(settings.control_path).unlink(missing_ok=True)
+        settings.remove_socket()
         environment = {**os.environ, "GOLOG_LOG_LEVEL": "error"}
         try:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, and no child watcher is needed
                 settings.command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -181,7 +186,7 @@ class Daemon:
 
 
 def make_directory() -> Path:
-    """A directory for sockets that only this user can enter, named after this process; those of dead processes are removed."""
+    """A directory for sockets that only this user can enter; those that dead processes have left are removed."""
     root = tempfile.gettempdir()
     if len(root) > _MAX_SOCKET_PATH - 32:
         root = "/tmp"  # a unix socket's path has at most 108 bytes
@@ -211,7 +216,8 @@ def resolve_host(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def claim_port(host: str, port: int) -> int:
     """Check that TCP `port` on `host` is free (0: pick one) and return it.
 
-    The daemon binds with SO_REUSEPORT, so a second one on the same port would start and steal connections: hence the check.
+    The daemon binds with SO_REUSEPORT, so a second one on the same port would start and steal connections: hence the
+    check.
 
     Raises:
         ConfigError: when the port is taken, or the address is not one of this machine.

@@ -1,8 +1,8 @@
-"""The DHT node of a process: hivemind's DHTNode with its cures, started without peers and joined to them again and again.
+"""The DHT node of a process: hivemind's DHTNode, started without peers and joined to them again and again.
 
-hivemind pings its initial peers once, when it starts; a call that fails drops the peer from the routing table, and an outage of
-three seconds empties the table for good. Here joining is an operation (`join`) that the supervisor repeats whenever peers are
-missing. It knows nothing of processes or streams.
+hivemind pings its initial peers once, when it starts; a call that fails drops the peer from the routing table, and an
+outage of three seconds empties the table for good. Here joining is an operation (`join`) that the supervisor repeats
+whenever peers are missing. It knows nothing of processes or streams.
 
     Node --join / store / get--> Dht --> hivemind.DHTNode --unary calls--> DaemonP2P --> DaemonControl --> p2pd
 """
@@ -26,7 +26,7 @@ from swarm.network.hive import (
     P2PDaemonError,
     PeerID,
 )
-from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, BoundedStorage, SignedRecords
+from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, SignedRecords
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class PeerAddress:
 
 
 class DaemonP2P(P2P):  # type: ignore[misc]
-    """hivemind's P2P on our control client: it keeps hivemind's protobuf handlers and leaves processes and sockets to us."""
+    """hivemind's P2P on our control client: it does the protobuf, and leaves processes and sockets to us."""
 
     def __init__(self, control: DaemonControl, peer_id: Any) -> None:
         super().__init__()
@@ -88,13 +88,16 @@ class Dht:
             wait_timeout=CALL_TIMEOUT_S,
             cache_locally=False,
             cache_nearest=0,
-            cache_size=MAX_KEYS,
             reuse_get_requests=False,
             blacklist_time=1.0,
             client_mode=client_mode,
             record_validator=SignedRecords(identity),
         )
-        node.protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
+        protocol = node.protocol
+        protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
+        protocol.cache = BoundedStorage(maxsize=MAX_KEYS)
+        validate = protocol._validate_dictionary
+        protocol._validate_dictionary = lambda key, values: len(values) <= MAX_SUBKEYS and validate(key, values)
         return cls(node, control)
 
     async def join(self, peers: Sequence[PeerAddress], *, timeout_s: float, strict: bool = False) -> dict[str, str]:
@@ -148,8 +151,8 @@ class Dht:
     async def get(self, keys: Sequence[str], *, timeout_s: float) -> dict[str, dict[str, bytes]]:
         """For each key, the valid values by subkey, merged from all nodes that answered.
 
-        The wanted expiry is NaN, which no answer reaches: one node, however far in the future its answer expires, must not
-        end the search and so hide what the others hold.
+        The wanted expiry is NaN, which no answer reaches: one node, however far in the future its answer expires,
+        must not end the search and so hide what the others hold.
         """
         async with asyncio.timeout(timeout_s):
             found = await self._node.get_many(list(keys), sufficient_expiration_time=float("nan"))

@@ -1,8 +1,9 @@
 """The part of hivemind that swarm uses: bindings to the libp2p daemon and the DHT node, and nothing else of it.
 
-`import hivemind` would also load its optimisers, averaging, experts and torch (3 s, 200 MB). Here its packages `hivemind`,
-`hivemind.utils` and `hivemind.dht` are replaced by empty ones while the modules that we need are loaded; then the empty ones
-are removed again, so a program that imports hivemind itself, before or after us, gets the real thing and the same classes.
+`import hivemind` would also load its optimisers, averaging, experts and torch (3 s, 200 MB). Here its packages
+`hivemind`, `hivemind.utils` and `hivemind.dht` are replaced by empty ones while the modules that we need are loaded;
+then the empty ones are removed again, so a program that imports hivemind itself, before or after us, gets the real
+thing and the same classes.
 
     hivemind.p2p (P2P, PeerID, protobuf messages) + hivemind.dht.node (DHTNode)  -->  swarm.network
 """

@@ -1,7 +1,7 @@
 """A peer of the swarm: the libp2p daemon and the DHT node in our own event loop, kept alive whatever happens to them.
 
-    Node.start --> Daemon (p2pd) <-- DaemonControl <-- Dht (hivemind's DHTNode)     registry: dht_store, dht_get
-                      ^                     ^-------- raw streams                   transport: open_stream, add_stream_handler
+    Node.start --> Daemon (p2pd) <-- DaemonControl <-- Dht (hivemind's DHTNode)   registry: dht_store, dht_get
+                      ^                     ^-------- raw streams                 transport: open_stream_protocol
                       |
                supervisor: restarts a daemon that died or hangs, re-registers its handlers, joins the swarm again when
                            peers are missing
@@ -38,9 +38,9 @@ GREET_PERIOD_S = 10.0
 HANG_TIMEOUT_S = 8.0
 """A daemon that answers no question for so long is replaced."""
 ISOLATION_TIMEOUT_S = 60.0
-"""A daemon without any connection for so long is replaced: libp2p waits ever longer (to 5 min) before it dials again."""
+"""A daemon without a connection for so long is replaced: libp2p waits ever longer (to 5 min) between its dials."""
 DHT_TIMEOUT_S = 15.0
-MAX_UNARY_BYTES = 16 << 20
+MAX_UNARY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,7 @@ class Node:
             raise PeerTimeout(f"DHT search did not end within {DHT_TIMEOUT_S:g} s") from error
 
     async def add_stream_handler(self, name: str, handler: StreamHandler) -> None:
-        """Serve raw streams of `name`: one call per stream, as a supervised task. The stream is closed when it returns."""
+        """Serve raw streams of `name`: a supervised task for each, after which the stream is closed."""
 
         def make_protocol(peer_id: str) -> asyncio.Protocol:
             reader = asyncio.StreamReader(limit=1 << 16)
@@ -198,7 +198,8 @@ class Node:
         """Open a raw stream to a peer and hand it to `protocol`.
 
         Raises:
-            PeerUnreachable: when the peer can't be reached or does not serve `name`. PeerTimeout: after `timeout_s` seconds.
+            PeerUnreachable: when the peer can't be reached or does not serve `name`. PeerTimeout: after `timeout_s`
+            seconds.
         """
         try:
             target = PeerID.from_base58(peer_id)
@@ -265,7 +266,8 @@ class Node:
 
     async def _refresh_addresses(self) -> None:
         _, addresses = await self._control.identify()
-        self.addresses = tuple(f"{address}/p2p/{self.peer_id}" for address in addresses)
+        texts = sorted(map(str, addresses), key=lambda text: text.startswith(("/ip4/127.", "/ip6/::1/")))
+        self.addresses = tuple(f"{text}/p2p/{self.peer_id}" for text in texts)
 
     async def _supervise(self) -> None:
         """Replace the daemon when it dies, loses our connection or hangs."""

@@ -1,10 +1,12 @@
 """What may be stored in the DHT: values signed by the peer whose id is their subkey, small and short-lived.
 
-Every node applies this to what others ask it to store and to what others answer, so a peer can neither overwrite another's
-record, nor replay it under another key or with another expiry, nor make readers choke on malformed bytes. hivemind calls
-`validate` for every entry of every answer; verdicts are cached, because an Ed25519 check costs 0.1 ms.
+Every node applies this to what others ask it to store and to what others answer, so a peer can neither overwrite
+another's record, nor replay it under another key or with another expiry, nor make readers choke on malformed bytes.
+hivemind calls `validate` for every entry of every answer; verdicts are cached, because an Ed25519 check costs 0.1 ms.
 
-    value in the DHT = msgpack bin(payload) || signature(64)    over  domain | key id | subkey | expiry | msgpack bin(payload)
+    value in the DHT = packed | signature
+        packed    = msgpack bin(payload)
+        signature = Ed25519(domain | key id | len(subkey) | subkey | expiry | packed), 64 bytes
 """
 
 import math
@@ -77,9 +79,9 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
     def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
         """Store one peer's value; a newcomer is refused where the key is full."""
         found = self.get(key)
-        if found is not None and not isinstance(found.value, bytes):
-            if subkey not in found.value and len(found.value) >= MAX_SUBKEYS:
-                return False
+        is_shared = found is not None and not isinstance(found.value, bytes)
+        if is_shared and subkey not in found.value and len(found.value) >= MAX_SUBKEYS:
+            return False
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
 

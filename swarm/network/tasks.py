@@ -11,8 +11,8 @@ log = logging.getLogger(__name__)
 class TaskSet:
     """Owns tasks that start at any time and end on their own; `close` cancels and awaits what is left.
 
-    It differs from asyncio.TaskGroup in one thing: a task that fails is logged and does not take the others with it, because
-    each belongs to another peer.
+    It differs from asyncio.TaskGroup in one thing: a task that fails is logged and does not take the others with it,
+    because each belongs to another peer.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Message streams between peers: one interface, two carriers (direct TLS 1.3, or a p2p stream), the same frames on both."""
+"""Message streams between peers: the same frames on two carriers, direct TLS 1.3 and p2p streams."""
 
 from swarm.transport.limits import Limits
 from swarm.transport.stream import EndOfStream, Stream

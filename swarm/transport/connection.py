@@ -1,4 +1,4 @@
-"""One connection to a peer on an asyncio transport, whatever carries it: feeds the mux, wakes the streams, keeps the time.
+"""One connection to a peer, whatever carries it: feeds the mux, wakes the streams, keeps the time.
 
 carrier --data_received--> Mux --events--> Streams          Streams --send_now / pieces--> carrier.write
                              ^-- tick (timer)                        carrier full: pause_writing -> wait_writable
@@ -163,7 +163,8 @@ class Connection(asyncio.Protocol):
         """
         if len(meta) > MAX_META_BYTES or len(meta) + len(body) > self._limits.max_message_bytes:
             raise InvalidRequest(
-                f"message of {len(meta)} + {len(body)} bytes, limits {MAX_META_BYTES} and {self._limits.max_message_bytes}"
+                f"message of {len(meta)} + {len(body)} bytes, limit {MAX_META_BYTES} for the first part "
+                f"and {self._limits.max_message_bytes} for both"
             )
         self._mux.start_message(stream_id, len(meta) + len(body))
 

@@ -1,10 +1,11 @@
 """The direct carrier: TLS 1.3 over TCP, pinned to a certificate and opened with a ticket.
 
-The client learns host, port, the certificate's fingerprint and a single-use ticket over the peer's authenticated p2p stream.
-The fingerprint proves the server to the client, the ticket proves the client to the server; no certificate authority is
-involved, and the certificate lives as long as the process. This module knows nothing of streams or services.
+The client learns host, port, the certificate's fingerprint and a single-use ticket over the peer's authenticated p2p
+stream. The fingerprint proves the server to the client, the ticket proves the client to the server; no certificate
+authority is involved, and the certificate lives as long as the process. This module knows nothing of streams or
+services.
 
-    DirectListener --accept, TLS--> on_connection(protocol)        dial(offer) --TCP, TLS, fingerprint--> (transport, protocol)
+    DirectListener --accept, TLS--> make_protocol()      dial(offer) --TCP, TLS, fingerprint--> (transport, protocol)
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from swarm.errors import ConfigError, PeerMisbehaved, PeerUnreachable
+from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -149,16 +151,17 @@ class DirectListener:
         Raises:
             ConfigError: when the address can't be used.
         """
-        address = ipaddress.ip_address(host)
+        address = resolve_host(host)
         listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setblocking(False)
-            listener.bind((host, port))
+            listener.bind((str(address), port))
             listener.listen(128)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             listener.close()
-            raise ConfigError(f"can't listen on {host} port {port}: {error.strerror}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"can't listen on {host} port {port}: {reason}") from error
         self._socket = listener
         self.host, self.port = listener.getsockname()[:2]
         self._tasks.spawn(self._accept_all(listener), name="accept direct connections")

@@ -5,8 +5,9 @@
     | 0x53 | kind | flags  | stream id | meta bytes | body bytes |          |          |      all integers big-endian
     +------+------+--------+-----------+------------+------------+----------+----------+
 
-Each kind has limits on its parts, checked on the header alone, so nothing is allocated on a peer's word. The header and the
-first seven bytes of HELLO's meta are the same in all versions of the protocol; the rest may change with the version.
+Each kind has limits on its parts, checked on the header alone, so nothing is allocated on a peer's word. The header
+and the first seven bytes of HELLO's meta are the same in all versions of the protocol; the rest may change with the
+version.
 """
 
 import struct

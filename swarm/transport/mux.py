@@ -1,11 +1,11 @@
 """The state of one connection that carries many streams. Pure: bytes and the time go in, events and bytes come out.
 
-Per stream, each side: OPEN -> DATA* -> FIN, or ERR at any time. A stream is gone when both sides have sent FIN or one has sent
-ERR; frames that were under way then are dropped. Flow control counts units (a message costs its bytes and 256 for itself): a
-sender starts a message while it has credit left, and the receiver gives credit back as its application consumes messages. So
-at most `window + one message` waits at the receiver, per stream.
+Per stream, each side: OPEN -> DATA* -> FIN, or ERR at any time. A stream is gone when both sides have sent FIN or one
+has sent ERR; frames that were under way then are dropped. Flow control counts units (a message costs its bytes and
+256 for itself): a sender starts a message while it has credit left, and the receiver gives credit back as its
+application consumes messages. So at most `window + one message` waits at the receiver, per stream.
 
-    bytes --receive(now)--> [FrameDecoder] --frames--> state --> events: Greeted, Opened, Received, Finished, Failed, Credited, Refused
+    bytes --receive(now)--> [FrameDecoder] --frames--> state --> events (Greeted, Opened, Received, Finished, ...)
     open / send / finish / fail / consume / tick(now) --> take_output() --> bytes
 
 The side that dialled opens odd streams, the other even ones; ids only grow.
@@ -223,7 +223,7 @@ class Mux:
         )
 
     def finish(self, stream_id: int) -> None:
-        """Send FIN. What waits and what still comes is dropped, and credited, so that the peer can come to its own end."""
+        """Send FIN. What waits and what still comes is dropped and credited, so that the peer can finish too."""
         state = self._streams.get(stream_id)
         if state is None or state.is_finished:
             return

@@ -1,4 +1,4 @@
-"""Remembers which peers could not be reached directly, and when it is worth trying again. Pure: the time comes in as `now`."""
+"""Remembers which peers could not be reached directly, and when to try again. Pure: the time comes in as `now`."""
 
 from dataclasses import dataclass
 

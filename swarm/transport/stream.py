@@ -1,6 +1,6 @@
 """A stream of messages to one peer: what services and clients see of the transport.
 
-service/client --send--> Stream --> Connection --> Mux --> carrier      carrier --> Mux --> Connection --deliver--> Stream
+caller --send--> Stream --> Connection --> Mux ~~> Mux --> Connection --on_message--> Stream --receive--> caller
 """
 
 import asyncio
@@ -152,7 +152,7 @@ class Stream:
             sender.set_result(None)
 
     def on_failure(self, error: SwarmError, *, drop_inbox: bool = False) -> None:
-        """The stream or its connection is over. Messages that have come before can still be received, unless dropped."""
+        """The stream or its connection is over. What has come before can still be received, unless dropped."""
         if drop_inbox:
             self._inbox.clear()
         if self._failure is None:

@@ -5,7 +5,8 @@
         dial p2p:    Node.open_stream_protocol --> HELLO
     incoming connection --HELLO--> known peer --OPEN--> serve()'s handler(stream), one supervised task each
 
-One connection carries all streams of a peer, in both directions. This module knows nothing of models, blocks or messages.
+One connection carries all streams of a peer, in both directions. This module knows nothing of models, blocks or
+messages.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.network import Node
+from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
 from swarm.protocol import PROTOCOL_VERSION, Message
 from swarm.transport.connection import Connection
@@ -79,7 +81,7 @@ class Transport:
         self.node = node
         self._version = version
         self._listen = listen
-        self._announce_hosts = announce_hosts
+        self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
         self._budget = Budget(self.limits.max_total_buffered_bytes)
         self._services: dict[str, Handler] = {}
         self._tickets = Tickets()
@@ -113,8 +115,8 @@ class Transport:
     def serve(self, service: str, handler: Handler) -> None:
         """Call `handler(stream)` for each stream that a peer opens to `service`.
 
-        When it returns, the stream is finished; a SwarmError that it raises is sent to the peer; any other error is logged
-        and the peer learns only that there was one.
+        When it returns, the stream is finished; a SwarmError that it raises is sent to the peer; any other error
+        is logged, and the peer learns only that there was one.
         """
         if not 1 <= len(service.encode()) <= MAX_SERVICE_BYTES:
             raise ConfigError(f"name of service {service!r} must have 1 to {MAX_SERVICE_BYTES} bytes")
@@ -413,10 +415,10 @@ class Transport:
         return Offer(version=self._version)
 
     def _offered_hosts(self) -> tuple[str, ...]:
-        """Where peers may try us: as configured, or the address we listen on, or (when that is all of them) the node's."""
+        """Where peers may try us: as configured, or the address we listen on, or the node's when that is any."""
         assert self._listener is not None
         if self._announce_hosts is not None:
-            return tuple(self._announce_hosts)[:MAX_HOSTS]
+            return self._announce_hosts[:MAX_HOSTS]
         if not ipaddress.ip_address(self._listener.host).is_unspecified:
             return (self._listener.host,)
         hosts = [parts[2] for address in self.node.addresses if (parts := address.split("/"))[1] in ("ip4", "ip6")]

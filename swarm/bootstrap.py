@@ -1,0 +1,96 @@
+"""`python -m swarm.bootstrap`: a peer that serves no blocks and helps others to find each other.
+
+arguments --> Node.start --> addresses, ONLINE --> (SIGTERM, SIGINT) --> close
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+from swarm.errors import SwarmError
+from swarm.network import Node, NodeConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 after a clean stop, 2 for an error."""
+    args = _parse(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = NodeConfig(
+        identity_path=args.identity,
+        initial_peers=tuple(args.initial_peers),
+        host=args.host,
+        port=args.port,
+        announce=tuple(args.announce),
+        nat_port_map=args.nat_port_map,
+    )
+    try:
+        _run(config)
+    except SwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def serve(config: NodeConfig) -> None:
+    """Be a peer until SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    start = asyncio.ensure_future(Node.start(config))
+    stop = asyncio.ensure_future(stopped.wait())
+    await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+    if not start.done():
+        start.cancel()
+        await asyncio.wait({start})
+        return
+    stop.cancel()
+    async with start.result() as node:
+        for address in node.addresses:
+            print(address, flush=True)
+        print(f"ONLINE {node.peer_id}; others join with --initial-peers {node.addresses[0]}", flush=True)
+        await stopped.wait()
+        print("stopping", flush=True)
+
+
+def _run(config: NodeConfig) -> None:
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serve(config))
+    else:
+        uvloop.run(serve(config))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m swarm.bootstrap",
+        description="A peer that serves no blocks: the address by which others join a swarm.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 picks a free one")
+    parser.add_argument(
+        "--identity", metavar="FILE", help="identity file, made when missing; without it, a new identity"
+    )
+    parser.add_argument(
+        "--announce",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="hosts or multiaddrs to announce in place of those found",
+    )
+    parser.add_argument(
+        "--initial-peers", nargs="+", default=[], metavar="ADDR", help="peers to join; none starts a new swarm"
+    )
+    parser.add_argument("--nat-port-map", action="store_true", help="ask the router for a port (UPnP, NAT-PMP)")
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="what to log to stderr"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
