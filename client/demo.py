@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(question: str, max_new_tokens: int) -> int:
-    from swarm.checkpoint import resolve
+    from swarm.checkpoint.source import resolve
 
     checkpoint = resolve(MODEL)
     exact = _through_swarm(question, max_new_tokens, "none")
@@ -73,7 +73,7 @@ def _demo(question: str, max_new_tokens: int) -> int:
 def _through_swarm(question: str, max_new_tokens: int, quantization: str) -> Answer:
     """Start a swarm, ask it, stop it."""
     from swarm import AutoDistributedModelForCausalLM
-    from swarm.checkpoint import resolve
+    from swarm.checkpoint.source import resolve
 
     label = "unquantised" if quantization == "none" else quantization
     print(f"\nStarting a bootstrap peer and {len(SPANS)} {label} servers of {MODEL} ...", flush=True)

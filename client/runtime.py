@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from swarm.checkpoint import Checkpoint
+from swarm.checkpoint.source import Checkpoint
 from swarm.client.peers import Peers
 from swarm.client.session import HopTiming, RemoteSession, SessionConfig
 from swarm.network.node import Node, NodeConfig

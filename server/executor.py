@@ -19,7 +19,7 @@ import torch
 
 from swarm.errors import PeerBusy, PeerError, SwarmError
 from swarm.protocol import Step
-from swarm.server.blocks import BlockSpan
+from swarm.server.blocks.span import BlockSpan
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.scheduler import Batch, CachedSequence, CachedSession, Job, Scheduler
 from swarm.types import BlockRange
@@ -83,8 +83,7 @@ class Executor:
     def open(self, blocks: BlockRange, batch_size: int) -> CachedSession:
         """A new session with empty rows."""
         rows = [
-            CachedSequence(table=PageTable(self._allocator), state=self.span.new_state(blocks))
-            for _ in range(batch_size)
+            CachedSequence(table=PageTable(self._allocator), state=self.span.new_state()) for _ in range(batch_size)
         ]
         return CachedSession(blocks=blocks, rows=rows)
 

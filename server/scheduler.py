@@ -18,7 +18,8 @@ import torch
 
 from swarm.errors import PeerBusy, SwarmError
 from swarm.protocol import Step
-from swarm.server.blocks import Chunk, SequenceState
+from swarm.server.blocks.internals import SequenceState
+from swarm.server.blocks.step import Chunk
 from swarm.server.pages import OutOfPages, PageAllocator, PageTable
 from swarm.types import BlockRange
 

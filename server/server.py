@@ -15,17 +15,17 @@ import torch
 
 from swarm import __version__
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
-from swarm.checkpoint import Checkpoint, resolve
+from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.errors import ConfigError, SwarmError
-from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE
 from swarm.registry import Registry, ServerRecord
-from swarm.server.blocks import BlockSpan, Chunk
+from swarm.server.blocks.span import BlockSpan
+from swarm.server.blocks.step import Chunk
 from swarm.server.config import ServerConfig
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
-from swarm.server.pages import PageAllocator, PageTable
+from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
 
@@ -101,10 +101,9 @@ class Server:
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
-        identity = Identity.load_or_create(config.identity_path) if config.identity_path else None
         self.node = await Node.start(
             NodeConfig(
-                identity=identity,
+                identity_path=config.identity_path,
                 initial_peers=config.initial_peers,
                 host=config.host,
                 port=config.port,
@@ -113,7 +112,7 @@ class Server:
         )
         self._stack.push_async_callback(self.node.close)
         self.transport = Transport(
-            self.node, listen=(config.host, config.data_port), announce_hosts=_hosts(config.announce)
+            self.node, listen=(config.host, config.data_port), announce_hosts=_hosts(config.announce) or None
         )
         await self.transport.start()
         self._stack.push_async_callback(self.transport.close)
@@ -143,7 +142,7 @@ class Server:
             device=plan.device,
             dtype=plan.dtype,
             quantization=plan.quantization,
-            kv_tokens=size.tokens,
+            num_pages=None if size.tokens is None else -(-size.tokens // PAGE_SIZE),
             kv_bytes=size.num_bytes,
             on_progress=progress,
         )
@@ -221,7 +220,7 @@ def measure_decode(span: BlockSpan, num_steps: int = 8) -> float:
     """Tokens per second through one block, one row at a time: the median of a few steps after a warm-up."""
     table = PageTable(PageAllocator(span.num_pages))
     hidden_states = torch.zeros(1, span.hidden_size)
-    state = span.new_state(span.blocks)
+    state = span.new_state()
     times = []
     for position in range(min(num_steps, span.max_positions, span.num_pages)):
         table.grow(position + 1)

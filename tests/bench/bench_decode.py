@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from swarm import AutoDistributedModelForCausalLM
-from swarm.checkpoint import resolve
+from swarm.checkpoint.source import resolve
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, start_server
 
 MODEL = "smollm2-135m-instruct"

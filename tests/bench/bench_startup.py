@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from swarm.checkpoint import Checkpoint, resolve
+from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.client.processes import start_bootstrap, start_server
 
 MODEL = "smollm2-135m-instruct"

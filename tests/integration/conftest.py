@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from swarm.checkpoint import resolve
+from swarm.checkpoint.source import resolve
 from swarm.client.runtime import LoopThread, SwarmService, connect
 from swarm.client.session import SessionConfig
 from swarm.network.node import Node, NodeConfig

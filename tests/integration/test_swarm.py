@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from swarm.checkpoint import resolve
+from swarm.checkpoint.source import resolve
 from swarm.client.runtime import connect
 from swarm.codec import encode_tensor
 from swarm.errors import (
