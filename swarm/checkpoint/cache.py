@@ -24,6 +24,8 @@ from swarm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
+_REMEMBER_BYTES = 4 << 20
+"""Smaller files are hashed in less time than it is worth remembering."""
 _SHOW_PROGRESS_BYTES = 1 << 30
 """Hashing less than this takes a second or two, and needs no progress bar."""
 
@@ -39,9 +41,11 @@ def default_cache_dir() -> Path:
 def file_sha256(path: Path, *, cache_dir: Path) -> str:
     """SHA-256 of a file's content, in hex.
 
-    It is computed once: the answer is remembered under the file's path, size, inode and times, so that a file that
+    It is computed once: the answer is remembered with the file's path, size, inode and times, so that a file that
     was touched, replaced or edited is read again.
     """
+    if path.stat().st_size < _REMEMBER_BYTES:
+        return _hash(path)
     note = _note_path(path, cache_dir)
     stamp = _stamp(path)
     if known := _read_note(note, stamp):
@@ -110,7 +114,7 @@ def _read_note(note: Path, stamp: dict[str, int | str]) -> str | None:
     try:
         known = json.loads(note.read_bytes())
         digest = known.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return digest if known == stamp and isinstance(digest, str) and len(digest) == 64 else None
 

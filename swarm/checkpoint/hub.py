@@ -35,8 +35,8 @@ _MAX_SMALL_FILE_BYTES = content.MAX_INDEX_BYTES
 _SMALL_FILE = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9][\w.\-]*\.(json|txt|model|jinja|tiktoken)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNREACHABLE = (OSError, *hub_errors.HfHubHTTPError.__bases__)
-"""OSError includes offline mode; the base of the hub's errors, of whichever HTTP library it uses, refused connections."""
+_UNREACHABLE: tuple[type[Exception], ...] = (OSError, hub_errors.HTTPError)  # type: ignore[attr-defined]
+"""OSError includes offline mode and error statuses; HTTPError, of the HTTP library below, refused connections."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,7 +113,7 @@ def resolve(
     """
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     name = str(model)
-    directory = Path(name).expanduser()
+    directory = Path(name or "-").expanduser()  # not Path(""), which is where we are
     on_hub = name not in EMBEDDED and not directory.is_dir() and _HUB_ID.fullmatch(name) is not None
     if revision is not None and not on_hub:
         raise InvalidRequest(f"revision {revision!r} was given, but {name!r} is not a hub id")
