@@ -1,6 +1,6 @@
 """`python -m swarm.client "question" --initial-peers ADDR`: a model of the swarm answers on the terminal.
 
-    main ─► from_pretrained ─► Conversation.ask (once, or for each line with --chat) ─► text on stdout, route and rates on stderr
+    main ─► from_pretrained ─► Conversation.ask (once, or per line with --chat) ─► text on stdout, route on stderr
 
 Exit status: 0 answered, 2 an error (one line on stderr), 130 interrupted.
 """
@@ -16,7 +16,7 @@ from swarm.errors import InvalidRequest, SwarmError
 
 if TYPE_CHECKING:
     from swarm.client.chat import Answer, Conversation
-    from swarm.client.model import DistributedModel
+    from swarm.client.generation import DistributedModel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_NEW_TOKENS = 256
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m swarm.client",
         description="Ask a model whose transformer blocks run on the servers of a swarm.",
-        epilog="example: python -m swarm.client 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3Koo...",
+        epilog="e.g. python -m swarm.client 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
     )
     add = parser.add_argument
     add("question", nargs="?", help="what to ask; may be left out with --chat")
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--do-sample",
         action="store_true",
-        help="draw tokens at random instead of taking the likeliest (default: off, unless one of the next three is given)",
+        help="draw tokens at random instead of the likeliest (default: only if one of the next three is given)",
     )
     add("--temperature", type=float, metavar="T", help="how random, above 0 (default: the model's own, or 1)")
     add(
@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     from swarm.client.auto import AutoDistributedModelForCausalLM
     from swarm.client.chat import Conversation
 
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.seed is not None:

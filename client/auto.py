@@ -13,8 +13,9 @@ import torch
 
 from swarm.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve
 from swarm.client.cache import BlockService
+from swarm.client.generation import DistributedModel
 from swarm.client.head import HeadFormat
-from swarm.client.model import DistributedModel, distribute
+from swarm.client.model import distribute
 from swarm.errors import InvalidRequest
 
 
@@ -47,7 +48,7 @@ class AutoDistributedModelForCausalLM:
         """Load the embeddings, norms and head of a model and join the swarm that runs its blocks.
 
         Args:
-            model: embedded name, checkpoint directory or hub id; only the weight files with the local part are downloaded.
+            model: embedded name, checkpoint directory or hub id (only weight files with the local part are downloaded).
             initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
             block_service: use these blocks instead of a swarm's; it is closed with the model.
             dtype: of the local part ("float32", torch.bfloat16, ...); the checkpoint's own by default.

@@ -2,8 +2,8 @@
 
     generate ──crop, reorder_cache──► RemoteCache ──Move (positions, order)──► RemoteBlocks ──► session.step
 
-transformers drops tokens (assisted decoding) and permutes rows (beam search) between forward passes; both travel with the
-next step. Rows that start as copies of one prompt (beams, several answers) are run once, until they differ.
+transformers drops tokens (assisted decoding) and permutes rows (beam search) between forward passes; both travel with
+the next step. Rows that start as copies of one prompt (beams, several answers) are run once, until they differ.
 
 Knows nothing of networks or tensors of hidden states. Meets transformers' `Cache` interface of 5.17 to 5.23, where
 `crop(n)` takes a negative n: the number of tokens to drop.
@@ -87,8 +87,8 @@ class Move:
 class RemoteCache(Cache):
     """A session's state on the client: lengths of the rows, and what the servers must still be told.
 
-    It can be passed to `generate` as `session=` or `past_key_values=`, again and again with the growing sequence; only new
-    tokens are sent. Use it as a context manager, or close it.
+    It can be passed to `generate` as `session=` or `past_key_values=`, again and again with the growing sequence; only
+    new tokens are sent. Use it as a context manager, or close it.
 
     Args:
         session: the remote side.

@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from swarm.client.cache import RemoteCache
-from swarm.client.generation import max_positions
-from swarm.client.model import DistributedModel
+from swarm.client.generation import DistributedModel, max_positions
 from swarm.errors import InvalidRequest
 
 
@@ -127,7 +126,7 @@ class Conversation:
             encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         else:
             encoded = self._tokenizer("\n".join(message["content"] for message in messages))
-        ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+        ids: Any = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
         return [int(token) for token in ids]
 
     def _resume(self, ids: list[int]) -> RemoteCache:
@@ -147,7 +146,7 @@ class _Timer(TextStreamer):
     """Hands the text to a callback and notes when tokens come."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._show = show
         self._started = time.perf_counter()
         self._times: list[float] = []
@@ -166,11 +165,11 @@ class _Timer(TextStreamer):
             self._times += [time.perf_counter()] * value.numel()
         self._saw_prompt = True
         if self._show is not None:
-            super().put(value)
+            super().put(value)  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         if self._show is not None:
-            super().end()
+            super().end()  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self._show is not None and text:

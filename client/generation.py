@@ -3,8 +3,8 @@
     generate ─► transformers' own loop ─► __call__ ─Pass─► forward of the model's own class ─► RemoteBlocks
        └─ opens a session, closes it: at return, on any exception, on Ctrl-C
 
-Everything about decoding (sampling, beams, penalties, assistants, streamers, stopping) is transformers' own. Knows nothing of
-networks. Hooks used, in transformers 5.17 to 5.23: GenerationMixin._prepare_cache_for_generation, .__call__, .generate.
+Everything about decoding (sampling, beams, penalties, assistants, streamers, stopping) is transformers' own. Knows
+nothing of networks. Hooks used, in transformers 5.17 to 5.23: generate, __call__, _prepare_cache_for_generation.
 """
 
 import logging
@@ -12,11 +12,10 @@ import sys
 import weakref
 from collections import deque
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from transformers import Cache, PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.cache import BlockService, BlockSession, RemoteCache
@@ -28,11 +27,16 @@ logger = logging.getLogger(__name__)
 _LOCAL_CACHES = ("static", "offloaded", "offloaded_static", "quantized", "hybrid", "sliding_window")
 _CACHE_NAMES = ("past_key_values", "cache_params")
 
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = GenerationMixin
+
 _opened: ContextVar[list[RemoteCache] | None] = ContextVar("swarm_client_opened", default=None)
 """Sessions that the running `generate` of this thread has opened."""
 
 
-class DistributedMixin(GenerationMixin):
+class DistributedModel(_Model):  # type: ignore[no-untyped-call]
     """Mixed into the class of a transformers causal model whose layer list is a RemoteBlocks."""
 
     block_service: BlockService
@@ -71,7 +75,7 @@ class DistributedMixin(GenerationMixin):
         `return_dict_in_generate=True` it stays open as `.past_key_values` of the result, for the caller to close.
 
         Args:
-            session: continue this session; `inputs` are then the whole sequence so far, of which only what is new is sent.
+            session: continue this session; `inputs` are the whole sequence so far, of which only what is new is sent.
 
         Raises:
             InvalidRequest: for arguments that the model or the session cannot serve.
@@ -89,7 +93,7 @@ class DistributedMixin(GenerationMixin):
         token = _opened.set(opened)
         result = None
         try:
-            result = super().generate(*args, **kwargs)
+            result = super().generate(*args, **kwargs)  # type: ignore[misc]
             return result
         finally:
             _opened.reset(token)
@@ -153,7 +157,6 @@ class DistributedMixin(GenerationMixin):
             assert isinstance(given, RemoteCache)  # checked by generate
             if given.rows != rows:
                 raise InvalidRequest(f"the batch has {rows} rows, the session {given.rows}")
-            given._is_user_defined = True
             return True
         if generation_config.use_cache is False:
             return False

@@ -1,11 +1,12 @@
 """Turns a transformers causal model into one whose decoder layers run on other machines.
 
-    build on the meta device ─► load embeddings, norms, head ─► layer list := [RemoteBlocks] ─► class := Distributed<class>
-                                                                                                └─► dry run
+    build on the meta device ─► load embeddings, norms, head ─► class := Distributed<class>
+                                                      └─► layer list := [RemoteBlocks] ─► dry run
 
-The model's own forward stays: it embeds, scales, norms and projects as its authors wrote it, and loops over one "layer". How it
-treats that layer differs (some take [0] of what it returns), so a dry run with identity blocks finds out, and refuses a
-model whose forward can't be driven like this. Knows nothing of networks: blocks come as a `BlockService`.
+The model's own forward stays: it embeds, scales, norms and projects as its authors wrote it, and loops over one
+"layer". How it treats that layer differs (some take [0] of what it returns), so a dry run with identity blocks finds
+out, and refuses a model whose forward can't be driven like this. Knows nothing of networks: blocks come as a
+`BlockService`.
 """
 
 import logging
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from swarm.checkpoint.partial import build_model, find_blocks, load_rest
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.cache import BlockService
-from swarm.client.generation import DistributedMixin
+from swarm.client.generation import DistributedModel
 from swarm.client.head import HeadFormat, fit_head
 from swarm.client.remote_blocks import RemoteBlocks
 from swarm.errors import CheckpointMismatch, UnsupportedModel
@@ -29,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 _REMOTE_ATTENTION = "swarm_remote"
 """Registered for attention but not for masks, so that models build no masks."""
-
-
-class DistributedModel(DistributedMixin, PreTrainedModel):
-    """For type checkers: what `distribute` returns (the real class also inherits the model's own)."""
 
 
 def distribute(
@@ -60,16 +57,17 @@ def distribute(
     dtype = dtype or _dtype_of(config)
     model = _build(config, dtype)
     _check_service(model, service)
-    path, _ = find_blocks(model)
+    path, originals = find_blocks(model)
+    marks = _plain_attributes(originals[0])
     load_rest(model, checkpoint, dtype=dtype, device=device)
     model.generation_config = _generation_config(checkpoint, model)
     fit_head(model, head)
     model.__class__ = type(
-        f"Distributed{type(model).__name__}", (DistributedMixin, type(model)), {"__module__": type(model).__module__}
+        f"Distributed{type(model).__name__}", (DistributedModel, type(model)), {"__module__": type(model).__module__}
     )
     distributed = cast(DistributedModel, model)
     distributed.checkpoint, distributed.block_service, distributed._abandoned = checkpoint, service, deque()
-    _fit_blocks(distributed, path).service = service
+    _fit_blocks(distributed, path, marks).service = service
     return distributed
 
 
@@ -94,8 +92,8 @@ def _check_service(model: PreTrainedModel, service: BlockService) -> None:
         raise CheckpointMismatch(f"the model has (blocks, width) {ours}, the remote blocks have {theirs}")
 
 
-def _fit_blocks(model: DistributedModel, path: str) -> RemoteBlocks:
-    """Put RemoteBlocks into the model's layer list in the way that its forward can work with, the cheapest one first."""
+def _fit_blocks(model: DistributedModel, path: str, marks: dict[str, Any]) -> RemoteBlocks:
+    """Put RemoteBlocks into the layer list in the way that the model's forward can work with, the cheapest first."""
     parent, _, name = path.rpartition(".")
     decoder = model.get_submodule(parent)
     rotary = {key: module for key, module in decoder.named_children() if "rotary" in key.lower()}
@@ -103,6 +101,7 @@ def _fit_blocks(model: DistributedModel, path: str) -> RemoteBlocks:
     error: Exception | None = None
     for with_masks, modules, returns_tuple in product((False, True), (stubs, rotary), (False, True)):
         blocks = RemoteBlocks(None, returns_tuple=returns_tuple)
+        blocks.__dict__.update(marks)
         setattr(decoder, name, nn.ModuleList([blocks]))
         for key, module in modules.items():
             setattr(decoder, key, module)
@@ -117,6 +116,15 @@ def _fit_blocks(model: DistributedModel, path: str) -> RemoteBlocks:
     raise UnsupportedModel(
         f"the forward of {type(model).__name__} can't be driven with remote blocks: {type(error).__name__}: {error}"
     ) from error
+
+
+def _plain_attributes(block: nn.Module) -> dict[str, Any]:
+    """Words and numbers on a layer that a model's forward may look at, such as its kind."""
+    return {
+        name: value
+        for name, value in vars(block).items()
+        if isinstance(value, str | int | float) and not name.startswith("_") and name != "training"
+    }
 
 
 def _dry_run(model: DistributedModel) -> None:

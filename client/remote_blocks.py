@@ -3,9 +3,9 @@
     model.forward ──hidden_states [B, T, H]──► RemoteBlocks ──[tokens, H], row after row──► session.step ~~► servers
                   ◄──[B, T, H], zeros where nobody looks───┘◄────── the outputs wanted ───┘
 
-Only real tokens travel (no padding), and only the outputs whose logits are needed come back. What the layer list is called
-with (masks, rotary tables, ...) depends on the model and is ignored; what matters is put into a `Pass` by the model's own
-__call__. Knows nothing of tokens, logits or networks.
+Only real tokens travel (no padding), and only the outputs whose logits are needed come back. What the layer list is
+called with (masks, rotary tables, ...) depends on the model and is ignored; what matters is put into a `Pass` by the
+model's own __call__. Knows nothing of tokens, logits or networks.
 """
 
 from collections.abc import Iterator
@@ -156,7 +156,7 @@ def _new_columns(mask: torch.Tensor | None, length: int, rows: int, columns: int
 def _groups_are_equal(hidden_states: torch.Tensor, new: torch.Tensor | None, copies: int) -> bool:
     for tensor in (hidden_states, new):
         if tensor is not None:
-            groups = tensor.unflatten(0, (-1, copies))
+            groups = tensor.reshape(-1, copies, *tensor.shape[1:])
             if not bool((groups == groups[:, :1]).all()):
                 return False
     return True

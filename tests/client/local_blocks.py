@@ -6,6 +6,7 @@ It honours positions, rollback, row order and wanted outputs, refuses what a ser
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class LocalBlockSession:
     def __init__(self, service: LocalBlockService, batch_size: int, max_length: int):
         self.service, self.batch_size, self.max_length = service, batch_size, max_length
         self.rows = [self._new_row() for _ in range(batch_size)]
+        self.lengths = [0] * batch_size
         self.steps: list[SentStep] = []
         self.is_closed = False
 
@@ -94,6 +96,7 @@ class LocalBlockSession:
             raise InvalidRequest(f"{tuple(hidden_states.shape)} for {num_tokens} tokens")
         if order is not None:
             self.rows = [copy.deepcopy(self.rows[old]) for old in order]
+            self.lengths = [self.lengths[old] for old in order]
         self.steps.append(
             SentStep(
                 positions=tuple(positions),
@@ -111,6 +114,7 @@ class LocalBlockSession:
             if position + len(piece) > self.max_length:
                 raise InvalidRequest(f"row {row}: {position} + {len(piece)} tokens, limit {self.max_length}")
             output = self.service.run_row(piece, self.rows[row], position)
+            self.lengths[row] += len(piece)
             results.append(output[len(piece) - wanted :])
         return torch.cat(results)
 
@@ -124,9 +128,10 @@ class LocalBlockSession:
         return DynamicCache(config=config) if is_stateful else DynamicCache()
 
     def _roll_back(self, row: int, position: int) -> None:
-        length = self.rows[row].get_seq_length()
+        length = self.lengths[row]
         if position > length:
             raise InvalidRequest(f"row {row} holds {length} tokens, can't continue at {position}")
+        self.lengths[row] = position
         if position == 0 and length:
             self.rows[row] = self._new_row()
         elif position < length:
@@ -141,6 +146,7 @@ def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCac
     """
     decoder = decoder.eval()
     state: dict[str, torch.Tensor] = {}
+    cache_name = "cache_params" if "cache_params" in signature(decoder.forward).parameters else "past_key_values"
 
     def put_in(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "in" not in state:
@@ -162,7 +168,7 @@ def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCac
             decoder(
                 input_ids=torch.zeros(1, count, dtype=torch.long),
                 attention_mask=torch.ones(1, position + count, dtype=torch.long),
-                past_key_values=cache,
+                **{cache_name: cache},
                 use_cache=True,
             )
             return state["out"][0]

@@ -1,0 +1,83 @@
+"""Tiny distributed models around local blocks, and a tiny tokenizer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from swarm.checkpoint.source import resolve
+from swarm.client.generation import DistributedModel
+from swarm.client.model import distribute
+from tests.client.local_blocks import LocalBlockService
+from tests.families.configs import FAMILIES, VOCABULARY
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} . {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A complete local model, and the same model over blocks elsewhere."""
+
+    local: PreTrainedModel
+    distributed: DistributedModel
+    service: LocalBlockService
+    path: Path
+
+
+@pytest.fixture(scope="session")
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """Build the pair of a model family, with token 2 as the end of a text."""
+
+    def make(family: str) -> Pair:
+        path = tmp_path_factory.mktemp(family)
+        local = FAMILIES[family].model()
+        settings = local.generation_config
+        settings.use_cache, settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = True, 0, 1, 2
+        settings.max_length = None
+        local.save_pretrained(path)
+        service = LocalBlockService(local)
+        checkpoint = resolve(path, cache_dir=path / "cache")
+        distributed = distribute(checkpoint, service, dtype=torch.float32)
+        distributed.generation_config = settings
+        return Pair(local=local, distributed=distributed, service=service, path=path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _llama(make_pair: Callable[[str], Pair]) -> Pair:
+    return make_pair("llama")
+
+
+@pytest.fixture
+def pair(_llama: Pair) -> Iterator[Pair]:
+    """A Llama of three blocks; its service forgets earlier sessions."""
+    service = _llama.service
+    service.sessions, service.before_step, service.is_closed = [], None, False
+    _llama.distributed._abandoned.clear()
+    yield _llama
+    service.before_step = None
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word per token, with a chat template."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "system", "."]
+    words += [f"w{index}" for index in range(VOCABULARY - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
