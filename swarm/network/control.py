@@ -200,6 +200,7 @@ class DaemonControl:
         self.max_message_bytes = max_message_bytes
         self.timeout_s = timeout_s
         self.attached = asyncio.Event()
+        self.lost = asyncio.Event()
         self._unary_handlers: dict[str, UnaryHandler] = {}
         self._stream_factories: dict[str, StreamFactory] = {}
         self._pending: dict[bytes, asyncio.Future[Any]] = {}
@@ -228,6 +229,7 @@ class DaemonControl:
         except (OSError, TimeoutError) as error:
             raise P2PDaemonError(f"no connection to the daemon: {error!r}") from error
         self.attached.set()
+        self.lost.clear()
         for name in list(self._unary_handlers):
             await self._register_unary(name)
         for name in list(self._stream_factories):
@@ -434,6 +436,7 @@ class DaemonControl:
             return
         self._persistent = None
         self.attached.clear()
+        self.lost.set()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(P2PDaemonError("the daemon was lost"))

@@ -144,7 +144,9 @@ class Dht:
             raise InvalidRequest(f"DHT value of {len(value)} bytes, limit {MAX_PAYLOAD_BYTES}")
         try:
             async with asyncio.timeout(timeout_s):
-                return bool(await self._node.store(key, value, float(expires_at), subkey=subkey))
+                is_client = self._node.protocol.client_mode  # nobody would find what a client stores at itself
+                stored = await self._node.store(key, value, float(expires_at), subkey=subkey, exclude_self=is_client)
+                return bool(stored)
         except TimeoutError:
             return False
 
@@ -178,6 +180,7 @@ class Dht:
         except TimeoutError:
             return f"no answer within {timeout_s:g} s"
         except P2PDaemonError as error:
+            await self._node.protocol.update_routing_table(None, peer.peer_id, responded=False)
             return str(error)
         except DHTValidationError as error:
             raise ConfigError(f"peer {peer.text} refuses us: {error}") from error

@@ -137,6 +137,10 @@ class Node:
         """Peers in the DHT's routing table."""
         return self._dht.num_peers
 
+    def knows(self, peer_id: str) -> bool:
+        """Whether a peer is in the DHT's routing table."""
+        return self._dht.knows(PeerID.from_base58(peer_id))
+
     @property
     def daemon_pid(self) -> int:
         """Process id of the daemon at present."""
@@ -272,33 +276,32 @@ class Node:
     async def _supervise(self) -> None:
         """Replace the daemon when it dies, loses our connection or hangs."""
         while True:
-            died = asyncio.ensure_future(self._daemon.wait())
-            hung = asyncio.ensure_future(self._wait_until_hung())
+            ends = {
+                asyncio.ensure_future(self._daemon.wait()): "died",
+                asyncio.ensure_future(self._control.lost.wait()): "dropped us",
+                asyncio.ensure_future(self._wait_until_hung()): "does not answer",
+            }
             try:
-                await asyncio.wait({died, hung}, return_when=asyncio.FIRST_COMPLETED)
-                log.warning("the libp2p daemon %s; starting another", "died" if died.done() else "does not answer")
+                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                log.warning("the libp2p daemon %s; starting another", ends[done.pop()])
             finally:
-                died.cancel()
-                hung.cancel()
+                for end in ends:
+                    end.cancel()
             await self._restart()
 
     async def _wait_until_hung(self) -> None:
-        """Returns when the daemon has not answered for HANG_TIMEOUT_S, has dropped us, or is alone for too long."""
+        """Returns when the daemon has not answered for HANG_TIMEOUT_S, or has had no peer for ISOLATION_TIMEOUT_S."""
         loop = asyncio.get_running_loop()
-        answered = connected = loop.time()
-        while loop.time() - answered < HANG_TIMEOUT_S and self._control.attached.is_set():
+        silent_s = alone_s = 0.0  # counted attempt by attempt: a clock would blame the daemon when we stood still
+        while silent_s < HANG_TIMEOUT_S and alone_s < ISOLATION_TIMEOUT_S:
             asked = loop.time()
             try:
                 peers = await self._control.list_peers()
             except (P2PDaemonError, TimeoutError):
-                if loop.time() - asked > 2 * self._control.timeout_s:
-                    answered = loop.time()  # it was us who stood still
+                silent_s += min(loop.time() - asked, self._control.timeout_s) + WATCH_PERIOD_S
             else:
-                answered = loop.time()
-                if peers or not self._initial_peers:
-                    connected = answered
-                elif answered - connected > ISOLATION_TIMEOUT_S:
-                    return
+                silent_s = 0.0
+                alone_s = 0.0 if peers or not self._initial_peers else alone_s + WATCH_PERIOD_S
             await asyncio.sleep(WATCH_PERIOD_S)
 
     async def _restart(self) -> None:

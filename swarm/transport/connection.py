@@ -6,6 +6,7 @@ carrier --data_received--> Mux --events--> Streams          Streams --send_now /
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -65,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._owner = owner
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        self._mux = make_mux(self._loop.time())
+        self._mux = make_mux(time.monotonic())
         self._streams: dict[int, Stream] = {}
         self._transport: asyncio.Transport | None = None
         self._is_started = False
@@ -220,7 +221,7 @@ class Connection(asyncio.Protocol):
         if self.is_closed:
             return
         try:
-            for event in self._mux.receive(data, self._loop.time()):
+            for event in self._mux.receive(data, time.monotonic()):
                 self._on_event(event)
         except PeerMisbehaved as error:
             log.warning("dropping %s connection of %s: %s", self.carrier, self.peer_id or "a stranger", error)
@@ -295,7 +296,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(output)
 
     def _tick(self) -> None:
-        now = self._loop.time()
+        now = time.monotonic()
         try:
             self._mux.tick(now)
         except PeerTimeout as error:
