@@ -9,8 +9,6 @@ nothing of networks. Hooks used, in transformers 5.17 to 5.23: generate, __call_
 
 import logging
 import sys
-import weakref
-from collections import deque
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +16,7 @@ import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from swarm.checkpoint.source import Checkpoint
-from swarm.client.cache import BlockService, BlockSession, RemoteCache
+from swarm.client.cache import BlockService, RemoteCache
 from swarm.client.remote_blocks import Pass, model_pass
 from swarm.errors import InvalidRequest, SwarmError
 
@@ -43,7 +41,6 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
     checkpoint: Checkpoint
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
-    _abandoned: "deque[BlockSession]"
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> RemoteCache:
         """Open a session that outlives a call of `generate`, so that the next call sends only new tokens.
@@ -71,8 +68,7 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
     def generate(self, *args: Any, session: RemoteCache | None = None, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate` of transformers, with the blocks on other machines.
 
-        A session is opened for the call and closed with it, also after an exception. With
-        `return_dict_in_generate=True` it stays open as `.past_key_values` of the result, for the caller to close.
+        A session is opened for the call and closed with it, however it ends; to continue, pass one of your own.
 
         Args:
             session: continue this session; `inputs` are the whole sequence so far, of which only what is new is sent.
@@ -81,7 +77,6 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
             InvalidRequest: for arguments that the model or the session cannot serve.
             RouteNotFound, PeerError: when the swarm fails for longer than its patience.
         """
-        self._close_abandoned()
         if session is not None:
             if kwargs.get("past_key_values") is not None:
                 raise InvalidRequest("pass either session or past_key_values, not both")
@@ -91,19 +86,13 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
             raise InvalidRequest(f"past_key_values must come from inference_session(), got {type(given).__name__}")
         opened: list[RemoteCache] = []
         token = _opened.set(opened)
-        result = None
         try:
-            result = super().generate(*args, **kwargs)  # type: ignore[misc]
-            return result
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             _opened.reset(token)
-            kept = getattr(result, "past_key_values", None)
             self._remember_route(opened[0] if opened else given)
             for cache in opened:
-                if cache is kept:
-                    weakref.finalize(cache, self._abandoned.append, cache.session).atexit = False
-                else:
-                    _close_quietly(cache)
+                _close_quietly(cache)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model once; see the `forward` of the transformers class.
@@ -128,7 +117,6 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Close all sessions and leave the swarm; may be called twice."""
-        self._close_abandoned()
         self.block_service.close()
 
     def __enter__(self) -> Self:
@@ -148,7 +136,8 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         max_cache_length: int,
     ) -> bool:
         """Called once by `generate`, when the lengths are known: check them and open a session."""
-        self._check_length(generation_config.max_length)
+        max_length = max_cache_length + 1
+        self._check_length(max_length)
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         rows = batch_size * copies
         name = "cache_params" if "mamba" in type(self).__name__.lower() else "past_key_values"
@@ -165,7 +154,7 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         guessed = (
             generation_config.prompt_lookup_num_tokens or 0
         )  # guesses may reach beyond the end, and are dropped there
-        max_length = min(generation_config.max_length + guessed, max_positions(self) or sys.maxsize)
+        max_length = min(max_length + guessed, max_positions(self) or sys.maxsize)
         cache = self._open(rows, max_length, copies)
         model_kwargs[name] = cache
         opened = _opened.get()
@@ -188,14 +177,6 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         limit = max_positions(self)
         if limit is not None and length > limit:
             raise InvalidRequest(f"max_length {length} is more than the {limit} positions of {self.checkpoint.name}")
-
-    def _close_abandoned(self) -> None:
-        """Close sessions that were left to the garbage collector, which must not wait for a network itself."""
-        while self._abandoned:
-            try:
-                self._abandoned.popleft().close()
-            except SwarmError as error:
-                logger.info("an abandoned session did not close: %s", error)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -3,7 +3,8 @@
 For one token the head is a matrix-vector product that must read the whole matrix (49152 x 576 floats = 113 MB), and
 memory layout decides: on an EPYC core the usual [vocabulary, hidden] layout runs at 12 GB/s and the transposed one at
 28 GB/s, close to what memory gives (2.3 times faster for 1 to 3 rows, 15 % slower from 4 rows on). Both are plain fp32
-sums in another order, so the choice is made by measurement at load. Reduced formats are an option, never a default.
+sums in another order, so the choice is made by measurement at load. Reduced formats are an option, never a default
+(one token: 4.0 ms in fp32 by columns, 3.1 float16, 2.2 int8, 5.6 bfloat16 on a core without AVX-512).
 
 Knows nothing of models but their output embeddings. The tensor stays one: tied embeddings see the new layout, too.
 """
@@ -37,8 +38,8 @@ def fit_head(model: PreTrainedModel, head: HeadFormat = "auto") -> None:
 
     Args:
         model: loaded, with a head that is a nn.Linear; other heads stay as they are.
-        head: "auto" keeps the dtype. A floating type or "int8" (per-row weights, dynamic activations; CPU only) makes
-            the head approximate: about 4e-4 (float16), 4e-3 (bfloat16) or 2e-2 (int8) of the largest logit.
+        head: "auto" keeps the dtype. A floating type or "int8" (a scale per row) makes the head approximate: about 4e-4
+            (float16), 4e-3 (bfloat16) or 1e-2 (int8) of the largest logit.
 
     Raises:
         InvalidRequest: unknown format, or one that does not run here.
@@ -94,26 +95,23 @@ class CastHead(nn.Module):
 
 
 class Int8Head(nn.Module):
-    """A head with a scale per row of the matrix and one per batch of activations, by torch's own quantised kernel."""
+    """A head whose matrix is int8 with a scale per row; products are summed in bfloat16's range."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = linear.weight.detach().float().cpu()
-        scale = weight.abs().amax(1).clamp_min(1e-12).double() / 127
-        quantised = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        try:
-            self._packed = torch.ops.quantized.linear_prepack(quantised, bias)
-        except RuntimeError as error:
-            raise InvalidRequest(f"this machine has no int8 kernel for the head: {error}") from error
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(torch.bfloat16))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., H] to logits [..., V], in the dtype of the input."""
-        product: torch.Tensor = torch.ops.quantized.linear_dynamic(
-            hidden_states.float(), self._packed, reduce_range=True
-        )
-        return product.to(hidden_states.dtype)
+        rows = hidden_states.reshape(-1, self.in_features).to(torch.bfloat16)
+        logits = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(hidden_states.dtype)
+        logits = logits if self.bias is None else logits + self.bias
+        return logits.view(*hidden_states.shape[:-1], self.out_features)
 
 
 def _best_s(compute: Callable[[], object]) -> float:

@@ -10,7 +10,6 @@ out, and refuses a model whose forward can't be driven like this. Knows nothing 
 """
 
 import logging
-from collections import deque
 from itertools import product
 from typing import Any, cast
 
@@ -66,7 +65,7 @@ def distribute(
         f"Distributed{type(model).__name__}", (DistributedModel, type(model)), {"__module__": type(model).__module__}
     )
     distributed = cast(DistributedModel, model)
-    distributed.checkpoint, distributed.block_service, distributed._abandoned = checkpoint, service, deque()
+    distributed.checkpoint, distributed.block_service = checkpoint, service
     _fit_blocks(distributed, path, marks).service = service
     return distributed
 

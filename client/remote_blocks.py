@@ -132,7 +132,9 @@ def run(
 
 def _check(cache: RemoteCache, rows: int, columns: int) -> None:
     if cache.is_closed:
-        raise InvalidRequest("this session is closed")
+        raise InvalidRequest(
+            "this session is closed; to continue later, generate with one of model.inference_session()"
+        )
     if rows != cache.rows:
         raise InvalidRequest(f"the batch has {rows} rows, the session {cache.rows}")
     if cache.length + columns > cache.max_length:

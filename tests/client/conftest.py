@@ -61,7 +61,6 @@ def pair(_llama: Pair) -> Iterator[Pair]:
     """A Llama of three blocks; its service forgets earlier sessions."""
     service = _llama.service
     service.sessions, service.before_step, service.is_closed = [], None, False
-    _llama.distributed._abandoned.clear()
     yield _llama
     service.before_step = None
 
@@ -70,6 +69,7 @@ def pair(_llama: Pair) -> Iterator[Pair]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One word per token, with a chat template."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "system", "."]
+    words += ["abcdef"]  # transformers tries stop strings out on this word
     words += [f"w{index}" for index in range(VOCABULARY - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
