@@ -116,6 +116,10 @@ def _run(config: ServerConfig) -> None:
     import torch
     import uvloop
 
+    if not torch.cuda.is_available():
+        from swarm.server.lean import import_transformers_lean
+
+        import_transformers_lean()
     from swarm.server.server import make_plan
 
     if config.threads is not None:

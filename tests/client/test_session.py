@@ -45,12 +45,11 @@ class FakeStream:
 
     def __init__(self, answer: Callable):
         self.answer, self.replies, self.held, self.is_closed = answer, asyncio.Queue(), [], False
-        self.num_steps = 0
+        self.is_stalled = asyncio.Event()
 
     async def send(self, message, body=b""):
         if isinstance(message, OpenSession):
             self.held = [0] * message.batch_size
-        self.num_steps += isinstance(message, Step)
         self.replies.put_nowait(self.answer(self, message, body))
 
     async def receive(self, timeout_s=None):
@@ -58,6 +57,7 @@ class FakeStream:
         if isinstance(reply, Exception):
             raise reply
         if reply is None:
+            self.is_stalled.set()
             await asyncio.Event().wait()
         return reply
 
@@ -196,8 +196,7 @@ async def test_a_cancelled_step_leaves_a_session_that_can_go_on():
     session = make(FakePeers("a"), transport)
     await step(session, 2)
     running = asyncio.create_task(step(session, 1, position=2))
-    while transport.streams[0][1].num_steps < 2:
-        await asyncio.sleep(0)
+    await transport.streams[0][1].is_stalled.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

@@ -1,0 +1,65 @@
+"""Keeps out of a CPU server's process what transformers imports and a server never uses: small and quick to start.
+
+Importing transformers' modelling code pulls in torch's compiler (for decorators that say "do not compile this"),
+torch's distributed tensors and scipy's optimisers (for losses): 150 MB of resident memory and over a second of
+start-up. A process that runs decoder layers eagerly on a CPU needs none of the three.
+
+To be called once by the server's command line, before transformers is imported; never by a library, since it changes
+the whole process: torch.compile does not work afterwards.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import torch
+
+_HIDDEN = frozenset({"scipy", "sklearn", "pandas"})
+
+
+def import_transformers_lean() -> bool:
+    """Keep the compiler, distributed tensors and scipy out of this process; False when it is too late for that."""
+    if "transformers" in sys.modules or "torch._dynamo" in sys.modules:
+        return False
+    _stub_compiler()
+    torch.distributed.is_available = lambda: False
+    _hide(_HIDDEN)
+    import transformers.utils.import_utils  # noqa: F401 - looks for optional packages now, and remembers the answer
+
+    return True
+
+
+class _Compiler(types.ModuleType):
+    """torch._dynamo as a package whose own code never runs; its functions are decorators that change nothing."""
+
+    __path__: list[str]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _decorator
+
+
+def _decorator(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
+    return function if function is not None else _decorator
+
+
+def _stub_compiler() -> None:
+    stub = _Compiler("torch._dynamo")
+    stub.__path__ = [os.path.join(os.path.dirname(torch.__file__), "_dynamo")]  # some of its files are used, and light
+    sys.modules["torch._dynamo"] = stub
+    torch._dynamo = stub  # type: ignore[assignment]
+
+
+def _hide(names: frozenset[str]) -> None:
+    """Let `importlib.util.find_spec`, by which transformers looks for optional packages, not find these."""
+    find_spec = importlib.util.find_spec
+
+    def find_others(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name.partition(".")[0] in names else find_spec(name, package)
+
+    importlib.util.find_spec = find_others

@@ -1,0 +1,33 @@
+"""A server process stays free of what it never uses, and still runs every kind of block."""
+
+import subprocess
+import sys
+
+import torch
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+
+SCRIPT = """
+import sys, torch
+from swarm.server.lean import import_transformers_lean
+assert import_transformers_lean()
+from swarm.checkpoint.source import resolve
+from swarm.server.blocks.span import BlockSpan
+from swarm.server.server import measure_decode
+from swarm.types import BlockRange
+for path in sys.argv[1:]:
+    span = BlockSpan.load(resolve(path), BlockRange(0, 2), num_pages=4)
+    assert measure_decode(span) > 0
+loaded = {name for name in ("torch._inductor", "torch.distributed.tensor", "scipy", "pandas") if name in sys.modules}
+assert not loaded, loaded
+assert not import_transformers_lean(), "too late now"
+"""
+
+
+def test_a_lean_process_runs_blocks_without_compiler_scipy_or_distributed_tensors(tmp_path):
+    """A model with our attention plugged in and one with an adapter both run in a process without the heavy modules."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48)).to(torch.float32).save_pretrained(tmp_path / "llama")
+    FalconForCausalLM(FalconConfig(**sizes)).to(torch.float32).save_pretrained(tmp_path / "falcon")
+    paths = [str(tmp_path / "llama"), str(tmp_path / "falcon")]
+    result = subprocess.run([sys.executable, "-c", SCRIPT, *paths], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
