@@ -210,7 +210,7 @@ class RemoteCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row."""
-        dropped = -tokens_to_remove
+        dropped = -int(tokens_to_remove)  # a tensor in 5.17
         if not 0 <= dropped <= min(self.lengths):
             raise InvalidRequest(f"crop({tokens_to_remove}): need a number between {-min(self.lengths)} and 0")
         self.length -= dropped
