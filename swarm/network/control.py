@@ -295,8 +295,18 @@ class DaemonControl:
 
     async def add_stream_factory(self, name: str, factory: StreamFactory) -> None:
         """Serve raw streams of `name` to all peers, on this daemon and on those that follow it."""
+        is_new = name not in self._stream_factories
         self._stream_factories[name] = factory
-        await self._register_stream(name)
+        if is_new:
+            await self._register_stream(name)
+
+    async def remove_stream_factory(self, name: str) -> None:
+        """Stop serving streams of `name`; those that are open stay."""
+        if self._stream_factories.pop(name, None) is not None and self.attached.is_set():
+            address = Multiaddr(f"/unix{self.listen_path}").to_bytes()
+            handler = p2pd_pb2.RemoveStreamHandlerRequest(addr=address, proto=[name])
+            request = p2pd_pb2.Request(type=p2pd_pb2.Request.REMOVE_STREAM_HANDLER, removeStreamHandler=handler)
+            await self._ask(request)
 
     # --- questions about peers ---
 

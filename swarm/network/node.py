@@ -185,7 +185,17 @@ class Node:
 
     async def add_stream_protocol(self, name: str, factory: StreamFactory) -> None:
         """Serve raw streams of `name` with the asyncio protocols that `factory(peer_id)` makes."""
-        await self._control.add_stream_factory(name, factory)
+        try:
+            await self._control.add_stream_factory(name, factory)
+        except (P2PDaemonError, TimeoutError) as error:
+            log.warning("%s will be served when the daemon is back: %s", name, error)
+
+    async def remove_stream_handler(self, name: str) -> None:
+        """Stop serving raw streams of `name`; those that are open stay."""
+        try:
+            await self._control.remove_stream_factory(name)
+        except (P2PDaemonError, TimeoutError) as error:
+            log.debug("the daemon was not told that %s is no longer served: %s", name, error)
 
     async def open_stream(
         self, peer_id: str, name: str, timeout_s: float

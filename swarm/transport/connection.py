@@ -7,6 +7,7 @@ carrier --data_received--> Mux --events--> Streams          Streams --send_now /
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from swarm.transport.stream import Stream
 
 log = logging.getLogger(__name__)
 
-WRITE_BUFFER_BYTES = 1 << 20
+WRITE_BUFFER_BYTES = 1 << 19
 """Senders wait while more than this is queued at the carrier."""
 _JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
 
@@ -71,7 +72,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._is_started = False
         self._greeted: asyncio.Future[None] = self._loop.create_future()
-        self._writable: asyncio.Future[None] | None = None
+        self._is_full = False  # the carrier takes no more for now
+        self._turns: deque[asyncio.Future[None]] = deque()  # senders that wait for the carrier, first come first served
         self._timer = self._loop.call_later(limits.ping_period_s / 2, self._tick)
 
     # --- the owner's side ---
@@ -119,8 +121,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def num_peer_streams(self) -> int:
-        """Streams that the peer has opened."""
-        return self._mux.num_peer_streams
+        """Streams that the peer has opened, as far as its frames have been looked at."""
+        return sum(not self._mux.is_ours(stream_id) for stream_id in self._streams)
 
     @property
     def transport(self) -> asyncio.Transport:
@@ -146,7 +148,7 @@ class Connection(asyncio.Protocol):
 
     def send_now(self, stream_id: int, meta: bytes, body: bytes | memoryview) -> bool:
         """Send a message in one frame at once if there is room for it; False when it must wait or be cut."""
-        if len(body) > MAX_FRAGMENT_BYTES or self._writable is not None or not self._mux.may_send(stream_id):
+        if len(body) > MAX_FRAGMENT_BYTES or self._is_full or not self._mux.may_send(stream_id):
             return False
         self.start_message(stream_id, meta, body)
         self.write(self._mux.encode_data(stream_id, meta, len(body), has_more=False), body)
@@ -189,10 +191,28 @@ class Connection(asyncio.Protocol):
             transport.write(self._mux.take_output() + head)
             transport.write(body)
 
-    async def wait_writable(self) -> None:
-        """Wait while the carrier has too much to send."""
-        while self._writable is not None and not self.is_closed:
-            await asyncio.shield(self._writable)
+    async def wait_turn(self) -> None:
+        """Wait until the carrier takes more and those who came before have had a turn; `end_turn` must follow."""
+        if not self._is_full and not self._turns:
+            return
+        turn = self._loop.create_future()
+        self._turns.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.end_turn()
+            elif turn in self._turns:
+                self._turns.remove(turn)
+            raise
+
+    def end_turn(self) -> None:
+        """Let the next sender have its turn, when the carrier takes more."""
+        while self._turns and not self._is_full:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
 
     def consume(self, stream_id: int, cost: int) -> None:
         """A stream's application has taken a message."""
@@ -243,13 +263,11 @@ class Connection(asyncio.Protocol):
             self._end(PeerDisconnected(f"connection to {self.peer_id} was lost{reason}", peer_id=self.peer_id))
 
     def pause_writing(self) -> None:
-        if self._writable is None:
-            self._writable = self._loop.create_future()
+        self._is_full = True
 
     def resume_writing(self) -> None:
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        self._writable = None
+        self._is_full = False
+        self.end_turn()
 
     # --- inside ---
 
@@ -322,7 +340,11 @@ class Connection(asyncio.Protocol):
         if not self._greeted.done():
             self._greeted.set_exception(blame)
             self._greeted.exception()  # retrieved, in case that nobody waits
-        self.resume_writing()
+        self._is_full = False
+        for turn in self._turns:
+            if not turn.done():
+                turn.set_result(None)
+        self._turns.clear()
         for stream in self._streams.values():
             stream.on_failure(blame)
         self._streams.clear()

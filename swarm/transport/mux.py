@@ -268,10 +268,9 @@ class Mux:
         """Streams that are open, on either side's initiative."""
         return len(self._streams)
 
-    @property
-    def num_peer_streams(self) -> int:
-        """Streams that are open on the peer's initiative."""
-        return sum(stream_id % 2 != self._next_id % 2 for stream_id in self._streams)
+    def is_ours(self, stream_id: int) -> bool:
+        """Whether a stream of this id is one that this side opens."""
+        return stream_id % 2 == self._next_id % 2
 
     # --- one method per kind of frame ---
 
@@ -288,7 +287,7 @@ class Mux:
         raise PeerMisbehaved("second HELLO")
 
     def _on_open(self, frame: Frame, events: list[Event], now: float) -> None:
-        if frame.stream_id % 2 == self._next_id % 2 or frame.stream_id <= self._last_peer_id:
+        if self.is_ours(frame.stream_id) or frame.stream_id <= self._last_peer_id:
             raise PeerMisbehaved(f"OPEN of stream {frame.stream_id} after {self._last_peer_id}")
         try:
             service = frame.meta.decode()
@@ -394,8 +393,8 @@ class Mux:
         """The stream of a frame; None for one that is over."""
         state = self._streams.get(frame.stream_id)
         if state is None:
-            is_ours = frame.stream_id % 2 == self._next_id % 2
-            if frame.stream_id >= self._next_id if is_ours else frame.stream_id > self._last_peer_id:
+            last = self._next_id - 2 if self.is_ours(frame.stream_id) else self._last_peer_id
+            if frame.stream_id > last:
                 raise PeerMisbehaved(f"{Kind(frame.kind).name} on stream {frame.stream_id}, which was never opened")
         return state
 

@@ -190,9 +190,12 @@ class Stream:
         self._connection.start_message(self._id, meta, body)
         try:
             for piece in self._connection.pieces(self._id, meta, body):
-                await self._connection.wait_writable()
-                self._raise_if_over()
-                self._connection.write(*piece)
+                await self._connection.wait_turn()
+                try:
+                    self._raise_if_over()
+                    self._connection.write(*piece)
+                finally:
+                    self._connection.end_turn()
         except BaseException:
             await self.abort(PeerDisconnected("gave up in the middle of a message"))
             raise

@@ -102,13 +102,14 @@ class Transport:
             ConfigError: when the address for direct connections can't be used.
         """
         if self._listen is not None:
-            self._listener = DirectListener(
+            listener = DirectListener(
                 lambda: self._accept("direct", ""),
                 may_accept=self._has_room,
                 handshake_timeout_s=self.limits.hello_timeout_s,
                 max_handshakes=self.limits.max_pending_connections,
             )
-            self._listener.start(*self._listen)
+            listener.start(*self._listen)
+            self._listener = listener
         await self.node.add_stream_protocol(MUX_STREAM, lambda peer_id: self._accept("p2p", peer_id))
         await self.node.add_stream_handler(OFFER_STREAM, self._make_offer)
 
@@ -171,6 +172,8 @@ class Transport:
     async def close(self) -> None:
         """Take no more connections, end the handlers, close all connections."""
         self._is_closed = True
+        await self.node.remove_stream_handler(MUX_STREAM)
+        await self.node.remove_stream_handler(OFFER_STREAM)
         if self._listener is not None:
             await self._listener.close()
         await self._tasks.close()
