@@ -20,7 +20,6 @@ help:
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m swarm.client.demo $(if $(QUESTION),--question "$$QUESTION")
-demo: export QUESTION := $(QUESTION)
 
 test: $(INSTALLED)
 	$(BIN)/pytest
