@@ -24,7 +24,7 @@ def paged_attention_cpu(
     plan = _plan(batch, form)
     if len(plan.singles) == 1 and plan.gathered is None:
         single = plan.singles[0]
-        return _attend_single(q_HTD, k_pool_KSD, v_pool_KSE, single, form, batch).transpose(0, 1)
+        return _attend_single(q_HTD, k_pool_KSD, v_pool_KSE, single, form, batch).transpose(0, 1).contiguous()
     out_THE = q_HTD.new_empty(batch.num_rows, q_HTD.shape[0], v_pool_KSE.shape[2])
     for single in plan.singles:
         start, end = single.span.start, single.span.start + single.span.count

@@ -1,0 +1,126 @@
+"""The attention of one block over its paged KV cache, in the shape in which transformers' layers call it.
+
+    transformers layer --q, k, v of the new rows--> internals.attend --> LayerAttention --> kernels.paged_attention
+                                                                             |
+                                                              k_pool, v_pool (all pages of this block), Step
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swarm.errors import UnsupportedModel
+from swarm.kernels.paged_attention import (
+    AttentionForm,
+    PagedBatch,
+    RowSpan,
+    paged_attention,
+    paged_attention_reference,
+    write_kv,
+)
+from swarm.server.blocks.step import Step
+from swarm.server.pages import PAGE_SIZE
+
+IGNORED_OPTIONS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cu_seq_lens_q",
+                             "cu_seq_lens_k", "max_length_q", "max_length_k", "position_embeddings", "layer_idx",
+                             "output_hidden_states", "return_dict", "cache_position", "seq_idx"})  # fmt: skip
+"""Keyword arguments of attention calls that don't change what causal attention with our own cache computes."""
+
+
+class LayerAttention:
+    """Attention of one block: owns the block's KV pools.
+
+    Args:
+        form: what it computes.
+        kv_shape: (kv heads, key width, value width).
+        temperature: (floor_scale, attn_scale) of Llama 4's position-dependent query scale, or None.
+        step: the rows being run, shared by all blocks of the span.
+    """
+
+    def __init__(
+        self,
+        form: AttentionForm,
+        kv_shape: tuple[int, int, int],
+        temperature: tuple[float, float] | None,
+        step: Step,
+    ):
+        self.form = form
+        self.kv_shape = kv_shape
+        self._temperature = temperature
+        self._step = step
+        self.k_pool: Tensor
+        self.v_pool: Tensor
+
+    def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the pools: [kv heads, num_pages * PAGE_SIZE, width] each."""
+        heads, key_width, value_width = self.kv_shape
+        slots = num_pages * PAGE_SIZE
+        self.k_pool = torch.zeros(heads, slots, key_width, dtype=dtype, device=device)
+        self.v_pool = torch.zeros(heads, slots, value_width, dtype=dtype, device=device)
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        heads, key_width, value_width = self.kv_shape
+        return heads * PAGE_SIZE * (key_width + value_width) * dtype.itemsize
+
+    def copy_page(self, source: int, destination: int) -> None:
+        for pool in (self.k_pool, self.v_pool):
+            old, new = source * PAGE_SIZE, destination * PAGE_SIZE
+            pool[:, new : new + PAGE_SIZE] = pool[:, old : old + PAGE_SIZE]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, options: Any) -> Tensor:
+        """Cache the new rows' keys and values and attend: q [1, H, T, D], k [1, K, T, D], v [1, K, T, E] -> [1, T, H, E]."""
+        batch = self._step.batch
+        if self._temperature is not None:
+            query = query * self._query_scale(query.dtype)
+        write_kv(key[0], value[0], self.k_pool, self.v_pool, batch)
+        return paged_attention(query[0], self.k_pool, self.v_pool, batch, self.form)[None]
+
+    def _query_scale(self, dtype: torch.dtype) -> Tensor:
+        assert self._temperature is not None
+        return query_scale(self._step.positions_1T, self._temperature).to(dtype)
+
+
+def query_scale(positions_1T: Tensor, temperature: tuple[float, float]) -> Tensor:
+    """[1, 1, T, 1]: Llama 4 scales the queries of its position-free layers with the logarithm of the position."""
+    floor_scale, attn_scale = temperature
+    scale = torch.log1p(torch.floor((positions_1T.float() + 1.0) / floor_scale)) * attn_scale + 1.0
+    return scale[:, None, :, None]
+
+
+def attention_form(
+    options: dict[str, Any], *, key_width: int, chunk: int | None, alibi_H: Tensor | None, sinks_H: Tensor | None
+) -> AttentionForm:
+    """Read the keyword arguments with which a layer calls its attention.
+
+    Raises:
+        UnsupportedModel: for an argument that we don't know and so can't honour.
+    """
+    known = dict(options)
+    scale = known.pop("scaling", None)
+    window = known.pop("sliding_window", None)
+    softcap = known.pop("softcap", None)
+    sinks_H = known.pop("s_aux", sinks_H)
+    unknown = sorted(name for name, value in known.items() if name not in IGNORED_OPTIONS and value is not None)
+    if unknown:
+        raise UnsupportedModel(f"its attention is called with {', '.join(unknown)}, which this runner can't honour")
+    if options.get("is_causal") is False:
+        raise UnsupportedModel("its attention is not causal")
+    return AttentionForm(
+        scale=float(scale) if scale is not None else key_width**-0.5,
+        window=int(window) if window else None,
+        chunk=chunk,
+        softcap=float(softcap) if softcap else None,
+        sinks_H=sinks_H.detach() if sinks_H is not None else None,
+        alibi_H=alibi_H,
+    )
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
+    """Attention of one sequence from position 0 without a cache, by the reference: what the self-check uses."""
+    rows = query.shape[2]
+    pages = -(-rows // PAGE_SIZE)
+    pools = [new.new_zeros(new.shape[1], pages * PAGE_SIZE, new.shape[3]) for new in (key, value)]
+    batch = PagedBatch([RowSpan(0, rows, 0, range(pages))], PAGE_SIZE, query.device)
+    write_kv(key[0], value[0], *pools, batch)
+    return paged_attention_reference(query[0], *pools, batch, form)[None]

@@ -1,0 +1,298 @@
+"""A span of consecutive blocks on one device: transformers' own decoder layers over our paged KV cache.
+
+    load: checkpoint --iter_blocks--> layer --adapt, probe, fuse, quantise--> Block          (one at a time)
+    run:  [Chunk] --segments--> rows of the active chunks --Block after Block--> [hidden states], one per chunk
+
+Rows of all sequences are flattened into [1, T, H]; a chunk joins the rows at its entry block and leaves them at its exit
+block. It does not know sessions, networks or who asks; one thread calls it.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from swarm.checkpoint.partial import build_rotary, iter_blocks
+from swarm.errors import ConfigError, InvalidRequest, UnsupportedModel
+from swarm.server.blocks.adapters import Adapter, adapter_for
+from swarm.server.blocks.attention import LayerAttention
+from swarm.server.blocks.fusion import fuse
+from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceState, trace_calls
+from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
+from swarm.server.blocks.probe import BlockSpec, Prober
+from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.quantization import Int8Linear, quantize
+from swarm.types import BlockRange
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One decoder layer, ready to run."""
+
+    index: int
+    layer: nn.Module
+    call: LayerCall
+    spec: BlockSpec
+    attention: LayerAttention | None
+
+    def run(self, hidden_1TH: Tensor, arguments: dict[str, Any]) -> Tensor:
+        output = self.layer.forward(hidden_1TH, **arguments)
+        return output[0] if self.spec.returns_tuple else output
+
+
+class BlockSpan:
+    """Runs blocks for batches of chunks; see the module docstring. Made by `load`."""
+
+    page_size = PAGE_SIZE
+
+    def __init__(
+        self,
+        blocks: BlockRange,
+        loaded: Sequence[Block],
+        *,
+        config: PretrainedConfig,
+        ropes: Ropes,
+        step: Step,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_pages: int,
+        quantization: str,
+    ):
+        self.blocks = blocks
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.num_pages = num_pages
+        self.quantization = quantization
+        self.hidden_size = int(config.get_text_config(decoder=True).hidden_size)
+        self._loaded = tuple(loaded)
+        self._ropes = ropes
+        self._step = step
+        for block in loaded:
+            if block.attention is not None:
+                block.attention.allocate(num_pages, dtype, device)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Any,
+        blocks: BlockRange,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        quantization: str = "none",
+        num_pages: int | None = None,
+        kv_bytes: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> "BlockSpan":
+        """Load `blocks` of a checkpoint, one at a time, and check that they will be run rightly.
+
+        Args:
+            checkpoint: a swarm.checkpoint Checkpoint.
+            blocks: which ones.
+            device: where they run.
+            dtype: of weights, hidden states and KV cache.
+            quantization: "none", "int8" or "nf4": of the linear layers.
+            num_pages: pages of the KV cache, PAGE_SIZE tokens each.
+            kv_bytes: size of the KV cache; either this or `num_pages`.
+            on_progress: called with (blocks loaded, blocks to load) after each.
+
+        Raises:
+            UnsupportedModel: the runner would run this model wrongly; names the reason.
+            InvalidRequest: `blocks` are outside the model.
+            ConfigError: no such format on this device, or no room for one page.
+        """
+        device = torch.device(device)
+        config: PretrainedConfig = checkpoint.config()
+        adapter = adapter_for(config.get_text_config(decoder=True))
+        plan = trace_calls(config, adapter.attn_implementation, adapter.ignored)
+        ropes = Ropes(build_rotary(config, device=device) if plan.ropes else {}, plan.ropes)
+        prober = Prober(config, adapter, ropes, dtype, device)
+        step, tables, loaded = Step(), RotaryTables(), []
+        layers = iter_blocks(
+            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=adapter.attn_implementation
+        )
+        for index, layer in layers:
+            loaded.append(_prepare(index, layer, plan, prober, step, adapter, tables, quantization))
+            if on_progress is not None:
+                on_progress(len(loaded), len(blocks))
+        num_pages = _num_pages(loaded, num_pages, kv_bytes, dtype)
+        return cls(blocks, loaded, config=config, ropes=ropes, step=step, dtype=dtype, device=device,
+                   num_pages=num_pages, quantization=quantization)  # fmt: skip
+
+    @property
+    def stateful(self) -> bool:
+        """Whether any block keeps a recurrent state: then sequences can't be rolled back, nor share a prefix."""
+        return any(block.spec.stateful for block in self._loaded)
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether a sequence may go back to an earlier position by truncating its pages."""
+        return not self.stateful
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model was built for; 2**31 - 1 where its config names no limit."""
+        text = self.config.get_text_config(decoder=True)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        return next((int(value) for name in names if (value := getattr(text, name, None))), 2**31 - 1)
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page in all blocks of the span."""
+        return _page_bytes(self._loaded, self.dtype)
+
+    @property
+    def num_parameter_bytes(self) -> int:
+        """Memory of the blocks' own weights."""
+        return sum(_num_bytes(block.layer) for block in self._loaded)
+
+    def new_state(self) -> SequenceState | None:
+        """The state that a new sequence brings along with each of its chunks; None if no block needs one."""
+        return SequenceState(self.config) if self.stateful else None
+
+    def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy pages (source, destination) in all blocks, in order."""
+        with torch.inference_mode():
+            for source, destination in pairs:
+                for block in self._loaded:
+                    if block.attention is not None:
+                        block.attention.copy_page(source, destination)
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[Chunk]) -> list[Tensor]:
+        """Run each chunk through its blocks and cache its keys and values.
+
+        Args:
+            batch: chunks of different sequences, at least one.
+
+        Returns:
+            [n, H] per chunk, in the order of the batch, in the span's dtype.
+
+        Raises:
+            InvalidRequest: a chunk has a wrong shape, range, position or page.
+        """
+        for chunk in batch:
+            check_chunk(chunk, start=self.blocks.start, end=self.blocks.end, hidden_size=self.hidden_size,
+                        num_pages=self.num_pages, stateful=self.stateful)  # fmt: skip
+        hidden = [chunk.hidden_states.to(self.device, self.dtype) for chunk in batch]
+        for segment in segments(batch):
+            active = [batch[index] for index in segment.active]
+            rows = [hidden[index] for index in segment.active]
+            self._step.set(active, self.device)
+            output_TH = self._run_blocks(torch.cat(rows) if len(rows) > 1 else rows[0], segment.start, segment.end)
+            for index, part in zip(segment.active, output_TH.split([row.shape[0] for row in rows]), strict=True):
+                hidden[index] = part
+        for chunk in batch:
+            if chunk.state is not None:
+                chunk.state.position = chunk.position + chunk.num_tokens
+        return hidden
+
+    def _run_blocks(self, hidden_TH: Tensor, start: int, end: int) -> Tensor:
+        hidden_1TH = hidden_TH[None]
+        step, chunks = self._step, self._step.chunks
+        ropes = self._ropes.compute(hidden_1TH, step.positions_1T, [chunk.num_tokens for chunk in chunks])
+        arguments: dict[int, dict[str, Any]] = {}
+        offset = self.blocks.start
+        for block in self._loaded[start - offset : end - offset]:
+            if block.spec.stateful:
+                hidden_1TH = self._run_by_sequence(block, hidden_1TH)
+                continue
+            given = arguments.get(id(block.call))
+            if given is None:
+                given = arguments[id(block.call)] = _arguments(block.call, ropes, step.positions_1T)
+            hidden_1TH = block.run(hidden_1TH, given)
+        return hidden_1TH[0]
+
+    def _run_by_sequence(self, block: Block, hidden_1TH: Tensor) -> Tensor:
+        """A block with a recurrent state: each sequence is called on its own rows with its own state."""
+        chunks, parts = self._step.chunks, []
+        rows = hidden_1TH.split([chunk.num_tokens for chunk in chunks], dim=1)
+        for chunk, own_1nH in zip(chunks, rows, strict=True):
+            pieces = chunk.split() if block.spec.token_by_token and chunk.position > 0 else [chunk]
+            for piece, piece_1nH in zip(pieces, own_1nH.split([it.num_tokens for it in pieces], dim=1), strict=True):
+                parts.append(self._run_one(block, piece, piece_1nH))
+        self._step.set(chunks, self.device)
+        return torch.cat(parts, dim=1)
+
+    def _run_one(self, block: Block, chunk: Chunk, hidden_1nH: Tensor) -> Tensor:
+        self._step.set([chunk], self.device)
+        positions_1n = self._step.positions_1T
+        ropes = self._ropes.compute(hidden_1nH, positions_1n, [chunk.num_tokens])
+        given = _arguments(block.call, ropes, positions_1n)
+        assert block.call.cache_argument is not None
+        chunk.state.position = chunk.position
+        given[block.call.cache_argument] = chunk.state
+        return block.run(hidden_1nH, given)
+
+
+def _prepare(
+    index: int,
+    layer: nn.Module,
+    plan: CallPlan,
+    prober: Prober,
+    step: Step,
+    adapter: Adapter,
+    tables: RotaryTables,
+    quantization: str,
+) -> Block:
+    """Adapt, check, fuse and quantise one freshly loaded layer, and give its attention our cache."""
+    call = plan.layers[index]
+    if adapter.patch is not None:
+        temperature = adapter.temperature(layer)
+        adapter.patch(layer)
+    else:
+        temperature = None
+    spec = prober.check(index, layer, call)
+    run_once = partial(prober.run, index, layer, call, slice(None))
+    fuse(layer, run_once)
+    plain = PlainDecoder.of(layer, run_once, tables)
+    share = quantize(layer, quantization, run_once)
+    if quantization != "none" and share < 0.9:
+        logger.warning("block %d: only %.0f %% of its weights could be quantised to %s (experts and other parameters "
+                       "that are no linear layers stay as they are)", index, 100 * share, quantization)  # fmt: skip
+    if plain is not None:
+        plain.install()
+    attention = None
+    if spec.attention is not None:
+        attention = LayerAttention(spec.attention.form, spec.attention.kv_shape, temperature, step)
+        spec.attention.module.__dict__["swarm_attention"] = attention
+    return Block(index=index, layer=layer, call=call, spec=spec, attention=attention)
+
+
+def _arguments(call: LayerCall, ropes: list[Any], positions_1T: Tensor) -> dict[str, Any]:
+    given = dict(call.constants)
+    if call.rope is not None:
+        given["position_embeddings"] = ropes[call.rope]
+    if call.takes_positions:
+        given["position_ids"] = positions_1T
+    return given
+
+
+def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | None, dtype: torch.dtype) -> int:
+    if (num_pages is None) == (kv_bytes is None):
+        raise InvalidRequest("give the size of the KV cache either in pages or in bytes")
+    if num_pages is None:
+        assert kv_bytes is not None
+        num_pages = kv_bytes // max(1, _page_bytes(loaded, dtype))
+    if num_pages < 1:
+        raise ConfigError(f"KV cache of {kv_bytes} bytes has no room for one page of {_page_bytes(loaded, dtype)} bytes")
+    return num_pages
+
+
+def _page_bytes(loaded: Sequence[Block], dtype: torch.dtype) -> int:
+    return sum(block.attention.page_bytes(dtype) for block in loaded if block.attention is not None)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
+    packed = sum(it.num_bytes for it in module.modules() if isinstance(it, Int8Linear))
+    return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,230 @@
+"""Quantised linear layers: a table (format, kind of device) -> module, and how a loaded layer is converted.
+
+    int8 | CPU    weights and activations in 8 bits, torch's FBGEMM product     (Int8Linear; measured below)
+    int8 | CUDA   bitsandbytes LLM.int8() kernels without outlier columns
+    nf4  | CPU    4-bit NormalFloat in blocks of 64, dequantised for each product (Nf4Linear)
+    nf4  | CUDA   bitsandbytes Linear4bit with double quantisation
+
+Every form is row-independent: a row's result doesn't depend on the rows of other sessions in the batch. So activations
+are scaled row by row, and LLM.int8()'s outlier columns, which are chosen by looking at the whole batch, are off. Every
+form passes gradients to its inputs. Experts of a mixture that are 3-D parameters stay in 16 or 32 bits.
+
+One thread, AVX-512 VNNI, us per product of 1 / 8 / 64 rows, 4096 x 4096: fp32 2960 / 8300 / 26550, Int8Linear 500 / 750 /
+5300, torch._int_mm 780 / 6280 / 10690, torch._weight_int8pack_mm in bf16 1250 / 3750 / 26950, bitsandbytes int8 46800 at
+1 row. It knows nothing of models.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swarm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("none", "int8", "nf4")
+"""What `quantize` takes."""
+
+_TINY = 1e-12
+
+
+def quantize(layer: nn.Module, format: str, run: Callable[[], object]) -> float:
+    """Replace the linear layers of a loaded block by quantised ones, one at a time.
+
+    Args:
+        layer: frozen, in eval mode, on its device.
+        format: one of FORMATS.
+        run: runs the layer once; only linears that are really called are replaced (some layers use `linear.weight`
+            directly, and a router's few outputs aren't worth it).
+
+    Returns:
+        The share of the layer's weights that is quantised now, 0..1.
+
+    Raises:
+        ConfigError: no such format on the layer's device.
+    """
+    if format == "none":
+        return 0.0
+    called: dict[nn.Module, None] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.setdefault(module))
+        for module in layer.modules()
+        if _weight_of(module) is not None
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    total = sum(parameter.numel() for parameter in layer.parameters())
+    done = 0
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            weight = _weight_of(child)
+            if child in called and weight is not None and min(weight.shape) >= 16 and name not in ROUTERS:
+                done += weight.numel()
+                setattr(parent, name, quantized_linear(weight.detach(), child.bias, format))
+    return done / max(1, total)
+
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+"""Names of linears that choose experts: small, and a wrong choice costs more than a rounded weight."""
+
+
+def quantized_linear(weight: Tensor, bias: Tensor | None, format: str) -> nn.Module:
+    """The module that stands for `weight` [out, in] and `bias` [out] in `format` on the weight's device.
+
+    Raises:
+        ConfigError: there is no such form.
+    """
+    make = _TABLE.get((format, weight.device.type))
+    if make is None:
+        known = ", ".join(sorted({f"{name} on {kind}" for name, kind in _TABLE}))
+        raise ConfigError(f"no quantisation {format!r} on {weight.device.type}; there is {known}")
+    return make(weight, bias)
+
+
+class Int8Linear(nn.Module):
+    """8-bit weights with a scale per output, 8-bit activations with a scale per row, on the CPU.
+
+    Rows are divided by their largest magnitude, so that one fixed activation scale fits them all.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        scales = (weight.float().abs().amax(1) / 127).clamp_(min=_TINY)
+        codes = (weight.float() / scales[:, None]).round_().to(torch.int8).contiguous()
+        zeros = torch.zeros(self.out_features, dtype=torch.int64)
+        packed = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
+        self._packed = torch.ops.quantized.linear_prepack(packed, None)
+        self._levels = activation_levels()
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _WeightOnly.apply(input, self.dequantize, self.bias)
+        rows = input.to(torch.float32)
+        if rows.dim() != 2:
+            rows = rows.reshape(-1, self.in_features)
+        largest = torch.linalg.vector_norm(rows, torch.inf, -1, True)  # 0 / 0 becomes some code, and that times 0
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows / largest, 1 / self._levels, self._levels + 1, self._packed
+        )
+        product = product.mul_(largest) if self.bias is None else torch.addcmul(self.bias, product, largest)
+        return product.view(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def dequantize(self) -> Tensor:
+        """[out, in] fp32."""
+        return torch.ops.quantized.linear_unpack(self._packed)[0].dequantize()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.out_features * (self.in_features + 8)
+
+
+class Nf4Linear(nn.Module):
+    """4-bit NormalFloat weights in blocks of 64 (Dettmers et al., QLoRA, 2023, section 3), dequantised when used."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        from bitsandbytes import functional
+
+        self.out_features, self.in_features = weight.shape
+        codes, self._state = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+        self.codes = nn.Buffer(codes)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _WeightOnly.apply(input, self.dequantize, self.bias)
+        return F.linear(input, self.dequantize(), self.bias)
+
+    def dequantize(self) -> Tensor:
+        """[out, in] in the dtype of the original weight."""
+        from bitsandbytes import functional
+
+        return functional.dequantize_4bit(self.codes, self._state)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.numel() + self._state.absmax.numel() * 4
+
+
+class _WeightOnly(torch.autograd.Function):
+    """x @ W^T + b with a weight that is dequantised for the product, forth and back, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.dequantize = dequantize
+        return F.linear(input, dequantize().to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.dequantize().to(gradient.dtype), None, None
+
+
+@functools.cache
+def activation_levels() -> int:
+    """Largest code of an activation: 127, or 63 on CPUs whose 8-bit products saturate at 16 bits (AVX2 without VNNI).
+
+    Found out by the worst case: 64 products of 127 and 255 in one sum.
+    """
+    weight = torch._make_per_channel_quantized_tensor(
+        torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16).double(), torch.zeros(16, dtype=torch.int64), 0
+    )
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    rows = torch.full((1, 64), 127.0)
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, 128, packed)
+    return 127 if float(product[0, 0]) == 64.0 * 127 * 127 else 63
+
+
+def _bitsandbytes_int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    import bitsandbytes as bnb
+
+    # it says on every call that it casts to fp16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    linear = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False,
+                                 threshold=0.0, device="meta")  # fmt: skip
+    linear.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    return _placed(linear, weight, bias)
+
+
+def _bitsandbytes_nf4(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    import bitsandbytes as bnb
+
+    linear = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=weight.dtype,
+                               compress_statistics=True, quant_type="nf4", device="meta")  # fmt: skip
+    linear.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear
+    )
+    return _placed(linear, weight, bias)
+
+
+def _placed(linear: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Quantisation happens when bitsandbytes' parameter is moved to the device."""
+    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    placed: nn.Module = linear.to(weight.device)
+    return placed.requires_grad_(False).eval()
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """[out, in] of a linear layer: nn.Linear and its subclasses, or GPT-2's Conv1D, which keeps [in, out]."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        weight: Tensor = module.weight
+        return weight.t()
+    return None
+
+
+_TABLE: dict[tuple[str, str], Callable[[Tensor, Tensor | None], nn.Module]] = {
+    ("int8", "cpu"): Int8Linear,
+    ("int8", "cuda"): _bitsandbytes_int8,
+    ("nf4", "cpu"): Nf4Linear,
+    ("nf4", "cuda"): _bitsandbytes_nf4,
+}
