@@ -12,13 +12,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swarm.errors import InvalidRequest, SwarmError
+from swarm.checkpoint.source import DEFAULT_MODEL
+from swarm.errors import InvalidRequest, SwarmError, UnsupportedModel
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from swarm.client.chat import Answer, Conversation
     from swarm.client.generation import DistributedModel
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -109,7 +111,6 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     from swarm.client.auto import AutoDistributedModelForCausalLM
@@ -123,10 +124,20 @@ def _run(args: argparse.Namespace) -> int:
     model = AutoDistributedModelForCausalLM.from_pretrained(
         args.model, initial_peers=args.initial_peers, revision=args.revision, cache_dir=args.cache_dir
     )
-    with model, Conversation(model, AutoTokenizer.from_pretrained(model.checkpoint.path), system=args.system) as talk:
+    with model, Conversation(model, _tokenizer(model), system=args.system) as talk:
         for question in _questions(args):
             _answer(talk, model, question, args)
     return 0
+
+
+def _tokenizer(model: "DistributedModel") -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.checkpoint.path)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{model.checkpoint.name} has no tokenizer that transformers can read") from error
+    return tokenizer
 
 
 def _questions(args: argparse.Namespace) -> Iterator[str]:

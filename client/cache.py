@@ -155,6 +155,11 @@ class RemoteCache(Cache):
         """Whether the servers were told to forget it."""
         return self._closed
 
+    def require_open(self) -> None:
+        """Raise InvalidRequest when the session is closed."""
+        if self._closed:
+            raise InvalidRequest("this session is closed; to continue later, use one of model.inference_session()")
+
     def close(self) -> None:
         """Free the session on its servers; may be called twice."""
         if not self._closed:

@@ -144,8 +144,13 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         given: Cache | None = model_kwargs.get(name)
         if given is not None:
             assert isinstance(given, RemoteCache)  # checked by generate
+            given.require_open()
             if given.rows != rows:
                 raise InvalidRequest(f"the batch has {rows} rows, the session {given.rows}")
+            if max_cache_length > given.max_length:  # the last token is never sent
+                raise InvalidRequest(
+                    f"max_length {max_length} needs {max_cache_length} tokens in a session of {given.max_length}"
+                )
             return True
         if generation_config.use_cache is False:
             return False

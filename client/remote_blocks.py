@@ -131,10 +131,7 @@ def run(
 
 
 def _check(cache: RemoteCache, rows: int, columns: int) -> None:
-    if cache.is_closed:
-        raise InvalidRequest(
-            "this session is closed; to continue later, generate with one of model.inference_session()"
-        )
+    cache.require_open()
     if rows != cache.rows:
         raise InvalidRequest(f"the batch has {rows} rows, the session {cache.rows}")
     if cache.length + columns > cache.max_length:

@@ -204,6 +204,8 @@ def test_foreign_and_misfit_caches_are_refused(pair: Pair) -> None:
         model.generate(IDS, past_key_values=DynamicCache())
     with pytest.raises(InvalidRequest, match="DynamicCache"):
         model(IDS, past_key_values=DynamicCache())
+    with model.inference_session(max_length=6) as session, pytest.raises(InvalidRequest, match="7 tokens .* of 6"):
+        model.generate(IDS, session=session, max_new_tokens=3)
     with model.inference_session(max_length=20, batch_size=2) as session:
         with pytest.raises(InvalidRequest, match="1 rows, the session 2"):
             model.generate(IDS, session=session, max_new_tokens=2)

@@ -99,6 +99,20 @@ def test_errors_are_one_line_and_status_2(
     assert line.startswith("error: ") and message in line
 
 
+def test_a_missing_tokenizer_is_one_line(command: list[str], pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some checkpoints are weights only."""
+    files = [file for file in pair.path.iterdir() if "token" in file.name]
+    for file in files:
+        file.rename(file.with_suffix(".away"))
+    try:
+        assert main(["w3", *command]) == 2
+    finally:
+        for file in files:
+            file.with_suffix(".away").rename(file)
+    assert "no tokenizer" in capsys.readouterr().err
+    assert pair.service.is_closed
+
+
 def test_network_errors_are_one_line_too(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
