@@ -149,11 +149,13 @@ class Daemon:
         ready, ended = asyncio.ensure_future(output.ready.wait()), asyncio.ensure_future(output.ended.wait())
         try:
             await asyncio.wait({ready, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        except BaseException:
+            daemon.kill()
+            process.wait()  # a killed process is gone within milliseconds
+            raise
         finally:
             ready.cancel()
             ended.cancel()
-            if not output.ready.is_set():
-                daemon.kill()
         if output.ready.is_set():
             return daemon
         await daemon.stop()
