@@ -10,7 +10,6 @@ from swarm.client.chat import Conversation
 from swarm.errors import InvalidRequest
 from tests.client.conftest import Pair
 
-
 OPTIONS: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.5, "suppress_tokens": [2]}
 
 
