@@ -282,6 +282,14 @@ def _load(
         info, _ = convert_and_load_state_dict_in_model(model, slices, settings)
         _refuse_incomplete(model, info, checkpoint.name if checkpoint is not None else "-")
         PreTrainedModel._finalize_model_loading(model, settings, info)
+    _own_memory(model)
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copy what still lies in a mapped file: one tensor kept there would keep every page of the file that was read."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _open_slices(checkpoint: TensorSource, keys: tuple[str, ...], stack: ExitStack) -> dict[str, Any]:
