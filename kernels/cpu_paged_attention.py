@@ -21,6 +21,8 @@ def paged_attention_cpu(
     q_HTD: Tensor, k_pool_KSD: Tensor, v_pool_KSE: Tensor, batch: PagedBatch, form: AttentionForm
 ) -> Tensor:
     """See `paged_attention`."""
+    if batch.decode_run is not None and form.simple:
+        return _attend_one_row(q_HTD, k_pool_KSD, v_pool_KSE, batch, form)
     plan = _plan(batch, form)
     if len(plan.singles) == 1 and plan.gathered is None:
         single = plan.singles[0]
@@ -37,6 +39,21 @@ def paged_attention_cpu(
         v_BKLE = _gather(v_pool_KSE, group, batch.page_size)
         out_THE[group.rows] = _attend(q_BH1D, k_BKLD, v_BKLE, _gathered_bias(group, form, batch, q_HTD), form)[:, :, 0]
     return out_THE
+
+
+def _attend_one_row(
+    q_H1D: Tensor, k_pool_KSD: Tensor, v_pool_KSE: Tensor, batch: PagedBatch, form: AttentionForm
+) -> Tensor:
+    """One row of one sequence in one run of pages, with as few operators as there can be: no mask, no gather, no copy."""
+    assert batch.decode_run is not None
+    span = batch.spans[0]
+    first = form.first_key(span.position)
+    num_keys, slot = span.position + 1 - first, batch.decode_run + first
+    k_1KLD = k_pool_KSD.narrow(1, slot, num_keys).unsqueeze(0)
+    v_1KLE = v_pool_KSE.narrow(1, slot, num_keys).unsqueeze(0)
+    q_1KGD = q_H1D.reshape(1, k_pool_KSD.shape[0], -1, k_pool_KSD.shape[2])
+    out_1KGE = F.scaled_dot_product_attention(q_1KGD, k_1KLD, v_1KLE, scale=form.scale)
+    return out_1KGE.reshape(1, q_H1D.shape[0], -1)
 
 
 class _Single(NamedTuple):

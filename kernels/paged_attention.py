@@ -41,6 +41,11 @@ class AttentionForm:
     alibi_H: Tensor | None = None
     """One slope per query head: slope * (j - i) is added to the (capped) logits."""
 
+    @property
+    def simple(self) -> bool:
+        """Whether one row over its own visible keys is a plain softmax, without caps, sinks or biases."""
+        return self.softcap is None and self.sinks_H is None and self.alibi_H is None
+
     def first_key(self, position: int) -> int:
         """The smallest position that a row at `position` may see."""
         first = 0 if self.window is None else max(0, position - self.window + 1)
@@ -74,7 +79,8 @@ class PagedBatch:
         device: of the pools.
     """
 
-    __slots__ = ("device", "fresh_tails", "memo", "num_rows", "page_size", "runs", "slots_T", "spans")
+    __slots__ = ("decode_run", "device", "fresh_tails", "memo", "num_rows", "page_size", "runs", "single_run",
+                 "slots_T", "spans")  # fmt: skip
 
     def __init__(self, spans: Sequence[RowSpan], page_size: int, device: torch.device):
         self.spans = spans
@@ -85,16 +91,14 @@ class PagedBatch:
         """First slot of each sequence whose pages are one ascending run; None for a scattered one."""
         self.fresh_tails = [tail for span in spans if (tail := _fresh_tail(span, page_size))]
         """Slots [first, last) of pages that this step enters but doesn't fill."""
+        first_run = self.runs[0] if len(spans) == 1 else None
+        self.single_run = None if first_run is None else first_run + spans[0].position
+        """First slot to write to when the step is one sequence in one run of pages: its cache is a plain slice."""
+        self.decode_run = first_run if self.num_rows == 1 else None
+        """First slot of the sequence when, besides, there is just one row: the most frequent step of all."""
         self.slots_T = None if self.single_run is not None else self._slots()
         self.memo: dict[Hashable, Any] = {}
         """What an implementation derives from the layout, kept for the other layers of this step."""
-
-    @property
-    def single_run(self) -> int | None:
-        """First slot to write to when the step is one sequence in one run of pages: its cache is a plain slice."""
-        if len(self.spans) > 1 or self.runs[0] is None:
-            return None
-        return self.runs[0] + self.spans[0].position
 
     def _slots(self) -> Tensor:
         size, slots = self.page_size, []
@@ -112,13 +116,16 @@ def write_kv(k_KTD: Tensor, v_KTE: Tensor, k_pool_KSD: Tensor, v_pool_KSE: Tenso
     The unused rest of a page that a sequence enters is zeroed, so that no stale number (or NaN) of the page's former
     owner can reach a batched read that masks it only by weight.
     """
-    for pool, new in ((k_pool_KSD, k_KTD), (v_pool_KSE, v_KTE)):
-        if batch.slots_T is None:
-            pool.narrow(1, batch.single_run, batch.num_rows).copy_(new)
-        else:
-            pool.index_copy_(1, batch.slots_T, new.to(pool.dtype))
-        for first, last in batch.fresh_tails:
-            pool[:, first:last] = 0
+    if batch.slots_T is None:
+        assert batch.single_run is not None
+        k_pool_KSD.narrow(1, batch.single_run, batch.num_rows).copy_(k_KTD)
+        v_pool_KSE.narrow(1, batch.single_run, batch.num_rows).copy_(v_KTE)
+    else:
+        k_pool_KSD.index_copy_(1, batch.slots_T, k_KTD.to(k_pool_KSD.dtype))
+        v_pool_KSE.index_copy_(1, batch.slots_T, v_KTE.to(v_pool_KSE.dtype))
+    for first, last in batch.fresh_tails:
+        k_pool_KSD[:, first:last] = 0
+        v_pool_KSE[:, first:last] = 0
 
 
 def paged_attention(

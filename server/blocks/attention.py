@@ -69,12 +69,25 @@ class LayerAttention:
             pool[:, new : new + PAGE_SIZE] = pool[:, old : old + PAGE_SIZE]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, options: Any) -> Tensor:
-        """Cache the new rows' keys and values and attend: q [1, H, T, D], k [1, K, T, D], v [1, K, T, E] -> [1, T, H, E]."""
+        """Cache the new rows' keys and values and attend.
+
+        Args:
+            query, key, value: [1, H, T, D], [1, K, T, D], [1, K, T, E].
+
+        Returns:
+            [1, T, H, E].
+        """
         batch = self._step.batch
         if self._temperature is not None:
             query = query * self._query_scale(query.dtype)
         write_kv(key[0], value[0], self.k_pool, self.v_pool, batch)
         return paged_attention(query[0], self.k_pool, self.v_pool, batch, self.form)[None]
+
+    def attend_rows(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
+        """The same for rows as they come out of a projection -> [T, H, E]."""
+        batch = self._step.batch
+        write_kv(k_TKD.transpose(0, 1), v_TKE.transpose(0, 1), self.k_pool, self.v_pool, batch)
+        return paged_attention(q_THD.transpose(0, 1), self.k_pool, self.v_pool, batch, self.form)
 
     def _query_scale(self, dtype: torch.dtype) -> Tensor:
         assert self._temperature is not None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.fusion import same_output
 from swarm.server.blocks.internals import attend
 
@@ -103,11 +104,11 @@ class PlainDecoder:
         self._layer.__dict__.pop("forward", None)
 
     def __call__(self, hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
-        x_TH = hidden_states[0]
+        x_TH = hidden_states.view(hidden_states.shape[1:])
         x_TH = x_TH + self._attend(self._norms[0].forward(x_TH), position_embeddings)
         gate_up = self._mlp.swarm_group_0
         gate_TI, up_TI = gate_up.linear.forward(self._norms[1].forward(x_TH)).split_with_sizes(gate_up.sizes, dim=-1)
-        return (x_TH + self._mlp.down_proj.forward(self._mlp.act_fn.forward(gate_TI) * up_TI))[None]
+        return (x_TH + self._mlp.down_proj.forward(self._mlp.act_fn.forward(gate_TI) * up_TI)).unsqueeze(0)
 
     def _attend(self, x_TH: Tensor, position_embeddings: Any) -> Tensor:
         attention, (heads, kv_heads, _) = self._attention, self._sizes
@@ -120,6 +121,12 @@ class PlainDecoder:
         if position_embeddings is not None:
             cos, sin = self._tables.get(position_embeddings)
             qk = torch.addcmul(qk * cos, qk.roll(self._width // 2, -1), sin)
-        q, k = qk.transpose(0, 1)[None].split_with_sizes([heads, kv_heads], dim=1)
-        output, _none = attend(attention, q, k, v.transpose(0, 1)[None], None)
-        return attention.o_proj.forward(output.reshape(x_TH.shape[0], -1))
+        q, k = qk.split_with_sizes([heads, kv_heads], dim=1)
+        return attention.o_proj.forward(self._mix(q, k, v).view(x_TH.shape[0], -1))
+
+    def _mix(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        bound: LayerAttention | None = self._attention.__dict__.get("swarm_attention")
+        if bound is not None:
+            return bound.attend_rows(q_THD, k_TKD, v_TKD)
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q_THD, k_TKD, v_TKD))
+        return attend(self._attention, q, k, v, None)[0][0]
