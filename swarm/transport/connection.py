@@ -1,7 +1,7 @@
 """One connection to a peer, whatever carries it: feeds the mux, wakes the streams, keeps the time.
 
-carrier --data_received--> Mux --events--> Streams          Streams --send_now / pieces--> carrier.write
-                             ^-- tick (timer)                        carrier full: pause_writing -> wait_writable
+    carrier --data_received--> Mux --events--> Streams        Streams --send_now, pieces--> Mux --> carrier.write
+                                ^-- tick (timer)                       carrier full: senders take turns
 """
 
 import asyncio
@@ -72,6 +72,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._is_started = False
         self._greeted: asyncio.Future[None] = self._loop.create_future()
+        self._corked: list[bytes] = []
+        self._is_corked = False
         self._is_full = False  # the carrier takes no more for now
         self._turns: deque[asyncio.Future[None]] = deque()  # senders that wait for the carrier, first come first served
         self._timer = self._loop.call_later(limits.ping_period_s / 2, self._tick)
@@ -139,7 +141,8 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             if self._is_started:
                 self._mux.fail(0, error_to_wire(error))
-                self._transport.write(self._mux.take_output())
+                self._corked.append(self._mux.take_output())
+                self._uncork()
             self._transport.close()
             self._loop.call_later(1.0, self._transport.abort)  # a peer that does not read must not keep it open
         self._end(error)
@@ -184,12 +187,12 @@ class Connection(asyncio.Protocol):
 
     def write(self, head: bytes, body: bytes | memoryview) -> None:
         """Write a frame behind any control frames that wait."""
-        transport = self.transport
         if len(body) <= _JOIN_BYTES:
-            transport.write(b"".join((self._mux.take_output(), head, body)))
+            self._send(b"".join((self._mux.take_output(), head, body)))
         else:
-            transport.write(self._mux.take_output() + head)
-            transport.write(body)
+            self._send(self._mux.take_output() + head)
+            self._uncork()
+            self.transport.write(body)
 
     async def wait_turn(self) -> None:
         """Wait until the carrier takes more and those who came before have had a turn; `end_turn` must follow."""
@@ -311,7 +314,27 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         if self._is_started and self._transport is not None and (output := self._mux.take_output()):
-            self._transport.write(output)
+            self._send(output)
+
+    def _send(self, data: bytes) -> None:
+        """Write the first bytes of an iteration of the loop at once, and all that follow in one piece at its end."""
+        if self._is_corked:
+            self._corked.append(data)
+        else:
+            self._is_corked = True
+            self._loop.call_soon(self._uncork_again)
+            self.transport.write(data)
+
+    def _uncork(self) -> None:
+        if self._corked:
+            data = b"".join(self._corked)
+            self._corked.clear()
+            self.transport.write(data)
+
+    def _uncork_again(self) -> None:
+        self._is_corked = False
+        if not self.transport.is_closing():
+            self._uncork()
 
     def _tick(self) -> None:
         now = time.monotonic()

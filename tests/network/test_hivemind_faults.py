@@ -149,16 +149,16 @@ async def test_b2_a_dead_peer_on_a_stream():
 
 async def test_b3_everybody_stops_answering_for_a_while(monkeypatch: pytest.MonkeyPatch):
     """hivemind's routing table is empty for good afterwards; ours fills again by itself."""
-    monkeypatch.setattr(dht, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(dht, "CALL_TIMEOUT_S", 0.6)
     async with hivemind_pair() as (server, client), AsyncExitStack() as stack:
-        first = await DHTNode.create(p2p=server, wait_timeout=0.3)
+        first = await DHTNode.create(p2p=server, wait_timeout=0.6)
         stack.push_async_callback(first.shutdown)
         second = await DHTNode.create(
-            p2p=client, wait_timeout=0.3, initial_peers=await server.get_visible_maddrs(), blacklist_time=0
+            p2p=client, wait_timeout=0.6, initial_peers=await server.get_visible_maddrs(), blacklist_time=0
         )
         stack.push_async_callback(second.shutdown)
         table = second.protocol.routing_table.uid_to_peer_id
-        assert len(table) == 1
+        await until(lambda: len(table) == 1)
         os.kill(server._child.pid, signal.SIGSTOP)
         await second.get("key", latest=True)
         os.kill(server._child.pid, signal.SIGCONT)
