@@ -1,5 +1,6 @@
 """Sessions through real servers on a real DHT: right results, right refusals, nothing left behind."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,9 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE, Info, InfoRequest, OpenSession, SessionOpened, Step
+from swarm.registry import Registry
+from swarm.server.config import ServerConfig
+from swarm.server.server import Server, make_plan
 
 from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing, save_tiny_llama
 
@@ -130,6 +134,31 @@ def test_a_server_that_left_is_not_routed_to(make_swarm):
         swarm.loop.run(swarm.servers[0].leave())
         service._loop.run(service.peers.refresh(max_age_s=0))
         assert [record.peer_id for record in service.peers.records] == [swarm.servers[1].node.peer_id]
+
+
+def test_a_server_announces_joining_then_online_then_offline(make_swarm):
+    """What others read of a server follows its life, and only ONLINE counts for routes."""
+    swarm = make_swarm()
+    server = swarm.loop.run(join_only(swarm), 30)
+    swarm.servers.append(server)
+    states = []
+    with closing(swarm.connect()) as service:
+        for step in (None, server.load, server.leave):
+            if step is not None:
+                swarm.loop.run(step(), 30)
+            records = service._loop.run(Registry(service._node).lookup(resolve(str(swarm.model)).digest))
+            states.append([(record.state.name, str(record.blocks)) for record in records])
+            service._loop.run(service.peers.refresh(max_age_s=0))
+            assert len(service.peers.records) == (step == server.load)
+    assert states == [[("JOINING", "0:6")], [("ONLINE", "0:6")], []]
+
+
+async def join_only(swarm: LocalSwarm) -> Server:
+    """A server that has not begun to load."""
+    config = ServerConfig(model=str(swarm.model), initial_peers=(swarm.address,), host="127.0.0.1", device="cpu")
+    server = Server(config, await asyncio.to_thread(make_plan, config))
+    await server.join()
+    return server
 
 
 def test_another_checkpoint_of_the_same_name_is_refused(make_swarm, tmp_path):
