@@ -14,18 +14,19 @@ import logging
 import random
 import shutil
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from swarm.errors import ConfigError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
+from swarm.network.config import NodeConfig, listen_addresses, load_identity
 from swarm.network.control import DaemonControl, StreamFactory
-from swarm.network.daemon import Daemon, DaemonSettings, claim_port, make_directory, resolve_host
+from swarm.network.daemon import Daemon, DaemonSettings, make_directory
 from swarm.network.dht import Dht, PeerAddress
-from swarm.network.hive import Multiaddr, MultiaddrError, P2PDaemonError, PeerID
+from swarm.network.hive import P2PDaemonError, PeerID
 from swarm.network.tasks import TaskSet
+
+__all__ = ["Node", "NodeConfig"]
 
 log = logging.getLogger(__name__)
 
@@ -41,36 +42,6 @@ ISOLATION_TIMEOUT_S = 60.0
 """A daemon without a connection for so long is replaced: libp2p waits ever longer (to 5 min) between its dials."""
 DHT_TIMEOUT_S = 15.0
 MAX_UNARY_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeConfig:
-    """How a node presents itself and whom it joins.
-
-    Attributes:
-        identity: who we are; or `identity_path`, a file that is created when missing; with neither, a new identity.
-        initial_peers: full addresses (/ip4/HOST/tcp/PORT/p2p/PEER_ID) of peers to join; none starts a new swarm.
-        host: address to listen on.
-        port: TCP port to listen on; 0 picks a free one.
-        announce: addresses to announce in place of those found: hosts (then with our port) or multiaddrs.
-        client_mode: accept no connections and store nothing for others.
-        nat_port_map: ask the router for a port (UPnP, NAT-PMP).
-        use_relays: be reachable through the initial peers when nobody can connect to us.
-        startup_timeout_s: deadline for the daemon, in seconds.
-        join_timeout_s: deadline for the first initial peer to answer, in seconds.
-    """
-
-    identity: Identity | None = None
-    identity_path: str | Path | None = None
-    initial_peers: tuple[str, ...] = ()
-    host: str = "0.0.0.0"
-    port: int = 0
-    announce: tuple[str, ...] = ()
-    client_mode: bool = False
-    nat_port_map: bool = False
-    use_relays: bool = False
-    startup_timeout_s: float = 30.0
-    join_timeout_s: float = 10.0
 
 
 class Node:
@@ -100,10 +71,10 @@ class Node:
             ConfigError: bad identity file, address or port, port in use, or a clock more than 3 s off.
             PeerUnreachable: when there are initial peers and none answers.
         """
-        identity = _identity(config)
+        identity = load_identity(config)
         for text in config.initial_peers:
             PeerAddress.parse(text)
-        listen, announce = ((), ()) if config.client_mode else _listen_addresses(config)
+        listen, announce = listen_addresses(config)
         directory = make_directory()
         try:
             identity.save(directory / "identity.key")
@@ -395,28 +366,3 @@ async def _serve(
         log.debug("stream from %s ended: %r", peer_id, error)
     finally:
         writer.close()
-
-
-def _identity(config: NodeConfig) -> Identity:
-    if config.identity is not None:
-        return config.identity
-    return Identity.load_or_create(config.identity_path) if config.identity_path else Identity.generate()
-
-
-def _listen_addresses(config: NodeConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Multiaddrs to listen on and to announce, with a port that is free."""
-    if not 0 <= config.port <= 65535:
-        raise ConfigError(f"port {config.port} is not in 0..65535")
-    port = claim_port(config.host, config.port)
-    announce = tuple(text if text.startswith("/") else _tcp_address(text, port) for text in config.announce)
-    for text in announce:
-        try:
-            Multiaddr(text)
-        except (MultiaddrError, ValueError) as error:
-            raise ConfigError(f"address to announce {text!r} is neither a host nor a multiaddr") from error
-    return (_tcp_address(config.host, port),), announce
-
-
-def _tcp_address(host: str, port: int) -> str:
-    address = resolve_host(host)
-    return f"/ip{address.version}/{address}/tcp/{port}"

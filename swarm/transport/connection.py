@@ -1,7 +1,7 @@
 """One connection to a peer, whatever carries it: feeds the mux, wakes the streams, keeps the time.
 
-    carrier --data_received--> Mux --events--> Streams        Streams --send_now, pieces--> Mux --> carrier.write
-                                ^-- tick (timer)                       carrier full: senders take turns
+carrier --data_received--> Mux --events--> Streams        Streams --send_now, pieces--> Mux --> carrier.write
+                            ^-- tick (timer)                       carrier full: senders take turns
 """
 
 import asyncio
@@ -21,9 +21,10 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.protocol import MAX_META_BYTES, error_from_wire, error_to_wire
+from swarm.transport.events import Credited, Failed, Finished, Greeted, Opened, Received, Refused
 from swarm.transport.frames import MAX_FRAGMENT_BYTES
 from swarm.transport.limits import Limits
-from swarm.transport.mux import Credited, Failed, Finished, Greeted, Mux, Opened, Received, Refused
+from swarm.transport.mux import Mux
 from swarm.transport.stream import Stream
 
 log = logging.getLogger(__name__)

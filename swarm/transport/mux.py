@@ -13,10 +13,9 @@ The side that dialled opens odd streams, the other even ones; ids only grow.
 
 from collections.abc import Callable
 
-import msgspec
-
 from swarm.errors import PeerBusy, PeerMisbehaved, PeerTimeout, ProtocolMismatch
 from swarm.protocol import PROTOCOL_VERSION, error_to_wire
+from swarm.transport.events import Credited, Event, Failed, Finished, Greeted, Opened, Received, Refused
 from swarm.transport.frames import FLAG_MORE, HELLO_PREFIX, Frame, FrameDecoder, Kind, encode_frame
 from swarm.transport.limits import Budget, Limits
 
@@ -24,57 +23,6 @@ MESSAGE_COST = 256
 """Units that a message costs beyond its bytes, so that empty ones are not free."""
 MAX_STREAM_ID = (1 << 32) - 1
 _HELLO_BYTES = len(HELLO_PREFIX) + 2
-
-
-class Greeted(msgspec.Struct, frozen=True):
-    """The peer's HELLO came, with this ticket."""
-
-    ticket: bytes
-
-
-class Opened(msgspec.Struct, frozen=True):
-    """The peer opened a stream to one of our services."""
-
-    stream_id: int
-    service: str
-
-
-class Received(msgspec.Struct, frozen=True):
-    """A whole message; pass `cost` to `consume` once the application has taken it."""
-
-    stream_id: int
-    meta: bytes
-    body: bytearray
-    cost: int
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """The peer sends no more on this stream."""
-
-    stream_id: int
-
-
-class Failed(msgspec.Struct, frozen=True):
-    """The peer gave up the stream (0: the connection); `error` is encoded."""
-
-    stream_id: int
-    error: bytes
-
-
-class Credited(msgspec.Struct, frozen=True):
-    """The stream may send again."""
-
-    stream_id: int
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """We gave up the stream, because the peer sent more than we can hold; all that waited on it is dropped."""
-
-    stream_id: int
-    error: bytes
-
-
-Event = Greeted | Opened | Received | Finished | Failed | Credited | Refused
 
 
 class _State:

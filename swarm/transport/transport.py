@@ -10,12 +10,9 @@ messages.
 """
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Self
-
-import msgspec
 
 from swarm.errors import (
     ConfigError,
@@ -26,7 +23,6 @@ from swarm.errors import (
     PeerMisbehaved,
     PeerTimeout,
     PeerUnreachable,
-    ProtocolMismatch,
     SwarmError,
 )
 from swarm.network import Node
@@ -34,10 +30,11 @@ from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
 from swarm.protocol import PROTOCOL_VERSION, Message
 from swarm.transport.connection import Connection
-from swarm.transport.direct import MAX_HOSTS, DirectListener, Offer, Tickets, dial
+from swarm.transport.direct import DirectListener, dial
 from swarm.transport.frames import MAX_SERVICE_BYTES
 from swarm.transport.limits import Budget, Limits
 from swarm.transport.mux import Mux
+from swarm.transport.offers import OFFER_STREAM, OfferDesk, ask_offer
 from swarm.transport.reachability import Reachability
 from swarm.transport.stream import EndOfStream, Stream
 
@@ -48,13 +45,8 @@ Carrier = Literal["auto", "direct", "p2p"]
 
 MUX_STREAM = "/swarm/mux"
 """Name of the p2p stream that carries frames."""
-OFFER_STREAM = "/swarm/offer"
-"""Name of the p2p stream that hands out offers of direct connections."""
 DIRECT_TIMEOUT_S = 3.0
 """Longest wait for a direct connection when a p2p stream would do."""
-_MAX_OFFER_BYTES = 1024
-_MAX_OFFERS_AT_ONCE = 64
-_offer_decoder = msgspec.msgpack.Decoder(Offer)
 
 
 class Transport:
@@ -84,13 +76,12 @@ class Transport:
         self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
         self._budget = Budget(self.limits.max_total_buffered_bytes)
         self._services: dict[str, Handler] = {}
-        self._tickets = Tickets()
         self._reachability = Reachability()
         self._connections: set[Connection] = set()
         self._by_peer: dict[str, list[Connection]] = {}
         self._dial_locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._handling: dict[str, int] = {}
-        self._num_offers = 0
+        self._desk: OfferDesk
         self._listener: DirectListener | None = None
         self._tasks = TaskSet()
         self._is_closed = False
@@ -111,7 +102,15 @@ class Transport:
             listener.start(*self._listen)
             self._listener = listener
         await self.node.add_stream_protocol(MUX_STREAM, lambda peer_id: self._accept("p2p", peer_id))
-        await self.node.add_stream_handler(OFFER_STREAM, self._make_offer)
+        self._desk = OfferDesk(
+            self.node,
+            self._listener,
+            announce_hosts=self._announce_hosts,
+            has_room=self._has_room,
+            version=self._version,
+            timeout_s=self.limits.hello_timeout_s,
+        )
+        await self.node.add_stream_handler(OFFER_STREAM, self._desk.answer)
 
     def serve(self, service: str, handler: Handler) -> None:
         """Call `handler(stream)` for each stream that a peer opens to `service`.
@@ -228,7 +227,7 @@ class Transport:
                 self._dial_locks.pop((peer_id, carrier), None)
 
     async def _dial_direct(self, peer_id: str, timeout_s: float) -> Connection:
-        offer = await self._ask_offer(peer_id, timeout_s)
+        offer = await ask_offer(self.node, peer_id, version=self._version, timeout_s=timeout_s)
         if not offer.hosts:
             raise PeerUnreachable(f"{peer_id} takes no direct connections", peer_id=peer_id)
         made: list[Connection] = []
@@ -308,7 +307,7 @@ class Transport:
         if not isinstance(connection, _Accepted):
             return
         if connection.carrier == "direct":
-            owner = self._tickets.redeem(ticket, self._now)
+            owner = self._desk.redeem(ticket)
             if owner is None:
                 raise PeerMisbehaved("HELLO with a ticket that is unknown, used or expired")
             connection.peer_id = owner
@@ -361,71 +360,6 @@ class Transport:
             self._handling[stream.peer_id] -= 1
             if not self._handling[stream.peer_id]:
                 del self._handling[stream.peer_id]
-
-    # --- offers of direct connections ---
-
-    async def _ask_offer(self, peer_id: str, timeout_s: float) -> Offer:
-        """Ask a peer, over its authenticated p2p stream, how to connect directly."""
-        reader, writer = await self.node.open_stream(peer_id, OFFER_STREAM, timeout_s)
-        try:
-            writer.write(self._version.to_bytes(2, "big"))
-            data = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
-            if len(data) > _MAX_OFFER_BYTES:
-                raise PeerMisbehaved(f"{peer_id} sent an offer of {len(data)} bytes", peer_id=peer_id)
-            offer = _offer_decoder.decode(data)
-        except (ConnectionError, asyncio.IncompleteReadError) as error:
-            raise PeerDisconnected(f"{peer_id} closed the stream without an offer", peer_id=peer_id) from error
-        except msgspec.MsgspecError as error:
-            raise PeerMisbehaved(f"{peer_id} sent a malformed offer: {error}", peer_id=peer_id) from error
-        finally:
-            writer.close()
-        if offer.version != self._version:
-            raise ProtocolMismatch(f"{peer_id} speaks protocol version {offer.version}, we speak {self._version}")
-        return offer
-
-    async def _make_offer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer_id: str) -> None:
-        """Answer a peer that asks for a direct connection."""
-        if self._num_offers >= _MAX_OFFERS_AT_ONCE:
-            return
-        self._num_offers += 1
-        try:
-            async with asyncio.timeout(self.limits.hello_timeout_s):
-                version = int.from_bytes(await reader.readexactly(2), "big")
-                if version != self._version:
-                    log.info("%s speaks protocol version %d, we speak %d", peer_id, version, self._version)
-                data = msgspec.msgpack.encode(self._offer_for(peer_id) if version == self._version else self._no_offer)
-                writer.write(len(data).to_bytes(2, "big") + data)
-                await reader.read()  # until the peer closes: the daemon would cut the tail of what we sent
-        except TimeoutError:
-            log.debug("%s asked for an offer and did not take it", peer_id)
-        finally:
-            self._num_offers -= 1
-
-    def _offer_for(self, peer_id: str) -> Offer:
-        ticket = self._tickets.issue(peer_id, self._now) if self._listener is not None and self._has_room() else None
-        if self._listener is None or ticket is None:
-            return self._no_offer
-        return Offer(
-            version=self._version,
-            hosts=self._offered_hosts(),
-            port=self._listener.port,
-            fingerprint=self._listener.certificate.fingerprint,
-            ticket=ticket,
-        )
-
-    @property
-    def _no_offer(self) -> Offer:
-        return Offer(version=self._version)
-
-    def _offered_hosts(self) -> tuple[str, ...]:
-        """Where peers may try us: as configured, or the address we listen on, or the node's when that is any."""
-        assert self._listener is not None
-        if self._announce_hosts is not None:
-            return self._announce_hosts[:MAX_HOSTS]
-        if not ipaddress.ip_address(self._listener.host).is_unspecified:
-            return (self._listener.host,)
-        hosts = [parts[2] for address in self.node.addresses if (parts := address.split("/"))[1] in ("ip4", "ip6")]
-        return tuple(dict.fromkeys(hosts))[:MAX_HOSTS]
 
     @property
     def _now(self) -> float:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.network import Node, NodeConfig, control
-from swarm.network.control import DelimitedReader
 from swarm.network.hive import P2PDaemonError, P2PHandlerError, PeerID
+from swarm.network.wire import DelimitedReader
 
 
 def delimited(message: bytes) -> bytes:

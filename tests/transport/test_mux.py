@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from swarm.errors import PeerBusy, PeerMisbehaved, PeerTimeout, ProtocolMismatch
 from swarm.protocol import error_from_wire
+from swarm.transport.events import Credited, Event, Failed, Finished, Greeted, Opened, Received, Refused
 from swarm.transport.frames import MAX_FRAGMENT_BYTES, Kind, encode_frame
 from swarm.transport.limits import Budget, Limits
-from swarm.transport.mux import Credited, Event, Failed, Finished, Greeted, Mux, Opened, Received, Refused
+from swarm.transport.mux import Mux
 
 LIMITS = Limits(window_bytes=4000, max_message_bytes=6000, max_buffered_bytes=20000)
 

@@ -28,6 +28,8 @@ from swarm.network import Node, NodeConfig
 from swarm.protocol import Info, InfoRequest
 from swarm.transport import EndOfStream, Limits, Stream, Transport
 from swarm.transport import transport as transport_module
+from swarm.transport.direct import Offer
+from swarm.transport.offers import ask_offer
 
 CARRIERS = ("direct", "p2p")
 INFO = Info(
@@ -397,8 +399,9 @@ async def test_auto_takes_the_direct_way_and_falls_back(nodes: tuple[Node, Node]
     monkeypatch.setattr(transport_module, "DIRECT_TIMEOUT_S", 0.5)
     async with connected(nodes, server={"announce_hosts": ["127.0.0.3"]}) as pair:
         asked = []
-        ask = pair.client._ask_offer
-        monkeypatch.setattr(pair.client, "_ask_offer", lambda *args: asked.append(args) or ask(*args))
+        monkeypatch.setattr(
+            transport_module, "ask_offer", lambda *args, **options: asked.append(args) or ask_offer(*args, **options)
+        )
         for _ in range(3):
             stream = await pair.open("echo")
             await stream.send(INFO)
@@ -406,15 +409,15 @@ async def test_auto_takes_the_direct_way_and_falls_back(nodes: tuple[Node, Node]
         assert len(asked) == 1
 
 
-async def test_a_ticket_works_once_and_a_stranger_has_none(nodes: tuple[Node, Node]):
+async def test_a_ticket_works_once_and_a_stranger_has_none(nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch):
     """A second connection with the same ticket is closed; the peer who was given it is who it proves."""
     async with connected(nodes) as pair:
-        offer = await pair.client._ask_offer(nodes[0].peer_id, 5)
+        offer = await ask_offer(nodes[1], nodes[0].peer_id, version=1, timeout_s=5)
 
-        async def reuse(*_: object) -> object:
+        async def reuse(*_: object, **__: object) -> Offer:
             return offer
 
-        pair.client._ask_offer = reuse  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr(transport_module, "ask_offer", reuse)
         stream = await pair.open("echo", "direct")
         stream._connection.close(PeerDisconnected("test"))
         with pytest.raises(PeerMisbehaved, match="ticket that is unknown, used or expired"):
