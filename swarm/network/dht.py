@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.errors import ConfigError, InvalidRequest
+from swarm.errors import ConfigError, InvalidRequest, PeerMisbehaved
 from swarm.identity import Identity
 from swarm.network.control import DaemonControl
 from swarm.network.hive import (
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 3.0
 """Deadline of one DHT call to one peer."""
+MAX_REQUEST_BYTES = {"rpc_ping": 1 << 10, "rpc_find": 1 << 14, "rpc_store": 4 << 20}
+"""Largest request of each kind; a store may hand over all that a new node should hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,19 @@ class DaemonP2P(P2P):  # type: ignore[misc]
         self._client = control
         self.peer_id = peer_id
         self._alive = True
+
+    async def _add_protobuf_unary_handler(
+        self, handle_name: str, handler: Any, input_protobuf_type: Any, balanced: bool = False
+    ) -> None:
+        """As hivemind's, but a request may not be larger than its kind needs: each key of a find costs us a search."""
+        limit = MAX_REQUEST_BYTES[handle_name.rpartition(".")[2]]
+
+        async def checked(request: Any, context: Any) -> Any:
+            if request.ByteSize() > limit:
+                raise PeerMisbehaved(f"{handle_name} of {request.ByteSize()} bytes, limit {limit}")
+            return await handler(request, context)
+
+        await super()._add_protobuf_unary_handler(handle_name, checked, input_protobuf_type, balanced=balanced)
 
     def _terminate(self) -> None:
         """The daemon and its client belong to the Node."""
@@ -163,13 +178,11 @@ class Dht:
             for key, result in found.items()
         }
 
-    async def close(self) -> None:
-        """Stop answering."""
+    def close(self) -> None:
+        """Stop the node's own background work; its handlers go with the daemon."""
         self._node.is_alive = False
-        try:
-            await self._node.protocol.shutdown()
-        except P2PDaemonError:
-            log.debug("the daemon was gone before the DHT node said goodbye")
+        if self._node.cache_refresh_task is not None:
+            self._node.cache_refresh_task.cancel()
 
     async def _greet(self, peer: PeerAddress, timeout_s: float, strict: bool) -> str:
         """Connect and ping; the reason where that fails, else an empty string."""

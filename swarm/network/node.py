@@ -213,7 +213,7 @@ class Node:
         """Stop answering, end the daemon, remove the sockets. Returns within about 3 s."""
         await self._tasks.close()
         if hasattr(self, "_dht"):
-            await self._dht.close()
+            self._dht.close()
         await self._control.aclose()
         if hasattr(self, "_daemon"):
             await self._daemon.stop()

@@ -193,7 +193,9 @@ class Connection(asyncio.Protocol):
         else:
             self._send(self._mux.take_output() + head)
             self._uncork()
-            self.transport.write(body)
+            self.transport.write(
+                bytes(body)
+            )  # a copy: some transports keep a view, and the caller may reuse its tensor
 
     async def wait_turn(self) -> None:
         """Wait until the carrier takes more and those who came before have had a turn; `end_turn` must follow."""

@@ -81,6 +81,7 @@ class Transport:
         self._by_peer: dict[str, list[Connection]] = {}
         self._dial_locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._handling: dict[str, int] = {}
+        self._probing: set[str] = set()
         self._desk: OfferDesk
         self._listener: DirectListener | None = None
         self._tasks = TaskSet()
@@ -194,19 +195,35 @@ class Transport:
     async def _connect(self, peer_id: str, carrier: Carrier, timeout_s: float) -> Connection:
         if peer_id == self.node.peer_id:
             raise InvalidRequest("a peer does not connect to itself")
-        if carrier != "p2p":
-            if (connection := self._live(peer_id, "direct")) is not None:
-                return connection
-            if carrier == "direct" or self._reachability.should_try(peer_id, self._now):
-                try:
-                    wait_s = timeout_s if carrier == "direct" else min(timeout_s / 2, DIRECT_TIMEOUT_S)
-                    return await self._dial_once(peer_id, "direct", wait_s)
-                except (PeerUnreachable, PeerTimeout, PeerDisconnected) as error:
-                    self._reachability.failed(peer_id, self._now)
-                    if carrier == "direct":
-                        raise
-                    log.debug("no direct connection to %s: %s", peer_id, error)
-        return self._live(peer_id, "p2p") or await self._dial_once(peer_id, "p2p", timeout_s)
+        if carrier != "p2p" and (connection := self._live(peer_id, "direct")) is not None:
+            return connection
+        if carrier == "direct":
+            return await self._dial_once(peer_id, "direct", timeout_s)
+        connection = self._live(peer_id, "p2p")
+        if carrier == "auto" and self._reachability.should_try(peer_id, self._now):
+            if connection is None:
+                connection = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S))
+            elif peer_id not in self._probing:  # nobody waits while there is a connection: later streams will profit
+                self._tasks.spawn(self._probe_direct(peer_id), name=f"probe of {peer_id}")
+        return connection or await self._dial_once(peer_id, "p2p", timeout_s)
+
+    async def _try_direct(self, peer_id: str, timeout_s: float) -> Connection | None:
+        """A direct connection, or None; failures are remembered."""
+        try:
+            return await self._dial_once(peer_id, "direct", timeout_s)
+        except (PeerUnreachable, PeerTimeout, PeerDisconnected) as error:
+            self._reachability.failed(peer_id, self._now)
+            log.debug("no direct connection to %s: %s", peer_id, error)
+            return None
+
+    async def _probe_direct(self, peer_id: str) -> None:
+        self._probing.add(peer_id)
+        try:
+            await self._try_direct(peer_id, DIRECT_TIMEOUT_S)
+        except SwarmError as error:
+            log.info("no direct connection to %s: %s", peer_id, error)
+        finally:
+            self._probing.discard(peer_id)
 
     async def _dial_once(self, peer_id: str, carrier: str, timeout_s: float) -> Connection:
         """Dial; whoever wants the same connection meanwhile waits for this attempt first."""

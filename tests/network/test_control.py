@@ -1,6 +1,7 @@
 """The client of the daemon's control socket: splitting messages, late replies, too many requests."""
 
 import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -96,3 +97,19 @@ async def test_unary_calls_and_their_limits(monkeypatch: pytest.MonkeyPatch):
         await server._control.remove_unary_handler("fail")
         with pytest.raises(P2PDaemonError):
             await call(peer_id, "fail", b"")
+
+
+async def test_a_dht_request_is_no_larger_than_its_kind_needs():
+    """A find with thousands of keys, each of which would cost a search, is refused; a usual one is answered."""
+    find = sys.modules["hivemind.proto.dht_pb2"].FindRequest
+    async with (
+        await Node.start(NodeConfig(host="127.0.0.1")) as server,
+        await Node.start(NodeConfig(client_mode=True, initial_peers=server.addresses)) as client,
+    ):
+        peer_id, name = PeerID.from_base58(server.peer_id), "DHTProtocol.rpc_find"
+        node_id = {"node_id": bytes(20)}
+        small = find(keys=[bytes(20)] * 16, peer=node_id).SerializeToString()
+        assert await client._control.call_unary_handler(peer_id, name, small)
+        large = find(keys=[bytes(20)] * 2000, peer=node_id).SerializeToString()
+        with pytest.raises(P2PHandlerError, match=r"rpc_find of \d+ bytes, limit 16384"):
+            await client._control.call_unary_handler(peer_id, name, large)

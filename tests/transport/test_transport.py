@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from swarm.protocol import Info, InfoRequest
 from swarm.transport import EndOfStream, Limits, Stream, Transport
 from swarm.transport import transport as transport_module
 from swarm.transport.direct import Offer
+from swarm.transport.frames import Kind, encode_frame
 from swarm.transport.offers import ask_offer
 
 CARRIERS = ("direct", "p2p")
@@ -407,6 +409,35 @@ async def test_auto_takes_the_direct_way_and_falls_back(nodes: tuple[Node, Node]
             await stream.send(INFO)
             assert (await stream.receive(5))[0] == INFO and stream.carrier == "p2p"
         assert len(asked) == 1
+
+
+async def test_strangers_on_the_direct_port_are_dropped(nodes: tuple[Node, Node]):
+    """Silence, garbage and HELLO without a ticket end the connection; the server lives on."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    hello = encode_frame(Kind.HELLO, 0, b"swarm\0\1")
+    async with connected(nodes, server={"limits": Limits(hello_timeout_s=0.5, ping_period_s=0.2)}) as pair:
+        for data in (b"", hello[:9], os.urandom(100), hello, encode_frame(Kind.PING, 0, bytes(8))):
+            reader, writer = await asyncio.open_connection("127.0.0.1", pair.server.direct_port, ssl=context)
+            writer.write(data)
+            async with asyncio.timeout(5):
+                with suppress(ConnectionError):
+                    assert (await reader.read()).startswith(hello)
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        await ask(pair, "direct")
+        assert pair.server.num_connections == 1
+
+
+async def test_a_p2p_connection_is_used_while_the_direct_way_is_tried(nodes: tuple[Node, Node]):
+    """Nobody waits for an attempt when there is a connection; streams opened after it succeeds are direct."""
+    async with connected(nodes) as pair:
+        await ask(pair, "p2p")
+        assert (await pair.open("echo")).carrier == "p2p"
+        async with asyncio.timeout(5):
+            while (await pair.open("echo")).carrier != "direct":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
 
 async def test_a_ticket_works_once_and_a_stranger_has_none(nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch):
