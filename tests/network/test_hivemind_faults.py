@@ -1,6 +1,8 @@
 """The ways in which hivemind's peers wedge for good: each reproduced with hivemind alone, then survived by ours.
 
-hivemind's classes are used as they are (P2P, DHTNode, on the same daemon), except where a race is provoked.
+hivemind's classes are used as they are (P2P, DHTNode, on the same daemon), except where a race is provoked. Two faults
+have no counterpart here: the lost tails of streams (B4) are tests/transport's business, and the process that dies of
+large commands (B5, hivemind.DHT) is not used.
 """
 
 import asyncio
@@ -160,15 +162,16 @@ async def test_b3_everybody_stops_answering_for_a_while(monkeypatch: pytest.Monk
         table = second.protocol.routing_table.uid_to_peer_id
         await until(lambda: len(table) == 1)
         os.kill(server._child.pid, signal.SIGSTOP)
-        await second.get("key", latest=True)
+        while table:
+            await second.get("key", latest=True)
         os.kill(server._child.pid, signal.SIGCONT)
         await asyncio.sleep(2)
         await second.get("key", latest=True)
         assert not table
     async with our_pair() as (server, client):
         os.kill(server.daemon_pid, signal.SIGSTOP)
-        await client.dht_get("key")
-        await until(lambda: client.num_peers == 0)
+        while client.num_peers:
+            await client.dht_get("key")
         os.kill(server.daemon_pid, signal.SIGCONT)
         await until(lambda: client.num_peers == 1)
         assert await client.dht_store("key", client.peer_id, b"value", time.time() + 60)
