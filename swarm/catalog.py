@@ -55,17 +55,19 @@ async def lookup_name(node: Node, name: str) -> frozenset[ModelEntry]:
 
 
 async def refuse_other_content(node: Node, name: str, digest: str) -> None:
-    """Check that a name means the same to us and to the swarm.
+    """Check that a name means to us what it means to the swarm.
+
+    Entries are claims of strangers, so other content is no objection once anybody serves ours, too.
 
     Raises:
-        CheckpointMismatch: when the swarm serves this name with other content than ours.
+        CheckpointMismatch: when the swarm serves this name with other content only.
     """
-    for entry in await lookup_name(node, name):
-        if entry.digest != digest:
-            raise CheckpointMismatch(
-                f"the swarm serves {name} with other content ({entry.digest[:12]}, ours is {digest[:12]}):"
-                " use the same checkpoint and revision"
-            )
+    others = {entry.digest for entry in await lookup_name(node, name)}
+    if others and digest not in others:
+        raise CheckpointMismatch(
+            f"the swarm serves {name} with other content ({min(others)[:12]}, ours is {digest[:12]}):"
+            " use the same checkpoint and revision"
+        )
 
 
 def _key(name: str, shard: int) -> str:
