@@ -58,6 +58,16 @@ def test_one_row_alone_is_what_it_is_in_a_batch():
     assert relative_error(alone, together) < 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_row_with_an_outlier_is_as_exact_as_others(rows):
+    """Large models have hidden channels a hundred times the rest: they must not drown the others' bits."""
+    weight, _ = make_linear(1024, bias=False)
+    x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(4))
+    x[0, 7] = 500.0
+    weight[:, 7] = 0  # all that is left to see is what the outlier does to its neighbours
+    assert relative_error(Int8Linear(weight, None)(x), x @ weight.T) < ERROR["int8"]
+
+
 def test_a_row_of_zeros_gives_the_bias():
     """No division by zero."""
     weight, bias = make_linear()
