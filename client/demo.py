@@ -118,7 +118,7 @@ def _answer(model: Any, checkpoint: Any, question: str, max_new_tokens: int) -> 
     """Greedy answer to a chat question, streamed to the terminal."""
     from transformers import AutoTokenizer, TextStreamer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path)
 
     class TimedStreamer(TextStreamer):
         """Prints the text and notes when each token came."""
@@ -129,7 +129,7 @@ def _answer(model: Any, checkpoint: Any, question: str, max_new_tokens: int) -> 
 
         def put(self, value: Any) -> None:
             self.times.append(time.perf_counter())
-            super().put(value)
+            super().put(value)  # type: ignore[no-untyped-call]
 
     chat = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

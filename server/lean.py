@@ -52,7 +52,7 @@ def _stub_compiler() -> None:
     stub = _Compiler("torch._dynamo")
     stub.__path__ = [os.path.join(os.path.dirname(torch.__file__), "_dynamo")]  # some of its files are used, and light
     sys.modules["torch._dynamo"] = stub
-    torch._dynamo = stub  # type: ignore[assignment]
+    torch._dynamo = stub
 
 
 def _hide(names: frozenset[str]) -> None:

@@ -59,7 +59,7 @@ def decode_tensor(spec: TensorSpec, body: bytes | bytearray | memoryview) -> tor
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _tensor_of(body: bytes | bytearray | memoryview, dtype: torch.dtype) -> torch.Tensor:

@@ -99,11 +99,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid
     """Base of everything that peers say to each other."""
 
 
-class InfoRequest(Message, tag=1):
+class InfoRequest(Message, frozen=True, tag=1):
     """Ask a server what it is. Answered by `Info`."""
 
 
-class Info(Message, tag=2):
+class Info(Message, frozen=True, tag=2):
     """What a server is and how busy it is now."""
 
     model: Digest
@@ -119,7 +119,7 @@ class Info(Message, tag=2):
     kv_total_tokens: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class OpenSession(Message, tag=3):
+class OpenSession(Message, frozen=True, tag=3):
     """First message of a session stream: which blocks, how many rows of which length. Answered by `SessionOpened`."""
 
     session_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -139,14 +139,14 @@ class OpenSession(Message, tag=3):
         return BlockRange(self.start, self.end)
 
 
-class SessionOpened(Message, tag=4):
+class SessionOpened(Message, frozen=True, tag=4):
     """The server is ready for steps of at most `max_step_tokens` tokens over all rows."""
 
     max_step_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
     can_rollback: bool
 
 
-class Step(Message, tag=5):
+class Step(Message, frozen=True, tag=5):
     """New tokens for the rows of a session; the body is their hidden states, row after row. Answered by `StepResult`.
 
     `order[i]` (when given) names the old row whose state becomes row i, before anything else. Row i then holds exactly
@@ -162,7 +162,7 @@ class Step(Message, tag=5):
     hidden_states: TensorSpec
 
 
-class StepResult(Message, tag=6):
+class StepResult(Message, frozen=True, tag=6):
     """Outputs of a step in the dtype of its inputs, and what the step cost the server."""
 
     step_id: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -175,7 +175,7 @@ class StepResult(Message, tag=6):
 AnyMessage = InfoRequest | Info | OpenSession | SessionOpened | Step | StepResult
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: Message) -> bytes:

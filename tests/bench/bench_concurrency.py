@@ -2,8 +2,8 @@
 
     python tests/bench/bench_concurrency.py [--new-tokens 32] [--sessions 1 2 4 8 16 32]
 
-Two servers of 15 blocks each, fp32, one thread each; each session is a thread that generates greedily from a prompt of its own,
-all in one client process with one thread. Every answer is compared with the one that the same prompt got alone.
+Two servers of 15 blocks each, fp32, one thread each; each session is a thread that generates greedily from a prompt of
+its own, all in one client process with one thread. Every answer is compared with the one that the same prompt got alone.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def measure(model: Any, prompts: list[list[int]], new_tokens: int, alone: dict) 
     start = max(times[0] for _, times in results)
     end = min(times[-1] for _, times in results)
     decoded = sum(start < moment <= end for _, times in results for moment in times)
-    gaps = sorted(b - a for _, times in results for a, b in zip(times, times[1:], strict=False))
+    gaps = sorted(b - a for _, times in results for a, b in pairwise(times))
     return {
         "sessions": len(prompts),
         "tokens_per_s": round(decoded / (end - start), 1),
@@ -109,7 +110,10 @@ def report(rows: list[dict], local_rate: float, args: argparse.Namespace) -> Non
     """Table and JSON."""
     single = rows[0]
     print(f"transformers, batch of 16, one process: {local_rate:.1f} tokens/s")
-    print(f"{'sessions':>8} {'tokens/s':>9} {'x one':>7} {'x local 16':>11} {'median ms':>10} {'p99 ms':>8} {'identical':>10}")
+    print(
+        f"{'sessions':>8} {'tokens/s':>9} {'x one':>7} {'x local 16':>11}"
+        f" {'median ms':>10} {'p99 ms':>8} {'identical':>10}"
+    )
     for row in rows:
         row["over_one"] = round(row["tokens_per_s"] / single["tokens_per_s"], 2)
         row["over_local_batch_16"] = round(row["tokens_per_s"] / local_rate, 2)
