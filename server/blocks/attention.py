@@ -53,11 +53,11 @@ class LayerAttention:
         self.v_pool: Tensor
 
     def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the pools: [kv heads, num_pages * PAGE_SIZE, width] each."""
+        """Make the pools: [kv heads, num_pages * PAGE_SIZE, width] each. A CPU gives memory only to pages that are used."""
         heads, key_width, value_width = self.kv_shape
         slots = num_pages * PAGE_SIZE
-        self.k_pool = torch.zeros(heads, slots, key_width, dtype=dtype, device=device)
-        self.v_pool = torch.zeros(heads, slots, value_width, dtype=dtype, device=device)
+        self.k_pool = torch.empty(heads, slots, key_width, dtype=dtype, device=device)
+        self.v_pool = torch.empty(heads, slots, value_width, dtype=dtype, device=device)
 
     def page_bytes(self, dtype: torch.dtype) -> int:
         heads, key_width, value_width = self.kv_shape
