@@ -44,7 +44,7 @@ def paged_attention_cpu(
 def _attend_one_row(
     q_H1D: Tensor, k_pool_KSD: Tensor, v_pool_KSE: Tensor, batch: PagedBatch, form: AttentionForm
 ) -> Tensor:
-    """One row of one sequence in one run of pages, with as few operators as there can be: no mask, no gather, no copy."""
+    """One row of one sequence in one run of pages, with as few operators as can be: no mask, no gather, no copy."""
     assert batch.decode_run is not None
     span = batch.spans[0]
     first = form.first_key(span.position)

@@ -16,7 +16,7 @@ N sequences, L keys of one sequence.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class AttentionForm:
         return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
 
 
-class RowSpan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RowSpan:
     """The new rows of one sequence inside a step."""
 
     start: int
@@ -101,7 +102,8 @@ class PagedBatch:
         """What an implementation derives from the layout, kept for the other layers of this step."""
 
     def _slots(self) -> Tensor:
-        size, slots = self.page_size, []
+        size = self.page_size
+        slots: list[int] = []
         for span, run in zip(self.spans, self.runs, strict=True):
             if run is not None:
                 slots += range(run + span.position, run + span.length)

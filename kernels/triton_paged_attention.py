@@ -15,8 +15,6 @@ from swarm.kernels.paged_attention import AttentionForm, PagedBatch
 
 _LOG2_E = 1.4426950408889634
 _MIN_KEYS_PER_SPLIT = 256
-_NEGATIVE = -1.0e30
-"""Logit of a masked key: finite, so that a tile without any visible key has no inf - inf."""
 
 
 def paged_attention_triton(
@@ -70,8 +68,9 @@ def _num_splits(programs: int, max_keys: int, device: torch.device) -> int:
 def _tables(batch: PagedBatch, rows_per_tile: int) -> dict[str, Tensor]:
     """Int32 tables of the step on the device, one upload each, shared by all layers."""
     key = ("tables", rows_per_tile)
-    if key in batch.memo:
-        return batch.memo[key]
+    known: dict[str, Tensor] | None = batch.memo.get(key)
+    if known is not None:
+        return known
     tile_span, tile_row, spans = [], [], []
     for index, span in enumerate(batch.spans):
         for row in range(0, span.count, rows_per_tile):
@@ -119,7 +118,9 @@ def _kernel(
     e_E = tl.arange(0, BLOCK_E)
     q_offset = head_M[:, None] * q_stride_h + (start + row_M)[:, None] * q_stride_t + d_D[None, :] * q_stride_d
     q_MD = tl.load(q_ptr + q_offset, mask=live_M[:, None] & (d_D < WIDTH)[None, :], other=0.0)
-    slope_M = tl.load(alibi_ptr + head_M, mask=live_M, other=0.0).to(tl.float32) if HAS_ALIBI else 0.0
+    slope_M = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_ALIBI:
+        slope_M += tl.load(alibi_ptr + head_M, mask=live_M, other=0.0).to(tl.float32)
 
     # keys that any row of the tile may see, cut into equal splits of whole key blocks
     first_position = position + tile_row
@@ -133,6 +134,7 @@ def _kernel(
     split_first = first_key + split * per_split
     split_last = tl.minimum(split_first + per_split, last_key)
 
+    # a masked logit is finite, so that a tile without any visible key has no inf - inf
     max_M = tl.full([BLOCK_M], -1.0e30, tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)

@@ -9,9 +9,9 @@ Every form is row-independent: a row's result doesn't depend on the rows of othe
 are scaled row by row, and LLM.int8()'s outlier columns, which are chosen by looking at the whole batch, are off. Every
 form passes gradients to its inputs. Experts of a mixture that are 3-D parameters stay in 16 or 32 bits.
 
-One thread, AVX-512 VNNI, us per product of 1 / 8 / 64 rows, 4096 x 4096: fp32 2960 / 8300 / 26550, Int8Linear 500 / 750 /
-5300, torch._int_mm 780 / 6280 / 10690, torch._weight_int8pack_mm in bf16 1250 / 3750 / 26950, bitsandbytes int8 46800 at
-1 row. It knows nothing of models.
+One thread, AVX-512 VNNI, us per product of 1 / 8 / 64 rows, 4096 x 4096: fp32 2960 / 8300 / 26550, FBGEMM 500 / 750
+/ 5300, torch._int_mm 780 / 6280 / 10690, torch._weight_int8pack_mm in bf16 1250 / 3750 / 26950, bitsandbytes int8
+46800 for 1 row. It knows nothing of models.
 """
 
 import functools
@@ -35,7 +35,9 @@ FORMATS = ("none", "int8", "nf4")
 CREST = 14.0
 """Largest magnitude of a row over its root mean square from which on Int8Linear spends two codes on its elements."""
 
-_FBGEMM: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+_FBGEMM: Callable[[Tensor, float, int, Any], Tensor]
+_FBGEMM = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+"""(rows, activation scale, zero point, packed weight) -> rows . weight^T in fp32."""
 _TINY = 1e-12
 _NF4_BLOCK = 64
 _NF4 = torch.tensor([
@@ -82,7 +84,7 @@ def quantize(layer: nn.Module, format: str, run: Callable[[], object]) -> float:
             weight = _weight_of(child)
             if child in called and weight is not None and min(weight.shape) >= 16 and name not in ROUTERS:
                 done += weight.numel()
-                setattr(parent, name, quantized_linear(weight.detach(), child.bias, format))
+                setattr(parent, name, quantized_linear(weight.detach(), _bias_of(child), format))
     return done / max(1, total)
 
 
@@ -106,10 +108,10 @@ def quantized_linear(weight: Tensor, bias: Tensor | None, format: str) -> nn.Mod
 class Int8Linear(nn.Module):
     """8-bit weights with a scale per output; activations in one or two 8-bit codes with a scale per row, on the CPU.
 
-    A row whose largest magnitude stands out of it (more than CREST times its root mean square) loses too much in 8 bits.
-    It is written as (h + l / 2L) * s / L with two codes h, l in -L..L, and both are rows of the same product. Perplexity of
-    SmolLM2-135M on WikiText-2 against fp32: one code 1.032, two codes for standing-out rows 1.003, for all rows 0.998. A
-    second row costs no weight traffic: all linears of 30 blocks take 7.9 ms for 1, 2 or 4 rows.
+    A row whose largest magnitude stands out of it (more than CREST times its root mean square) loses too much in 8
+    bits. It is written as (h + l / 2L) * s / L with two codes h, l in -L..L, and both are rows of the same product.
+    Perplexity of SmolLM2-135M on WikiText-2 against fp32: one code 1.032, two codes for rows that stand out 1.003, for
+    all rows 0.998. A second row costs no weight traffic: all linears of 30 blocks take 7.9 ms for 1, 2 or 4 rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -124,7 +126,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
-            return _WeightOnly.apply(input, self.dequantize, self.bias)
+            return _weight_only(input, self.dequantize, self.bias)
         rows = input if input.dtype == torch.float32 else input.float()
         if rows.dim() != 2:
             rows = rows.reshape(-1, self.in_features)
@@ -150,7 +152,9 @@ class Int8Linear(nn.Module):
     def _product_of_many(self, rows: Tensor) -> Tensor:
         """The same for several rows, of which some may need two codes."""
         peak = rows.abs().amax(-1, True)
-        standing_out = (peak > self._max_peak * torch.linalg.vector_norm(rows, 2, -1, True)).flatten().nonzero().flatten()
+        standing_out = (
+            (peak > self._max_peak * torch.linalg.vector_norm(rows, 2, -1, True)).flatten().nonzero().flatten()
+        )
         codes = rows * (self._levels / peak)  # zeros become NaN, then some code, and that times 0
         count, scale = rows.shape[0], peak / self._levels
         if len(standing_out) == 0:
@@ -166,7 +170,8 @@ class Int8Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """[out, in] fp32."""
-        return torch.ops.quantized.linear_unpack(self._packed)[0].dequantize()
+        weight: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].dequantize()
+        return weight
 
     @property
     def num_bytes(self) -> int:
@@ -193,7 +198,7 @@ class Nf4Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
-            return _WeightOnly.apply(input, self.dequantize, self.bias)
+            return _weight_only(input, self.dequantize, self.bias)
         return F.linear(input, self.dequantize(), self.bias)
 
     def dequantize(self) -> Tensor:
@@ -206,6 +211,11 @@ class Nf4Linear(nn.Module):
     @property
     def num_bytes(self) -> int:
         return self.codes.numel() + self.scales.numel() * 4
+
+
+def _weight_only(input: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    result: Tensor = _WeightOnly.apply(input, dequantize, bias)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _WeightOnly(torch.autograd.Function):
@@ -273,14 +283,18 @@ def _placed(linear: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return placed.requires_grad_(False).eval()
 
 
+def _bias_of(linear: Any) -> Tensor | None:
+    bias: Tensor | None = linear.bias
+    return bias
+
+
 def _weight_of(module: nn.Module) -> Tensor | None:
     """[out, in] of a linear layer: nn.Linear and its subclasses, or GPT-2's Conv1D, which keeps [in, out]."""
+    linear: Any = module
     if isinstance(module, nn.Linear):
         return module.weight
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        weight: Tensor = module.weight
-        return weight.t()
-    return None
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return linear.weight.t() if is_conv1d else None
 
 
 _TABLE: dict[tuple[str, str], Callable[[Tensor, Tensor | None], nn.Module]] = {

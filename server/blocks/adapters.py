@@ -60,11 +60,11 @@ def _falcon_slopes(config: PretrainedConfig) -> Tensor | None:
     """Falcon keeps its slopes in bf16 and applies the attention scale to the sum of logit and bias."""
     if not config.alibi:
         return None
-    scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+    scale = float((config.hidden_size // config.num_attention_heads) ** -0.5)
     return alibi_slopes(config.num_attention_heads).bfloat16().float() * scale
 
 
-def _patch_falcon(layer: nn.Module) -> None:
+def _patch_falcon(layer: Any) -> None:
     layer.self_attention.forward = MethodType(_falcon_forward, layer.self_attention)
 
 
@@ -80,12 +80,12 @@ def _falcon_forward(
         query, key, value = self._split_heads(fused)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if not self.config.alibi:
-        query, key = falcon_rotary(query, key, *position_embeddings)
+        query, key = falcon_rotary(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
     output, _none = attend(self, query, key, value, None, scaling=self.inv_norm_factor)
     return self.dense(output.flatten(2)), None
 
 
-def _patch_bloom(layer: nn.Module) -> None:
+def _patch_bloom(layer: Any) -> None:
     layer.self_attention.forward = MethodType(_bloom_forward, layer.self_attention)
 
 
@@ -97,7 +97,7 @@ def _bloom_forward(
     return residual + self.dense(output.flatten(2)), None
 
 
-def _patch_mpt(layer: nn.Module) -> None:
+def _patch_mpt(layer: Any) -> None:
     layer.attn.forward = MethodType(_mpt_forward, layer.attn)
 
 
@@ -111,7 +111,7 @@ def _mpt_forward(self: Any, hidden_states: Tensor, position_bias: Any = None, **
     return self.out_proj(output.flatten(2)), None
 
 
-def _patch_gptj(layer: nn.Module) -> None:
+def _patch_gptj(layer: Any) -> None:
     layer.attn._attn = MethodType(_gptj_attn, layer.attn)
 
 
@@ -120,7 +120,7 @@ def _gptj_attn(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **
     return output.transpose(1, 2), None
 
 
-def _patch_llama4(layer: nn.Module) -> None:
+def _patch_llama4(layer: Any) -> None:
     layer.self_attn.attn_temperature_tuning = False
 
 

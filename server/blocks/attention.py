@@ -1,8 +1,8 @@
 """The attention of one block over its paged KV cache, in the shape in which transformers' layers call it.
 
-    transformers layer --q, k, v of the new rows--> internals.attend --> LayerAttention --> kernels.paged_attention
-                                                                             |
-                                                              k_pool, v_pool (all pages of this block), Step
+transformers layer --q, k, v of the new rows--> internals.attend --> LayerAttention --> kernels.paged_attention
+                                                                         |
+                                                          k_pool, v_pool (all pages of this block), Step
 """
 
 from typing import Any
@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from swarm.errors import UnsupportedModel
-from swarm.kernels.paged_attention import (
-    AttentionForm,
-    PagedBatch,
-    RowSpan,
-    paged_attention,
-    paged_attention_reference,
-    write_kv,
-)
+from swarm.kernels.paged_attention import AttentionForm, paged_attention, write_kv
 from swarm.server.blocks.step import Step
 from swarm.server.pages import PAGE_SIZE
 
@@ -53,7 +46,7 @@ class LayerAttention:
         self.v_pool: Tensor
 
     def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the pools: [kv heads, num_pages * PAGE_SIZE, width] each. A CPU gives memory only to pages that are used."""
+        """Make the pools, [kv heads, num_pages * PAGE_SIZE, width]; a CPU gives memory only to pages that are used."""
         heads, key_width, value_width = self.kv_shape
         slots = num_pages * PAGE_SIZE
         self.k_pool = torch.empty(heads, slots, key_width, dtype=dtype, device=device)
@@ -127,13 +120,3 @@ def attention_form(
         sinks_H=sinks_H.detach() if sinks_H is not None else None,
         alibi_H=alibi_H,
     )
-
-
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
-    """Attention of one sequence from position 0 without a cache, by the reference: what the self-check uses."""
-    rows = query.shape[2]
-    pages = -(-rows // PAGE_SIZE)
-    pools = [new.new_zeros(new.shape[1], pages * PAGE_SIZE, new.shape[3]) for new in (key, value)]
-    batch = PagedBatch([RowSpan(0, rows, 0, range(pages))], PAGE_SIZE, query.device)
-    write_kv(key[0], value[0], *pools, batch)
-    return paged_attention_reference(query[0], *pools, batch, form)[None]

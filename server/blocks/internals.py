@@ -47,7 +47,7 @@ PROBE = _Probe()
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call as attention: q [1, H, T, D], k, v of the new rows only -> ([1, T, H, E], None)."""
+    """What transformers' layers call: q [1, H, T, D], keys and values of the new rows only -> ([1, T, H, E], None)."""
     attention = module.__dict__.get("swarm_attention")
     if attention is not None:
         return attention(query, key, value, attention_mask, options), None
@@ -119,7 +119,15 @@ def trace_calls(config: PretrainedConfig, attn_implementation: str, ignored: fro
             tracer.run()
         except _WrongReturnKind:
             continue
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            IndexError,
+            KeyError,
+        ) as error:
             problem = f"its forward can't be traced: {error}"
             continue
         return tracer.plan()
@@ -245,7 +253,9 @@ class _Tracer:
 
 
 def _is_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, (dict, list)) and not value)
+    return (
+        value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, (dict, list)) and not value)
+    )
 
 
 def is_rotary(name: str, module: nn.Module) -> bool:

@@ -1,11 +1,11 @@
 """The most common decoder layer with half the operators: pre-norm, rotary attention, gated MLP, two residuals.
 
-    x -> norm -> q,k,v in one product -> [q, k norms] -> rotary -> attend -> o -> + -> norm -> gate,up -> act * -> down -> +
+    x -> norm -> q,k,v -> [q, k norms] -> rotary -> attend -> o -> + -> norm -> gate,up -> act * -> down -> +
 
-One row of a small model spends more time between matrix products than in them. Whether a layer is of this kind is not
-decided by its name: it must have these submodules, and its output on sample rows must not change (`PlainDecoder.of`
-checks both). Llama, Mistral, Qwen 2 and 3, SmolLM 3 and many others are. It runs instead of the layer's own forward; a layer
-whose projections are wrapped (by adapters) goes back to its own forward by `PlainDecoder.remove`.
+One row of a small model spends much of its time between matrix products. Whether a layer is of this kind is not decided
+by its name: it must have these submodules, and its output on sample rows must not change (`PlainDecoder.of` checks
+both). Llama, Mistral, Qwen 2 and 3 and many others are. It runs instead of the layer's own forward; a layer whose
+projections are wrapped (by adapters) goes back to its own forward by `PlainDecoder.remove`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn", "swarm_group_0"}
 
 
 class RotaryTables:
-    """cos and sin of the rows being run, in the shape in which `PlainDecoder` uses them; shared by the blocks of a span."""
+    """cos and sin of the rows being run, as `PlainDecoder` uses them; shared by the blocks of a span."""
 
     __slots__ = ("_cos", "_of", "_sin")
 
@@ -55,8 +55,9 @@ class PlainDecoder:
         self._mlp: Any = layer.mlp
         self._norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
         self._tables = tables
-        self._width = int(self._attention.head_dim)
-        self._sizes = [size // self._width for size in self._attention.swarm_group_0.sizes]
+        attention: Any = layer.self_attn
+        self._width = int(attention.head_dim)
+        self._sizes = [size // self._width for size in attention.swarm_group_0.sizes]
         self._head_norms = hasattr(self._attention, "q_norm")
 
     @classmethod
@@ -108,7 +109,8 @@ class PlainDecoder:
         x_TH = x_TH + self._attend(self._norms[0].forward(x_TH), position_embeddings)
         gate_up = self._mlp.swarm_group_0
         gate_TI, up_TI = gate_up.linear.forward(self._norms[1].forward(x_TH)).split_with_sizes(gate_up.sizes, dim=-1)
-        return (x_TH + self._mlp.down_proj.forward(self._mlp.act_fn.forward(gate_TI) * up_TI)).unsqueeze(0)
+        down_TH: Tensor = self._mlp.down_proj.forward(self._mlp.act_fn.forward(gate_TI) * up_TI)
+        return (x_TH + down_TH).unsqueeze(0)
 
     def _attend(self, x_TH: Tensor, position_embeddings: Any) -> Tensor:
         attention, (heads, kv_heads, _) = self._attention, self._sizes
@@ -122,7 +124,8 @@ class PlainDecoder:
             cos, sin = self._tables.get(position_embeddings)
             qk = torch.addcmul(qk * cos, qk.roll(self._width // 2, -1), sin)
         q, k = qk.split_with_sizes([heads, kv_heads], dim=1)
-        return attention.o_proj.forward(self._mix(q, k, v).view(x_TH.shape[0], -1))
+        mixed: Tensor = attention.o_proj.forward(self._mix(q, k, v).view(x_TH.shape[0], -1))
+        return mixed
 
     def _mix(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         bound: LayerAttention | None = self._attention.__dict__.get("swarm_attention")

@@ -59,7 +59,9 @@ class Prober:
         ropes: the rotary embeddings of the span.
     """
 
-    def __init__(self, config: PretrainedConfig, adapter: Adapter, ropes: Ropes, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, config: PretrainedConfig, adapter: Adapter, ropes: Ropes, dtype: torch.dtype, device: torch.device
+    ):
         self._config = config
         self._text_config = config.get_text_config(decoder=True)
         self._adapter = adapter
@@ -90,7 +92,9 @@ class Prober:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _run(self, index: int, layer: nn.Module, call: LayerCall, rows: slice, state: Any = None) -> tuple[Any, list[Any]]:
+    def _run(
+        self, index: int, layer: nn.Module, call: LayerCall, rows: slice, state: Any = None
+    ) -> tuple[Any, list[Any]]:
         calls: list[Any] = []
 
         def stand_in(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
@@ -186,8 +190,10 @@ class Prober:
 
 
 def _rowwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[1, T, H, E] from each row's own query, key and value alone. Every element of them matters by itself: q . k of one
-    row would not notice another rotary embedding, which turns both alike.
+    """[1, T, H, E] from each row's own query, key and value alone.
+
+    Every element of them matters by itself: q . k of one row would not notice another rotary embedding, which turns
+    both alike.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

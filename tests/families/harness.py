@@ -1,4 +1,4 @@
-"""Runs a tiny model through two chained spans in ragged, chunked, mixed batches and compares it with plain transformers."""
+"""Runs a tiny model through two chained spans in ragged, mixed batches and compares it with plain transformers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,7 +77,11 @@ def block_inputs_and_outputs(model: PreTrainedModel, parts: list[Tensor]) -> tup
     cache = None
     with torch.no_grad():
         for tokens in parts:
-            output = model(input_ids=tokens[None], use_cache=len(parts) > 1, **({} if cache is None else {"past_key_values": cache}))
+            output = model(
+                input_ids=tokens[None],
+                use_cache=len(parts) > 1,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
             cache = output.past_key_values if len(parts) > 1 else None
     for hook in hooks:
         hook.remove()
@@ -105,8 +109,16 @@ def step(spans: list[BlockSpan], sequences: list[Sequence], rows: list[tuple[int
             sequence = sequences[index]
             table = sequence.tables[number]
             span.copy_pages(table.grow(sequence.position + hidden.shape[0]))
-            chunks.append(Chunk(hidden_states=hidden, position=sequence.position, pages=table.pages,
-                                entry=span.blocks.start, exit=span.blocks.end, state=sequence.states[number]))  # fmt: skip
+            chunks.append(
+                Chunk(
+                    hidden_states=hidden,
+                    position=sequence.position,
+                    pages=table.pages,
+                    entry=span.blocks.start,
+                    exit=span.blocks.end,
+                    state=sequence.states[number],
+                )
+            )
         outputs = span.run(chunks)
     for index, hidden in rows:
         sequences[index].position += hidden.shape[0]

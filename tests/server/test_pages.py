@@ -1,4 +1,4 @@
-"""Page bookkeeping: the pool never loses a page, never gives one away twice, and sequences never share what they write."""
+"""Page bookkeeping: no page is lost or given away twice, and sequences never share what they write."""
 
 import pytest
 from hypothesis import settings
