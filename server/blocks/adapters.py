@@ -3,6 +3,7 @@
     falcon, bloom, mpt   own attention code with a mask and ALiBi as tensors: their attention's forward is replaced
     gptj                 its inner `_attn` is replaced
     llama4               position-free layers scale queries by the row index instead of the position: we do it
+    falcon_h1            the model, not the layer, fills a buffer of each layer: no layer loaded alone would have it
 
 Everything else is generic. Each replacement keeps the projections and calls `internals.attend` between them.
 """
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb as falcon_rotary
 
 from swarm.server.blocks.internals import ATTENTION, attend
 
@@ -80,6 +80,8 @@ def _falcon_forward(
         query, key, value = self._split_heads(fused)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if not self.config.alibi:
+        from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb as falcon_rotary
+
         query, key = falcon_rotary(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
     output, _none = attend(self, query, key, value, None, scaling=self.inv_norm_factor)
     return self.dense(output.flatten(2)), None
@@ -124,6 +126,13 @@ def _patch_llama4(layer: Any) -> None:
     layer.self_attn.attn_temperature_tuning = False
 
 
+def _patch_falcon_h1(layer: Any) -> None:
+    from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
+
+    multipliers: Tensor = compute_mup_vector(layer.self_attn.config)  # type: ignore[no-untyped-call]
+    layer.mamba.mup_vector = multipliers.to(layer.mamba.in_proj.weight)
+
+
 def _llama4_temperature(layer: nn.Module) -> tuple[float, float] | None:
     attention: Any = layer.self_attn
     if not attention.config.attn_temperature_tuning or attention.use_rope:
@@ -153,6 +162,7 @@ _ADAPTERS = {
         patch=_patch_mpt,
         alibi_H=_mpt_slopes,
     ),
+    "falcon_h1": Adapter(patch=_patch_falcon_h1),
     "gptj": Adapter(attn_implementation="eager", patch=_patch_gptj),
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,

@@ -2,7 +2,6 @@
 
     RMSNorm modules            -> torch's fused operator
     linears of one input       -> one product, split afterwards (q, k, v; gate, up; whatever shares its input)
-    wide fp32 weights on a CPU -> stored column by column: one row times such a matrix streams memory better
 
 No architecture is named here: norms are recognised by their numbers, linears by being given the very same tensor.
 Module names stay, so adapters still find `q_proj` where the checkpoint has it. Measured on SmolLM2-135M, one thread,
@@ -42,9 +41,6 @@ def fuse(layer: nn.Module, run: Callable[[], Tensor]) -> None:
     if not same:
         for parent, name, original in reversed(undo):
             setattr(parent, name, original)
-    for module in layer.modules():
-        if type(module) is nn.Linear:
-            _store_by_column(module)
 
 
 class FusedRMSNorm(nn.Module):
@@ -168,13 +164,6 @@ def _fits(members: list[nn.Linear]) -> bool:
         (member.bias is None) == (first.bias is None) and member.weight.dtype == first.weight.dtype
         for member in members
     )
-
-
-def _store_by_column(linear: nn.Linear) -> None:
-    """Keep the shape, change the strides: [out, in] with consecutive outputs side by side in memory."""
-    weight = linear.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and 2 * weight.shape[0] >= 3 * weight.shape[1]:
-        linear.weight = nn.Parameter(weight.t().contiguous().t(), requires_grad=False)
 
 
 def same_output(a: Tensor, b: Tensor) -> bool:

@@ -26,6 +26,7 @@ from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceSt
 from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
 from swarm.server.blocks.probe import BlockSpec, Prober
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
+from swarm.server.packing import PackedLinear
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.quantization import Int8Linear, quantize
 from swarm.types import BlockRange
@@ -297,5 +298,5 @@ def _page_bytes(loaded: Sequence[Block], dtype: torch.dtype) -> int:
 
 def _num_bytes(module: nn.Module) -> int:
     tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
-    packed = sum(it.num_bytes for it in module.modules() if isinstance(it, Int8Linear))
+    packed = sum(it.num_bytes for it in module.modules() if isinstance(it, Int8Linear | PackedLinear))
     return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

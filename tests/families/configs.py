@@ -205,6 +205,8 @@ FAMILIES: dict[str, Family] = {
                      query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
     "youtu": _f("youtu", _MLA, "MLA"),
     "bamba": _f("bamba", {**_BASE, **_MAMBA}, "mamba and attention layers", stateful=True, attn_layer_indices=[1]),
+    "falcon_h1": _f("falcon_h1", {**_HEADS, **_MAMBA}, "mamba beside attention in each layer; adapter", stateful=True,
+                    mamba_d_ssm=64, ssm_multipliers=[0.5, 1.5, 0.7, 1.3, 0.9]),
     "falcon_mamba": _f("falcon_mamba", _MAMBA1, "recurrent", stateful=True),
     "mamba": _f("mamba", _MAMBA1, "recurrent", stateful=True),
     "jamba": _f("jamba", _BASE, "mamba and attention layers, MoE", stateful=True, num_hidden_layers=4, attn_layer_period=2,
