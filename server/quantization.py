@@ -1,5 +1,6 @@
-"""Quantised linear layers: a table (format, kind of device) -> module, and how a loaded layer is converted.
+"""Linear layers in the format of a server: a table (format, kind of device) -> module, and how a layer is converted.
 
+    none | CPU    fp32 in oneDNN's blocked layout (server/packing.py), other dtypes as they are
     int8 | CPU    weights and activations in 8 bits, torch's FBGEMM product     (Int8Linear; measured below)
     int8 | CUDA   bitsandbytes LLM.int8() kernels without outlier columns
     nf4  | CPU    4-bit NormalFloat in blocks of 64, dequantised for each product (Nf4Linear)
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swarm.errors import ConfigError
+from swarm.server.packing import PackedLinear, packs, weight_only
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def quantize(layer: nn.Module, format: str, run: Callable[[], object]) -> float:
     Raises:
         ConfigError: no such format on the layer's device.
     """
-    if format == "none":
+    if format == "none" and not packs(layer):
         return 0.0
     called: dict[nn.Module, None] = {}
     hooks = [
@@ -85,7 +87,7 @@ def quantize(layer: nn.Module, format: str, run: Callable[[], object]) -> float:
             if child in called and weight is not None and min(weight.shape) >= 16 and name not in ROUTERS:
                 done += weight.numel()
                 setattr(parent, name, quantized_linear(weight.detach(), _bias_of(child), format))
-    return done / max(1, total)
+    return done / max(1, total) if format != "none" else 0.0
 
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -126,7 +128,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
-            return _weight_only(input, self.dequantize, self.bias)
+            return weight_only(input, self.dequantize, self.bias)
         rows = input if input.dtype == torch.float32 else input.float()
         if rows.dim() != 2:
             rows = rows.reshape(-1, self.in_features)
@@ -198,7 +200,7 @@ class Nf4Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
-            return _weight_only(input, self.dequantize, self.bias)
+            return weight_only(input, self.dequantize, self.bias)
         return F.linear(input, self.dequantize(), self.bias)
 
     def dequantize(self) -> Tensor:
@@ -211,25 +213,6 @@ class Nf4Linear(nn.Module):
     @property
     def num_bytes(self) -> int:
         return self.codes.numel() + self.scales.numel() * 4
-
-
-def _weight_only(input: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    result: Tensor = _WeightOnly.apply(input, dequantize, bias)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _WeightOnly(torch.autograd.Function):
-    """x @ W^T + b with a weight that is dequantised for the product, forth and back, and never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.dequantize = dequantize
-        return F.linear(input, dequantize().to(input.dtype), None if bias is None else bias.to(input.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.dequantize().to(gradient.dtype), None, None
 
 
 @functools.cache
@@ -298,6 +281,7 @@ def _weight_of(module: nn.Module) -> Tensor | None:
 
 
 _TABLE: dict[tuple[str, str], Callable[[Tensor, Tensor | None], nn.Module]] = {
+    ("none", "cpu"): PackedLinear,
     ("int8", "cpu"): Int8Linear,
     ("int8", "cuda"): _bitsandbytes_int8,
     ("nf4", "cpu"): Nf4Linear,
