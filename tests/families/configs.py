@@ -165,7 +165,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": _f("ministral3", _HEADS),
     "mistral": _f("mistral", _HEADS, "window", sliding_window=16),
     "mixtral": _f("mixtral", _BASE, "MoE", num_local_experts=4, num_experts_per_tok=2),
-    "moshi": _f("moshi", _HEADS, "", ffn_dim=96),
+    "moshi": _f("moshi", _HEADS, "", reference="sdpa", ffn_dim=96),
     "mpt": _f("mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2,
               "max_seq_len": 128}, "ALiBi; adapter"),
     "nanochat": _f("nanochat", _BASE, "query and key norms"),
