@@ -3,7 +3,7 @@
     python tests/bench/bench_concurrency.py [--new-tokens 32] [--sessions 1 2 4 8 16 32]
 
 Two servers of 15 blocks each, fp32, one thread each; each session is a thread that generates greedily from a prompt of
-its own, all in one client process with one thread. Every answer is compared with the one that the same prompt got alone.
+its own, all in one client process with one thread. Each answer is compared with the one that its prompt got alone.
 """
 
 import argparse
