@@ -80,7 +80,13 @@ class Peers:
         async with self._reading:
             if time.monotonic() - self._read_at < max_age_s:
                 return
-            records = await self._registry.lookup(self.model)
+            try:
+                records = await self._registry.lookup(self.model)
+            except PeerError as error:
+                if not self._records:
+                    raise
+                logger.info("the DHT does not answer, going on with what is known: %s", error)
+                return
             self._records = {record.peer_id: record for record in records if record.blocks.end <= self.num_blocks}
             self._read_at = time.monotonic()
 
@@ -89,6 +95,7 @@ class Peers:
 
         Raises:
             RouteNotFound: when blocks are missing.
+            PeerTimeout: when the DHT doesn't answer and nothing is known from before.
             CheckpointMismatch: when the swarm serves this name with other content only.
         """
         await self.refresh()

@@ -21,10 +21,10 @@ import torch
 
 from swarm.client.peers import Peers
 from swarm.codec import decode_tensor, encode_tensor
-from swarm.errors import PeerError, PeerMisbehaved, RequestError, RouteNotFound, SwarmError
-from swarm.protocol import SESSION_SERVICE, Encoding, OpenSession, SessionOpened, Step, StepResult
+from swarm.errors import PeerDisconnected, PeerError, PeerMisbehaved, RequestError, RouteNotFound, SwarmError
+from swarm.protocol import SESSION_SERVICE, Encoding, Message, OpenSession, SessionOpened, Step, StepResult
 from swarm.session import Action, Done, FindRoute, Hop, Send, Session
-from swarm.transport import Stream, Transport
+from swarm.transport import EndOfStream, Stream, Transport
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,8 @@ class RemoteSession:
                     action = await self._send(action, patience)
         except BaseException:
             self.machine.abandon()
+            for link in set(self.machine.hops) - set(self._streams):
+                self.machine.lose(link)
             await self._close_stale()
             raise
         return action.outputs
@@ -130,7 +132,7 @@ class RemoteSession:
         while True:
             try:
                 hops = await self._peers.route(action.blocks)
-            except RouteNotFound as error:
+            except (RouteNotFound, PeerError) as error:
                 await patience.wait(error)
                 continue
             self.machine.routed(hops)
@@ -142,32 +144,39 @@ class RemoteSession:
         """Open the links that have no stream yet, all at once; those that fail lose their server."""
         new = [(link, hop) for link, hop in self.machine.hops.items() if link not in self._streams]
         results = await asyncio.gather(*(self._open(link, hop) for link, hop in new), return_exceptions=True)
+        failure: SwarmError | None = None
         for (link, hop), result in zip(new, results, strict=True):
             if isinstance(result, SwarmError):
                 # Also a RequestError: a stale record may have led us to a server that has moved on.
+                failure = result
                 self._peers.failed(hop.peer_id, result)
                 self.machine.failed(link)
-                await patience.wait(result)
             elif isinstance(result, BaseException):
                 raise result
+        if failure is not None:
+            await patience.wait(failure)
 
     async def _open(self, link: int, hop: Hop) -> None:
+        """Open a stream to a server and the session on it; the stream is kept only if all went well."""
         timeout_s = self._config.open_timeout_s
-        stream = await self._transport.open(hop.peer_id, SESSION_SERVICE, timeout_s=timeout_s)
-        self._streams[link] = stream
-        await stream.send(
-            OpenSession(
-                session_id=self._session_id,
-                model=self._peers.model,
-                start=hop.blocks.start,
-                end=hop.blocks.end,
-                batch_size=self.machine.batch_size,
-                max_length=self.machine.max_length,
-            )
+        request = OpenSession(
+            session_id=self._session_id,
+            model=self._peers.model,
+            start=hop.blocks.start,
+            end=hop.blocks.end,
+            batch_size=self.machine.batch_size,
+            max_length=self.machine.max_length,
         )
-        message, _ = await stream.receive(timeout_s=timeout_s)
-        if not isinstance(message, SessionOpened):
-            raise PeerMisbehaved(f"expected SessionOpened, got {type(message).__name__}", peer_id=hop.peer_id)
+        stream = await self._transport.open(hop.peer_id, SESSION_SERVICE, timeout_s=timeout_s)
+        try:
+            await stream.send(request, timeout_s=timeout_s)
+            message, _ = await _receive(stream, hop, timeout_s)
+            if not isinstance(message, SessionOpened):
+                raise PeerMisbehaved(f"expected SessionOpened, got {type(message).__name__}", peer_id=hop.peer_id)
+        except BaseException:
+            await stream.close()
+            raise
+        self._streams[link] = stream
         self.machine.opened(link, max_step_tokens=message.max_step_tokens, can_rollback=message.can_rollback)
 
     async def _send(self, action: Send, patience: "_Patience") -> Action:
@@ -196,8 +205,8 @@ class RemoteSession:
             hidden_states=spec,
         )
         started = time.perf_counter()
-        await stream.send(step, payload)
-        reply, body = await stream.receive(timeout_s=self._config.step_timeout_s)
+        await stream.send(step, payload, timeout_s=self._config.step_timeout_s)
+        reply, body = await _receive(stream, hop, self._config.step_timeout_s)
         round_trip_s = time.perf_counter() - started
         expected = (sum(action.num_outputs), action.hidden_states.shape[1])
         if not isinstance(reply, StepResult) or reply.step_id != self._step_id:
@@ -222,6 +231,14 @@ class RemoteSession:
         """Close the streams of links that the session no longer uses."""
         for link in set(self._streams) - set(self.machine.hops):
             await self._streams.pop(link).close()
+
+
+async def _receive(stream: Stream, hop: Hop, timeout_s: float) -> tuple[Message, memoryview]:
+    """The next message of a stream that must not end yet."""
+    try:
+        return await stream.receive(timeout_s=timeout_s)
+    except EndOfStream:
+        raise PeerDisconnected("the server ended the session", peer_id=hop.peer_id) from None
 
 
 class _Patience:

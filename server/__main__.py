@@ -6,6 +6,7 @@ Parses the command line, prints what an operator needs to see, turns errors into
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm import __version__
-from swarm.errors import SwarmError
+from swarm.errors import ConfigError, SwarmError
 from swarm.server.config import CacheSize, ServerConfig
 from swarm.types import BlockRange
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config(args)
         _run(config)
-    except SwarmError as error:
+    except (SwarmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -91,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> ServerConfig:
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"--threads is {args.threads}, need at least 1")
     return ServerConfig(
         model=args.model,
         blocks=BlockRange.parse(args.blocks) if args.blocks else None,
@@ -134,16 +137,23 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():  # the second time: at once
+            os._exit(130)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_signal)
     async with Server(config, plan) as server:
-        await server.join()
+        joining = asyncio.create_task(server.join())
+        if await _first(stop, joining):
+            joining.cancel()
+            return
+        await joining
         _print_addresses(config, plan, server.node.addresses)
         loading = asyncio.create_task(server.load(_print_progress))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not loading.done():
+        if await _first(stop, loading):
             await server.leave()
             with suppress(LoadingStopped):
                 await loading
@@ -152,6 +162,14 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
         print(_online_line(server, plan), flush=True)
         await server.serve_until(stop)
     print("stopped", flush=True)
+
+
+async def _first(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
+    """Wait for either; whether it was `stop` and the task still runs."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    return not task.done()
 
 
 def _print_addresses(config: ServerConfig, plan: "Plan", addresses: Sequence[str]) -> None:

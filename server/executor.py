@@ -5,7 +5,7 @@
     await future      ◄──call_soon_threadsafe──┘
 
 It knows nothing of messages on the wire or of peers. Errors of one batch fail the jobs of that batch; the thread lives
-on.
+on. Should it die all the same, every waiting step fails and `died` is set, for the server to leave.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-PAGE_WAIT_S = 30.0
-"""How long a step may wait for free pages before its session is told that the server is busy."""
+STOP_TIMEOUT_S = 2.0
+"""How long stopping waits for the batch that runs now."""
 
 
 class Executor:
@@ -48,6 +48,8 @@ class Executor:
         self._futures: dict[int, asyncio.Future[Job]] = {}
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
         self._stopping = False
+        self.died = asyncio.Event()
+        """Set when the device thread has failed; nothing can run any more."""
 
     # -- called from the loop thread ----------------------------------------------------------------------------
 
@@ -70,15 +72,12 @@ class Executor:
         """Start the device thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the device thread after the batch that runs now; waiting steps fail."""
+    async def stop(self) -> None:
+        """End the device thread after the batch that runs now, if that is soon; waiting steps fail."""
         self._stopping = True
         self._commands.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
-        for future in self._futures.values():
-            if not future.done():
-                future.set_exception(PeerBusy("the server is stopping", retry_after_s=60.0))
+        self._fail_all(PeerBusy("the server is stopping", retry_after_s=60.0))
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
 
     def open(self, blocks: BlockRange, batch_size: int) -> CachedSession:
         """A new session with empty rows."""
@@ -96,13 +95,12 @@ class Executor:
             hidden_states: [sum(step.num_tokens), hidden] on the host.
 
         Raises:
-            PeerBusy: the cache stayed full until the deadline.
+            PeerBusy: the cache stayed full for PAGE_WAIT_S, or the server is stopping.
             PeerError: the blocks failed on this batch.
         """
         if self._stopping:
             raise PeerBusy("the server is stopping", retry_after_s=60.0)
-        now = time.monotonic()
-        job = Job(session=session, step=step, hidden_states=hidden_states, arrived=now, deadline=now + PAGE_WAIT_S)
+        job = Job(session=session, step=step, hidden_states=hidden_states, arrived=time.monotonic())
         future: asyncio.Future[Job] = self._loop.create_future()
         self._futures[id(job)] = future
         self._commands.put(lambda: self._scheduler.submit(job))
@@ -128,11 +126,15 @@ class Executor:
     # -- device thread ------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        while self._read_commands():
-            batch = self._scheduler.schedule(time.monotonic())
-            self._refuse(batch)
-            if batch.rows:
-                self._run(batch)
+        try:
+            while self._read_commands():
+                batch = self._scheduler.schedule(time.monotonic())
+                self._refuse(batch)
+                if batch.rows:
+                    self._run(batch)
+        except Exception:  # the outermost loop of this thread
+            logger.exception("the device thread failed")
+            self._loop.call_soon_threadsafe(self._die)
 
     def _read_commands(self) -> bool:
         """Carry out what the loop asked for, waiting for the first command when there is nothing to run."""
@@ -171,6 +173,17 @@ class Executor:
             done = self._scheduler.finish(batch, outputs, time.monotonic() - started)
             for job in done:
                 self._resolve(job, None)
+
+    def _die(self) -> None:
+        """On the loop: nothing will run any more."""
+        self._stopping = True
+        self.died.set()
+        self._fail_all(PeerError("the device thread of the server failed"))
+
+    def _fail_all(self, error: SwarmError) -> None:
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(error)
 
     def _fail(self, batch: Batch, error: SwarmError) -> None:
         for job in {id(row.job): row.job for row in batch.rows}.values():

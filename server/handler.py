@@ -8,6 +8,7 @@ Every value that a peer sent is checked here, once; behind this module steps are
 """
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,11 @@ import torch
 from swarm import __version__
 from swarm.codec import decode_tensor, encode_tensor, torch_dtype
 from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy, PeerTimeout
-from swarm.protocol import Info, InfoRequest, OpenSession, SessionOpened, Step, StepResult
+from swarm.protocol import MAX_META_BYTES, Info, InfoRequest, OpenSession, SessionOpened, Step, StepResult
 from swarm.server.executor import Executor
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.scheduler import CachedSession, Job
-from swarm.transport import EndOfStream, Stream
+from swarm.transport import EndOfStream, Limits, Stream
 from swarm.types import ServerState
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,18 @@ class HandlerLimits:
     """Sessions at once."""
     max_rows: int = 2048
     """Sequences at once, over all sessions."""
+    max_stateful_rows: int = 128
+    """The same where each has a recurrent state."""
+    max_peer_share: float = 0.5
+    """Part of these that one peer may take."""
     max_step_tokens: int = 1024
     """Tokens in one step, over all its rows."""
     open_timeout_s: float = 10.0
     """How long a new stream may take to say what it wants."""
     idle_timeout_s: float = 900.0
     """How long a session may be silent before its cache is freed."""
+    send_timeout_s: float = 30.0
+    """How long a client may leave its answer unread."""
 
 
 class Handler:
@@ -70,13 +77,18 @@ class Handler:
         self._model, self._model_name = model, model_name
         self._quantization, self._max_positions = quantization, max_positions
         self._limits = limits or HandlerLimits()
+        self._rows_of: Counter[str] = Counter()
+        self._sessions_of: Counter[str] = Counter()
+        # fp32 is the widest dtype that a step may have
+        largest = (Limits().max_message_bytes - MAX_META_BYTES) // (4 * executor.span.hidden_size)
+        self._max_step_tokens = max(1, min(self._limits.max_step_tokens, largest))
 
     async def info(self, stream: Stream) -> None:
         """Answer one InfoRequest."""
         message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(message, InfoRequest):
             raise InvalidRequest(f"expected InfoRequest, got {type(message).__name__}")
-        await stream.send(self.describe())
+        await stream.send(self.describe(), timeout_s=self._limits.send_timeout_s)
 
     def describe(self) -> Info:
         """What `info` answers."""
@@ -100,19 +112,24 @@ class Handler:
         message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(message, OpenSession):
             raise InvalidRequest(f"expected OpenSession, got {type(message).__name__}")
-        self._admit(message)
-        self.num_sessions += 1
-        self.num_rows += message.batch_size
+        self._admit(message, stream.peer_id)
         session = self.executor.open(message.blocks, message.batch_size)
+        self._count(stream.peer_id, 1, message.batch_size)
         try:
-            can_rollback = not self.executor.span.stateful
-            limit = self._limits.max_step_tokens
-            await stream.send(SessionOpened(max_step_tokens=limit, can_rollback=can_rollback))
+            opened = SessionOpened(max_step_tokens=self._max_step_tokens, can_rollback=not self.executor.span.stateful)
+            await stream.send(opened, timeout_s=self._limits.send_timeout_s)
             await self._run_steps(stream, message, session)
         finally:
             self.executor.close(session)
-            self.num_sessions -= 1
-            self.num_rows -= message.batch_size
+            self._count(stream.peer_id, -1, -message.batch_size)
+
+    def _count(self, peer_id: str, sessions: int, rows: int) -> None:
+        self.num_sessions += sessions
+        self.num_rows += rows
+        for counter, change in ((self._sessions_of, sessions), (self._rows_of, rows)):
+            counter[peer_id] += change
+            if not counter[peer_id]:
+                del counter[peer_id]
 
     async def _run_steps(self, stream: Stream, opened: OpenSession, session: CachedSession) -> None:
         lengths = [0] * opened.batch_size
@@ -129,9 +146,9 @@ class Handler:
             job = await self.executor.run(session, message, hidden_states)
             lengths = [sum(pair) for pair in zip(message.positions, message.num_tokens, strict=True)]
             reply, payload = _reply(job)
-            await stream.send(reply, payload)
+            await stream.send(reply, payload, timeout_s=self._limits.send_timeout_s)
 
-    def _admit(self, message: OpenSession) -> None:
+    def _admit(self, message: OpenSession, peer_id: str) -> None:
         """Refuse what can't be served.
 
         Raises:
@@ -152,17 +169,31 @@ class Handler:
             )
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {self.state.name}", retry_after_s=60.0)
-        rows = self.num_rows + message.batch_size
-        if self.num_sessions >= self._limits.max_sessions or rows > self._limits.max_rows:
+        self._admit_rows(message.batch_size, peer_id)
+
+    def _admit_rows(self, batch_size: int, peer_id: str) -> None:
+        """Refuse a session beyond the limits of all peers together, or of this one.
+
+        Raises:
+            PeerBusy: with what is open and what the limits are.
+        """
+        limits, share = self._limits, self._limits.max_peer_share
+        max_rows = limits.max_stateful_rows if self.executor.span.stateful else limits.max_rows
+        for sessions, rows, part in (
+            (self.num_sessions, self.num_rows, 1.0),
+            (self._sessions_of[peer_id], self._rows_of[peer_id], share),
+        ):
+            if sessions >= part * limits.max_sessions or rows + batch_size > part * max_rows:
+                whose = "" if part == 1.0 else "you have "
+                raise PeerBusy(
+                    f"{whose}{sessions} sessions with {rows} rows open, limits {part * limits.max_sessions:.0f} and"
+                    f" {part * max_rows:.0f}",
+                    retry_after_s=5.0,
+                )
+        if batch_size * PAGE_SIZE > self.executor.total_tokens:
             raise PeerBusy(
-                f"{self.num_sessions} sessions with {self.num_rows} rows open, limits {self._limits.max_sessions} and"
-                f" {self._limits.max_rows}",
-                retry_after_s=5.0,
-            )
-        needed = message.batch_size * -(-message.max_length // PAGE_SIZE) * PAGE_SIZE
-        if needed > self.executor.total_tokens:
-            raise PeerBusy(
-                f"the session may need {needed} tokens of KV cache, the server has {self.executor.total_tokens}",
+                f"{batch_size} rows need at least {batch_size} pages of KV cache, the server has"
+                f" {self.executor.total_tokens // PAGE_SIZE}",
                 retry_after_s=600.0,
             )
 
@@ -172,6 +203,7 @@ class Handler:
         Raises:
             InvalidRequest: for rows, positions, counts or a shape that do not fit.
             PeerMisbehaved: for a body of another length than declared.
+            PeerBusy: for rows that this server's cache could never hold.
         """
         rows = opened.batch_size
         counts = (len(step.positions), len(step.num_tokens), len(step.num_outputs))
@@ -191,10 +223,17 @@ class Handler:
                     f"row {row}: {count} tokens ({wanted} outputs) at {position}, session limit {opened.max_length}"
                 )
         expected = (sum(step.num_tokens), self.executor.span.hidden_size)
-        if step.hidden_states.shape != expected or not 1 <= expected[0] <= self._limits.max_step_tokens:
+        if step.hidden_states.shape != expected or not 1 <= expected[0] <= self._max_step_tokens:
             raise InvalidRequest(
                 f"hidden states of shape {step.hidden_states.shape}, expected {expected} and at most"
-                f" {self._limits.max_step_tokens} tokens"
+                f" {self._max_step_tokens} tokens"
+            )
+        lengths = [sum(pair) for pair in zip(step.positions, step.num_tokens, strict=True)]
+        needed = sum(-(-length // PAGE_SIZE) for length in lengths) * PAGE_SIZE
+        if step.order is None and needed > self.executor.total_tokens:
+            raise PeerBusy(
+                f"the session needs {needed} tokens of KV cache, the server has {self.executor.total_tokens}",
+                retry_after_s=600.0,
             )
         return decode_tensor(step.hidden_states, body)
 

@@ -7,8 +7,8 @@ Pure: time enters as `now`, nothing blocks, no tensor is computed. The device th
                       └──────────────── rest of a long prompt ─────────────────────┘
 
 A job is one step of one session. It first takes its place in the cache (beam order, rollback), then its rows run in one
-or more batches, as the token budget and the free pages allow. A job that waits for pages longer than its deadline is
-refused.
+or more batches, as the token budget and the free pages allow. Decode rows go first, but leave a share of the budget to
+the oldest prompt. A job that finds no page for PAGE_WAIT_S is refused.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import PeerBusy, SwarmError
+from swarm.errors import PeerBusy, PeerError, SwarmError
 from swarm.protocol import Step
 from swarm.server.blocks.internals import SequenceState
 from swarm.server.blocks.step import Chunk
@@ -25,6 +25,10 @@ from swarm.types import BlockRange
 
 TOKEN_BUDGET = 512
 """Tokens in one batch; a longer prompt runs in chunks, so that it stalls nobody's decode for longer than one chunk."""
+PROMPT_SHARE = 0.25
+"""Part of the budget that decode rows leave to a prompt that waits."""
+PAGE_WAIT_S = 30.0
+"""How long a step may find no free page before its session is told that the server is busy."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,7 +40,8 @@ class CachedSequence:
 
     def fork(self) -> "CachedSequence":
         """A second sequence with the same tokens."""
-        return CachedSequence(table=self.table.fork(), state=None if self.state is None else self.state.fork())
+        state = None if self.state is None else self.state.fork()  # first: there may be no memory for it
+        return CachedSequence(table=self.table.fork(), state=state)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -49,10 +54,18 @@ class CachedSession:
     def reorder(self, order: Sequence[int]) -> None:
         """Row i becomes what row `order[i]` was."""
         kept: set[int] = set()
-        rows = []
-        for old in order:
-            rows.append(self.rows[old].fork() if old in kept else self.rows[old])
-            kept.add(old)
+        rows: list[CachedSequence] = []
+        forks: list[CachedSequence] = []
+        try:
+            for old in order:
+                if old in kept:
+                    forks.append(self.rows[old].fork())
+                rows.append(forks[-1] if old in kept else self.rows[old])
+                kept.add(old)
+        except BaseException:  # out of memory for a recurrent state
+            for fork in forks:
+                fork.table.free()
+            raise
         for index, row in enumerate(self.rows):
             if index not in kept:
                 row.table.free()
@@ -73,7 +86,8 @@ class Job:
     hidden_states: torch.Tensor
     """[sum(step.num_tokens), hidden] on the host."""
     arrived: float
-    deadline: float
+    starved_since: float | None = None
+    """Since when it has wanted a page and found none."""
     started: float | None = None
     compute_s: float = 0.0
     batch_tokens: int = 0
@@ -88,6 +102,10 @@ class Job:
     @property
     def is_decode(self) -> bool:
         return max(self.step.num_tokens) <= 1
+
+    def is_starved_at(self, now: float) -> bool:
+        """Whether it has waited too long for a page."""
+        return self.starved_since is not None and now >= self.starved_since + PAGE_WAIT_S
 
     def start(self, now: float) -> None:
         """Take the step's place in the cache: reorder, then roll back."""
@@ -153,7 +171,9 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When the first waiting job must be refused."""
-        return min((job.deadline for job in self._jobs), default=None)
+        starved = (job.starved_since for job in self._jobs if job.starved_since is not None)
+        first = min(starved, default=None)
+        return None if first is None else first + PAGE_WAIT_S
 
     def submit(self, job: Job) -> None:
         """Add a step."""
@@ -172,18 +192,21 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Choose the next batch; it is empty when nothing can run for want of pages."""
-        budget = self.token_budget
         rows: list[BatchRow] = []
         copies: list[tuple[int, int]] = []
-        for job in sorted(self._jobs, key=lambda job: not job.is_decode):
-            budget -= self._take(job, budget, now, rows, copies)
-            if budget <= 0:
-                break
+        refused: list[tuple[Job, SwarmError]] = []
+        prompts = [job for job in self._jobs if not job.is_decode]
+        budget = self.token_budget - (int(self.token_budget * PROMPT_SHARE) if prompts else 0)
+        for job in (job for job in self._jobs if job.is_decode):
+            budget -= self._take(job, budget, now, rows, copies, refused)
+        budget = self.token_budget - len(rows)
+        for job in prompts:
+            budget -= self._take(job, budget, now, rows, copies, refused)
+        refused += [(job, self._refusal(job)) for job in self._jobs if job.is_starved_at(now)]
+        gone = {id(job) for job, _ in refused}
+        self._jobs = [job for job in self._jobs if id(job) not in gone]
         self.can_progress = bool(rows)
-        running = {id(row.job) for row in rows}
-        late = [job for job in self._jobs if now >= job.deadline and id(job) not in running]
-        self._jobs = [job for job in self._jobs if job not in late]
-        return Batch(rows=tuple(rows), copies=tuple(copies), refused=tuple((job, self._refusal(job)) for job in late))
+        return Batch(rows=tuple(rows), copies=tuple(copies), refused=tuple(refused))
 
     def finish(self, batch: Batch, outputs: Sequence[torch.Tensor], compute_s: float) -> list[Job]:
         """Hand the outputs of a batch to its jobs and return those that are complete."""
@@ -200,11 +223,25 @@ class Scheduler:
         self._jobs = [job for job in self._jobs if not job.is_done]
         return done
 
-    def _take(self, job: Job, budget: int, now: float, rows: list[BatchRow], copies: list[tuple[int, int]]) -> int:
+    def _take(
+        self,
+        job: Job,
+        budget: int,
+        now: float,
+        rows: list[BatchRow],
+        copies: list[tuple[int, int]],
+        refused: list[tuple[Job, SwarmError]],
+    ) -> int:
         """Add to the batch what the budget and the free pages allow of a job; returns the tokens added."""
+        if budget <= 0:
+            return 0
         if job.started is None:
-            job.start(now)
-        taken = 0
+            try:
+                job.start(now)
+            except (RuntimeError, MemoryError) as error:  # no memory for the copies of a recurrent state
+                refused.append((job, PeerError(f"the step's rows can't be set up: {error}")))
+                return 0
+        taken, is_starved = 0, False
         for index, (total, done) in enumerate(zip(job.step.num_tokens, job.num_done, strict=True)):
             count = min(total - done, budget - taken)
             if count <= 0:
@@ -214,6 +251,7 @@ class Scheduler:
             try:
                 copies += row.table.grow(position + count)
             except OutOfPages:
+                is_starved = True
                 break
             taken += count
             chunk = Chunk(
@@ -225,6 +263,10 @@ class Scheduler:
                 state=row.state,
             )
             rows.append(BatchRow(job=job, row=index, chunk=chunk))
+        if taken or not is_starved:
+            job.starved_since = None
+        elif job.starved_since is None:
+            job.starved_since = now
         return taken
 
     def _refusal(self, job: Job) -> PeerBusy:

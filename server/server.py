@@ -16,7 +16,7 @@ import torch
 from swarm import __version__
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
-from swarm.errors import ConfigError, SwarmError
+from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE
 from swarm.registry import Registry, ServerRecord
@@ -31,6 +31,7 @@ from swarm.types import BlockRange, ServerState
 
 logger = logging.getLogger(__name__)
 
+ANNOUNCE_TIMEOUT_S = 15.0
 OFFLINE_TIMEOUT_S = 2.0
 """How long leaving may take to say so; the record expires anyway."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -135,21 +136,27 @@ class Server:
             if on_progress is not None:
                 on_progress(done, total)
 
-        span = await asyncio.to_thread(
-            BlockSpan.load,
-            plan.checkpoint,
-            plan.blocks,
-            device=plan.device,
-            dtype=plan.dtype,
-            quantization=plan.quantization,
-            num_pages=None if size.tokens is None else -(-size.tokens // PAGE_SIZE),
-            kv_bytes=size.num_bytes,
-            on_progress=progress,
-        )
+        try:
+            span = await asyncio.to_thread(
+                BlockSpan.load,
+                plan.checkpoint,
+                plan.blocks,
+                device=plan.device,
+                dtype=plan.dtype,
+                quantization=plan.quantization,
+                num_pages=None if size.tokens is None else -(-size.tokens // PAGE_SIZE),
+                kv_bytes=size.num_bytes,
+                on_progress=progress,
+            )
+        except (RuntimeError, MemoryError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
         self._decode_tps = await asyncio.to_thread(measure_decode, span)
+        if self.state is ServerState.OFFLINE:
+            raise LoadingStopped("stopped after loading")
         self.executor = Executor(span, asyncio.get_running_loop())
         self.executor.start()
-        self._stack.callback(self.executor.stop)
+        self._stack.push_async_callback(self.executor.stop)
         self.handler = Handler(
             self.executor,
             model=plan.checkpoint.digest,
@@ -163,14 +170,28 @@ class Server:
         await self._announce()
 
     async def serve_until(self, stop: asyncio.Event) -> None:
-        """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions."""
-        while not stop.is_set():
-            try:
-                async with asyncio.timeout(self.config.announce_period_s):
-                    await stop.wait()
-            except TimeoutError:
-                await self._announce()
+        """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.
+
+        Raises:
+            PeerError: the device thread failed.
+        """
+        while not await self._stopped_within(stop, self.config.announce_period_s):
+            announcing = asyncio.create_task(self._announce())
+            await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
+            announcing.cancel()
         await self.leave()
+        if self.executor.died.is_set():
+            raise PeerError("the device thread failed; the log says why")
+
+    async def _stopped_within(
+        self, stop: asyncio.Event, timeout_s: float, work: asyncio.Task[None] | None = None
+    ) -> bool:
+        """Wait for the end, for `work`, or for `timeout_s`, whichever comes first; whether it is the end."""
+        ends = [asyncio.create_task(event.wait()) for event in (stop, self.executor.died)]
+        await asyncio.wait([*ends, *([work] if work else [])], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        return stop.is_set() or self.executor.died.is_set()
 
     async def leave(self) -> None:
         """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""
@@ -246,8 +267,10 @@ def _choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name} asked, but torch finds no CUDA device here")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} can't serve blocks; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name} asked, but torch finds {torch.cuda.device_count()} CUDA devices here")
     return device
 
 

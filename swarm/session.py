@@ -276,6 +276,10 @@ class Session:
         self._in_flight = None
         return self._advance()
 
+    def lose(self, link: int) -> None:
+        """Give up a link between steps: it was never opened, or broke unnoticed."""
+        self._segment_of(link).lose_server()
+
     def abandon(self) -> None:
         """The driver gave up in the middle of a step (cancelled, out of time): whatever was in flight is uncertain."""
         if self._in_flight is not None:

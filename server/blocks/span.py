@@ -33,6 +33,9 @@ from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
+_PAGES_WITHOUT_ATTENTION = 1 << 14
+"""Pages of a span whose blocks keep no keys and values: they cost nothing, and only count tokens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -284,7 +287,8 @@ def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | N
         raise InvalidRequest("give the size of the KV cache either in pages or in bytes")
     if num_pages is None:
         assert kv_bytes is not None
-        num_pages = kv_bytes // max(1, _page_bytes(loaded, dtype))
+        page_bytes = _page_bytes(loaded, dtype)
+        num_pages = kv_bytes // page_bytes if page_bytes else _PAGES_WITHOUT_ATTENTION
     if num_pages < 1:
         raise ConfigError(
             f"KV cache of {kv_bytes} bytes has no room for one page of {_page_bytes(loaded, dtype)} bytes"

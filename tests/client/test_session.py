@@ -8,9 +8,10 @@ import torch
 
 from swarm.client.session import RemoteSession, SessionConfig
 from swarm.codec import decode_tensor, encode_tensor
-from swarm.errors import CheckpointMismatch, InvalidRequest, PeerDisconnected, PeerError, RouteNotFound
+from swarm.errors import CheckpointMismatch, InvalidRequest, PeerDisconnected, PeerError, PeerTimeout, RouteNotFound
 from swarm.protocol import OpenSession, SessionOpened, Step, StepResult
 from swarm.session import Hop
+from swarm.transport import EndOfStream
 from swarm.types import BlockRange
 
 HIDDEN = 4
@@ -47,7 +48,7 @@ class FakeStream:
         self.answer, self.replies, self.held, self.is_closed = answer, asyncio.Queue(), [], False
         self.is_stalled = asyncio.Event()
 
-    async def send(self, message, body=b""):
+    async def send(self, message, body=b"", *, timeout_s=None):
         if isinstance(message, OpenSession):
             self.held = [0] * message.batch_size
         self.replies.put_nowait(self.answer(self, message, body))
@@ -87,10 +88,11 @@ def at_step(reply) -> Callable:
 
 class FakeTransport:
     def __init__(self, **answers: Callable):
-        self.answers, self.streams = answers, []
+        self.answers, self.streams, self.opened = answers, [], asyncio.Queue()
 
     async def open(self, peer_id, service, *, timeout_s):
         self.streams.append((peer_id, FakeStream(self.answers[peer_id])))
+        self.opened.put_nowait(self.streams[-1][1])
         return self.streams[-1][1]
 
 
@@ -158,10 +160,11 @@ def wrong_step(stream: FakeStream, message, body):
         wrong_shape,
         wrong_step,
         lambda *_: (SessionOpened(max_step_tokens=1, can_rollback=True), b""),
+        lambda *_: EndOfStream(),
     ],
 )
 async def test_a_malformed_answer_blames_the_server(misbehave):
-    """Outputs of a wrong shape, of another step, or another message altogether: the server is replaced."""
+    """Outputs of a wrong shape, of another step, another message or the end: the server is replaced."""
 
     def liar(stream, message, body):
         return misbehave(stream, message, body) if isinstance(message, Step) else honest(stream, message, body)
@@ -203,3 +206,36 @@ async def test_a_cancelled_step_leaves_a_session_that_can_go_on():
     assert transport.streams[0][1].is_closed
     assert torch.equal(await step(session, 1, position=2), torch.ones(1, HIDDEN))
     assert transport.streams[1][1].held == [3]
+
+
+async def test_a_cancelled_opening_is_not_mistaken_for_an_open_session():
+    """After Ctrl-C while a session opens, the next step opens it anew."""
+    answers = iter([lambda *_: None, honest, honest])
+    transport = FakeTransport(a=lambda *args: next(answers)(*args))
+    peers = FakePeers("a")
+    session = make(peers, transport)
+    running = asyncio.create_task(step(session, 1))
+    stream = await transport.opened.get()
+    await stream.is_stalled.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert stream.is_closed
+    assert torch.equal(await step(session, 1), torch.ones(1, HIDDEN))
+    assert peers.failures == []
+
+
+async def test_a_dht_that_does_not_answer_is_waited_for():
+    """A lookup that fails once costs a pause, not the session."""
+
+    class SlowPeers(FakePeers):
+        num_failures = 1
+
+        async def route(self, blocks):
+            if self.num_failures:
+                self.num_failures -= 1
+                raise PeerTimeout("DHT search did not end")
+            return await super().route(blocks)
+
+    transport = FakeTransport(a=honest)
+    assert torch.equal(await step(make(SlowPeers("a"), transport, max_wait_s=10), 1), torch.ones(1, HIDDEN))

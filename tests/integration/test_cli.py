@@ -44,6 +44,8 @@ def test_a_server_prints_how_to_join_and_stops_within_five_seconds(tiny_llama):
         (["MODEL", "--blocks", "x"], "START:END"),
         (["MODEL", "--kv-cache", "lots"], "cache size"),
         (["MODEL", "--device", "cuda:7"], "cuda:7"),
+        (["MODEL", "--device", "meta"], "meta"),
+        (["MODEL", "--threads", "0"], "--threads"),
         (["MODEL", "--initial-peers", "nonsense"], "nonsense"),
     ],
 )

@@ -22,7 +22,8 @@ from swarm.errors import (
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE, Info, InfoRequest, OpenSession, SessionOpened, Step
 from swarm.registry import Registry
 from swarm.server.config import ServerConfig
-from swarm.server.server import Server, make_plan
+from swarm.server.server import LoadingStopped, Server, make_plan
+from swarm.types import ServerState
 
 from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing, save_tiny_llama
 
@@ -153,6 +154,22 @@ def test_a_server_announces_joining_then_online_then_offline(make_swarm):
     assert states == [[("JOINING", "0:6")], [("ONLINE", "0:6")], []]
 
 
+def test_a_server_told_to_stop_while_it_loads_never_says_online(make_swarm, monkeypatch):
+    """The stop may come after the last block: what is announced last is OFFLINE."""
+    swarm = make_swarm()
+    server = swarm.loop.run(join_only(swarm), 30)
+    swarm.servers.append(server)
+
+    def told_to_stop(span) -> float:
+        server.state = ServerState.OFFLINE
+        return 1.0
+
+    monkeypatch.setattr("swarm.server.server.measure_decode", told_to_stop)
+    with pytest.raises(LoadingStopped):
+        swarm.loop.run(server.load(), 30)
+    assert server.handler is None
+
+
 async def join_only(swarm: LocalSwarm) -> Server:
     """A server that has not begun to load."""
     config = ServerConfig(model=str(swarm.model), initial_peers=(swarm.address,), host="127.0.0.1", device="cpu")
@@ -225,7 +242,7 @@ async def converse(service, peer_id: str, *messages) -> list:
         ({"end": 6}, InvalidRequest, "runs blocks 0:3, not 0:6"),
         ({"start": 2, "end": 2}, InvalidRequest, "2:2 is empty"),
         ({"max_length": 1 << 20}, InvalidRequest, "512 positions"),
-        ({"batch_size": 1024, "max_length": 512}, PeerBusy, "tokens of KV cache"),
+        ({"batch_size": 1024, "max_length": 512}, PeerBusy, "1024 rows need at least 1024 pages"),
     ],
 )
 def test_sessions_that_cannot_be_served_are_refused(swarm, service, changes, error, words):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from swarm.errors import PeerBusy
 from swarm.protocol import DType, Step, TensorSpec
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
-from swarm.server.scheduler import Batch, CachedSequence, CachedSession, Job, Scheduler
+from swarm.server.scheduler import PAGE_WAIT_S, Batch, CachedSequence, CachedSession, Job, Scheduler
 from swarm.types import BlockRange
 
 BLOCKS = BlockRange(0, 2)
@@ -19,9 +19,7 @@ def make_session(allocator: PageAllocator, rows: int = 1) -> CachedSession:
     )
 
 
-def make_job(
-    session: CachedSession, counts, *, positions=None, outputs=None, order=None, value=0.0, deadline=1e9
-) -> Job:
+def make_job(session: CachedSession, counts, *, positions=None, outputs=None, order=None, value=0.0) -> Job:
     positions = positions if positions is not None else [0] * len(counts)
     step = Step(
         step_id=0,
@@ -32,7 +30,7 @@ def make_job(
         hidden_states=TensorSpec(DType.FLOAT32, (sum(counts), 1)),
     )
     hidden = torch.arange(sum(counts), dtype=torch.float32).view(-1, 1) + value
-    return Job(session=session, step=step, hidden_states=hidden, arrived=0.0, deadline=deadline)
+    return Job(session=session, step=step, hidden_states=hidden, arrived=0.0)
 
 
 def run(scheduler: Scheduler, batch: Batch) -> list[Job]:
@@ -102,15 +100,17 @@ def test_a_step_without_pages_waits_and_runs_when_pages_are_freed():
 
 
 def test_a_step_that_waits_too_long_is_refused_with_both_numbers():
-    """At its deadline the step ends with PeerBusy that names pages needed and free."""
+    """After PAGE_WAIT_S without a page the step ends with PeerBusy that names pages needed and free."""
     allocator = PageAllocator(2)
     scheduler = Scheduler(allocator)
     scheduler.submit(make_job(make_session(allocator), [2 * PAGE_SIZE]))
     run(scheduler, scheduler.schedule(now=0.0))
-    late = make_job(make_session(allocator), [PAGE_SIZE + 1], deadline=5.0)
+    late = make_job(make_session(allocator), [PAGE_SIZE + 1])
     scheduler.submit(late)
-    assert scheduler.schedule(now=4.9).refused == ()
-    ((job, error),) = scheduler.schedule(now=5.0).refused
+    assert scheduler.schedule(now=5.0).refused == ()
+    assert scheduler.next_deadline() == 5.0 + PAGE_WAIT_S
+    assert scheduler.schedule(now=5.0 + PAGE_WAIT_S - 0.1).refused == ()
+    ((job, error),) = scheduler.schedule(now=5.0 + PAGE_WAIT_S).refused
     assert job is late and isinstance(error, PeerBusy) and "need 2 pages, 0 free" in str(error)
     assert scheduler.num_jobs == 0
 
@@ -129,4 +129,57 @@ def test_beams_share_pages_and_copy_only_the_last_one():
     assert len(batch.copies) == 1 and allocator.num_used == 3
     run(scheduler, batch)
     scheduler.cancel(session)
+    assert allocator.num_used == 0
+
+
+def test_decode_rows_of_many_leave_a_share_to_a_waiting_prompt():
+    """However many rows decode, a prompt makes progress in every batch; without one they get the whole budget."""
+    allocator = PageAllocator(64)
+    scheduler = Scheduler(allocator, token_budget=8)
+    many = make_session(allocator, rows=20)
+    scheduler.submit(make_job(many, [1] * 20))
+    assert scheduler.schedule(now=0.0).num_tokens == 8
+    prompt = make_job(make_session(allocator), [20])
+    scheduler.submit(prompt)
+    batch = scheduler.schedule(now=0.0)
+    assert sum(len(row.chunk.hidden_states) for row in batch.rows if row.job is prompt) == 2
+
+
+def test_a_prompt_that_waits_for_its_turn_is_not_refused():
+    """Only a want of pages has a deadline; a long queue has none."""
+    allocator = PageAllocator(64)
+    scheduler = Scheduler(allocator, token_budget=4)
+    for _ in range(3):
+        scheduler.submit(make_job(make_session(allocator), [8]))
+    now = 0.0
+    while scheduler.num_jobs:
+        batch = scheduler.schedule(now)
+        assert not batch.refused
+        run(scheduler, batch)
+        now += PAGE_WAIT_S
+
+
+class Unforkable:
+    """A recurrent state for whose copy there is no memory."""
+
+    def fork(self):
+        raise MemoryError("no room")
+
+
+def test_a_step_whose_states_cannot_be_copied_fails_alone():
+    """The step is refused, nobody else's, and no page is lost."""
+    allocator = PageAllocator(8)
+    scheduler = Scheduler(allocator)
+    session = make_session(allocator, rows=2)
+    scheduler.submit(make_job(session, [1, 1]))
+    run(scheduler, scheduler.schedule(now=0.0))
+    session.rows[0].state = Unforkable()
+    bad = make_job(session, [1, 1], positions=[1, 1], order=(0, 0))
+    good = make_job(make_session(allocator), [1])
+    for job in (bad, good):
+        scheduler.submit(job)
+    batch = scheduler.schedule(now=0.0)
+    assert [job for job, _ in batch.refused] == [bad] and [row.job for row in batch.rows] == [good]
+    scheduler.cancel(session)
+    scheduler.cancel(good.session)
     assert allocator.num_used == 0
