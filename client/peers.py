@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm.catalog import refuse_other_content
-from swarm.errors import PeerBusy, PeerError, RouteNotFound
+from swarm.errors import PeerError, RouteNotFound
 from swarm.network.node import Node
 from swarm.registry import Registry, ServerRecord
 from swarm.routing import Offer, find_route
@@ -118,7 +118,7 @@ class Peers:
         behaviour = self._behaviour.setdefault(peer_id, _Behaviour())
         behaviour.penalty = min(behaviour.penalty_at(now) + PENALTY_S, 32 * PENALTY_S)
         behaviour.penalised_at = now
-        level = logging.INFO if isinstance(error, PeerBusy | PeerError) else logging.WARNING
+        level = logging.INFO if isinstance(error, PeerError) else logging.WARNING
         logger.log(level, "server %s failed: %s", self.name_of(peer_id), error)
 
     def _offers(self) -> Sequence[Offer]:

@@ -32,6 +32,7 @@ from swarm.types import BlockRange, ServerState
 logger = logging.getLogger(__name__)
 
 ANNOUNCE_TIMEOUT_S = 15.0
+"""How long one renewal of the record may take; the next one comes anyway."""
 OFFLINE_TIMEOUT_S = 2.0
 """How long leaving may take to say so; the record expires anyway."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
