@@ -36,7 +36,7 @@ from swarm.errors import (
 )
 from swarm.types import MAX_BLOCKS, BlockRange
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Both sides must speak the same version; it is the first thing that either side checks."""
 
 MAX_BATCH_SIZE = 1024
@@ -48,7 +48,11 @@ MAX_STEP_TOKENS = 1 << 16
 MAX_META_BYTES = 1 << 18
 """Encoded size of a message without its body."""
 
+MAX_HOPS = 256
+"""Servers that one step may pass."""
+
 SESSION_SERVICE = "session"
+PUSH_SERVICE = "push"
 INFO_SERVICE = "info"
 
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
@@ -56,6 +60,10 @@ Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Rows = Annotated[tuple[Length, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH_SIZE)]
+StepId = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Microseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+PushKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""Chosen by the client for one link: the right to push steps into the session that was opened with it."""
 
 
 class DType(IntEnum):
@@ -120,9 +128,13 @@ class Info(Message, frozen=True, tag=2):
 
 
 class OpenSession(Message, frozen=True, tag=3):
-    """First message of a session stream: which blocks, how many rows of which length. Answered by `SessionOpened`."""
+    """First message of a session stream: which blocks, how many rows of which length. Answered by `SessionOpened`.
+
+    The stream is the session's life: when it ends, the server frees everything. The client keeps one to every hop.
+    """
 
     session_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    push_key: PushKey
     model: Digest
     start: Block
     end: Block
@@ -146,33 +158,137 @@ class SessionOpened(Message, frozen=True, tag=4):
     can_rollback: bool
 
 
-class Step(Message, frozen=True, tag=5):
-    """New tokens for the rows of a session; the body is their hidden states, row after row. Answered by `StepResult`.
+class HopTrace(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one hop did with a chunk: times in microseconds, `link_us` is half the round trip to whom it sent it."""
 
-    `order[i]` (when given) names the old row whose state becomes row i, before anything else. Row i then holds exactly
-    `positions[i]` tokens (a smaller number than before is a rollback) and receives `num_tokens[i]` more. The answer
-    holds the outputs of the last `num_outputs[i]` of them.
+    queue_us: Microseconds
+    compute_us: Microseconds
+    batch_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    link_us: Microseconds
+
+
+Trace = Annotated[tuple[HopTrace, ...], msgspec.Meta(max_length=MAX_HOPS)]
+
+
+class Step(Message, frozen=True, tag=5):
+    """Tokens for the rows of a session; the body is their hidden states, row after row.
+
+    A step may come in several messages (chunks of a prompt, a replay, a message sent again); `step_id`, `order`, `base`
+    and `outputs_from` are the same in all of them. A receiver that sees a new `step_id` first makes row i what row
+    `order[i]` was, then forgets what row i holds from position `base[i]` on: once. Then row i receives the tokens
+    [positions[i], positions[i] + num_tokens[i]), of which it skips those that it holds. The client wants the last
+    block's outputs of row i from position `outputs_from[i]` on.
     """
 
-    step_id: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    step_id: StepId
+    order: Rows | None
+    base: Rows
     positions: Rows
     num_tokens: Rows
-    num_outputs: Rows
-    order: Rows | None
+    outputs_from: Rows
     hidden_states: TensorSpec
+    trace: Trace = ()
+    """The hops that this chunk has passed."""
 
 
 class StepResult(Message, frozen=True, tag=6):
-    """Outputs of a step in the dtype of its inputs, and what the step cost the server."""
+    """Outputs for the client, in the dtype of the step: row i's at [positions[i], positions[i] + num_tokens[i])."""
 
-    step_id: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    step_id: StepId
+    positions: Rows
+    num_tokens: Rows
     hidden_states: TensorSpec
-    queue_us: Annotated[int, msgspec.Meta(ge=0)]
-    compute_us: Annotated[int, msgspec.Meta(ge=0)]
-    batch_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    trace: Trace
 
 
-AnyMessage = InfoRequest | Info | OpenSession | SessionOpened | Step | StepResult
+class Forward(Message, frozen=True, tag=7):
+    """From now on the outputs of this session go to another peer, or (`peer_id` "") to the client.
+
+    The receiver holds `held[i]` tokens of row i, in the order of the rows after step `as_of`; what it lacks is sent from
+    history. Answered by `Forwarding` or `LinkDown` with the same `epoch`. A session that got no Forward sends to the
+    client, who holds whatever a step's `outputs_from` says.
+    """
+
+    epoch: StepId
+    peer_id: Annotated[str, msgspec.Meta(max_length=128)]
+    push_key: PushKey
+    held: Rows
+    as_of: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
+    max_step_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+
+
+class Forwarding(Message, frozen=True, tag=8):
+    """The link asked for by the Forward of that `epoch` is open."""
+
+    epoch: StepId
+
+
+class LinkFault(IntEnum):
+    """Why a server can't send on."""
+
+    UNREACHABLE = 0
+    """The next peer can't be reached, refused, or is gone."""
+    HISTORY_LOST = 1
+    """The history that the next peer lacks is not kept any more."""
+
+
+class LinkDown(Message, frozen=True, tag=9):
+    """The link of that `epoch` could not be opened, or broke; outputs are kept until the next Forward."""
+
+    epoch: StepId
+    fault: LinkFault
+    text: Text
+
+
+class PushHello(Message, frozen=True, tag=10):
+    """First message of a push stream: into which session. Answered by `PushAccepted`; then come Steps."""
+
+    push_key: PushKey
+
+
+class PushAccepted(Message, frozen=True, tag=11):
+    """The session is there; steps may follow."""
+
+
+class Waiting(Message, frozen=True, tag=12):
+    """The step waits for room in the cache, for about `expected_s` seconds more."""
+
+    step_id: StepId
+    expected_s: Annotated[float, msgspec.Meta(ge=0, le=86400)]
+
+
+class Probe(Message, frozen=True, tag=13):
+    """How far has this session come? Answered by `ProbeResult` at once, whatever is running."""
+
+    nonce: StepId
+
+
+class ProbeResult(Message, frozen=True, tag=14):
+    """The latest step seen (-1: none), the tokens that came in and went out of the blocks, and whether it waits."""
+
+    nonce: StepId
+    step_id: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
+    received: Rows
+    produced: Rows
+    is_waiting: bool
+
+
+AnyMessage = (
+    InfoRequest
+    | Info
+    | OpenSession
+    | SessionOpened
+    | Step
+    | StepResult
+    | Forward
+    | Forwarding
+    | LinkDown
+    | PushHello
+    | PushAccepted
+    | Waiting
+    | Probe
+    | ProbeResult
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(AnyMessage)

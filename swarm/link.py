@@ -1,0 +1,285 @@
+"""Both ends of one link of a chain: what the sender still owes, and what the receiver has already.
+
+    begin(step) ─► Link.history ── next_chunk() ─► Step ~~~~► Intake.accept() ─► Work (only what is new)
+    append(...) ──────┘   held: what the receiver has          lengths: what it has
+
+A link whose receiver is behind sends: a new token, a prompt in chunks and a replay to a replacement are one case. The
+receiver applies a step's order and rollback once and skips tokens that it holds, so anything may be sent again. Client
+and servers use the same two classes; both are pure: no I/O, no clock. See docs/protocol.md for the fields of a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm.errors import InvalidRequest, SwarmError
+from swarm.history import RowHistory, join
+
+
+class HistoryLost(SwarmError):
+    """The receiver lacks tokens that this link keeps no longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepChunk:
+    """A part of a step; the fields mean what they mean in `swarm.protocol.Step`."""
+
+    step_id: int
+    order: tuple[int, ...] | None
+    base: tuple[int, ...]
+    positions: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    outputs_from: tuple[int, ...]
+    hidden_states: torch.Tensor
+    """[sum(num_tokens), hidden], row after row."""
+
+
+class Link:
+    """The sending end: per row the history of what belongs to the receiver, and how much of it the receiver holds.
+
+    A link leads to the next server, or from the last one back to the client. A fresh link leads to the client, who
+    wants the outputs from `outputs_from` on and nothing else; such a link keeps no history of what it sent.
+
+    Args:
+        num_rows: rows of the session.
+        keeps_history: whether what was sent to a server is kept for its replacement.
+    """
+
+    def __init__(self, num_rows: int, *, keeps_history: bool = True):
+        self.step_id = -1
+        self.is_connected = True
+        self.leads_to_client = True
+        self._keeps_history = keeps_history
+        self._history = [RowHistory() for _ in range(num_rows)]
+        self._held = [0] * num_rows
+        self._as_of = -2
+        self._max_step_tokens = 1 << 16
+        self._order: tuple[int, ...] | None = None
+        self._base: tuple[int, ...] = (0,) * num_rows
+        self._outputs_from: tuple[int, ...] = (0,) * num_rows
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Per row the position after the last token that belongs to the receiver."""
+        return tuple(row.length for row in self._history)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Tokens of each row that were sent to the receiver, or that it had."""
+        return tuple(self._held)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the receiver lacks something."""
+        return any(row.length > held for row, held in zip(self._history, self._held, strict=True))
+
+    @property
+    def num_unsent(self) -> int:
+        """Tokens that the receiver lacks."""
+        return sum(max(0, row.length - held) for row, held in zip(self._history, self._held, strict=True))
+
+    @property
+    def history_bytes(self) -> int:
+        """Memory of the history."""
+        return sum(row.num_bytes for row in self._history)
+
+    # -- what belongs to the receiver ---------------------------------------------------------------------------
+
+    def begin(
+        self,
+        step_id: int,
+        *,
+        order: tuple[int, ...] | None,
+        base: tuple[int, ...],
+        outputs_from: tuple[int, ...],
+    ) -> None:
+        """A new step: permute the rows, forget what it rolls back."""
+        self.step_id, self._order, self._base, self._outputs_from = step_id, order, base, outputs_from
+        if order is not None:
+            self._history = [self._history[old].fork() for old in order]
+        for row, position in zip(self._history, base, strict=True):
+            if row.length > position:
+                row.truncate(position)
+        if step_id > self._as_of:
+            self._held = self._translate(self._held)
+        if self.leads_to_client and step_id > self._as_of + 1:
+            self._held = list(outputs_from)
+
+    def append(self, row: int, position: int, hidden_states: torch.Tensor) -> None:
+        """Tokens [position, position + n) of a row now belong to the receiver; those known already are skipped.
+
+        Where the positions before are missing (nobody wanted them), the history restarts.
+        """
+        history = self._history[row]
+        if position > history.length:
+            history.restart(position)
+        history.append(hidden_states[max(0, history.length - position) :])
+
+    # -- the receiver -------------------------------------------------------------------------------------------
+
+    def connect(
+        self, *, held: Sequence[int], as_of: int, max_step_tokens: int = 1 << 16, to_client: bool = False
+    ) -> None:
+        """The receiver is another one now, and holds `held` tokens per row in the order of rows after step `as_of`.
+
+        Raises:
+            HistoryLost: it lacks tokens that are not kept any more; the link is then not connected.
+            InvalidRequest: `held` has another number of rows, or `as_of` is too long ago.
+        """
+        if len(held) != len(self._history):
+            raise InvalidRequest(f"the session has {len(self._history)} rows, the link speaks of {len(held)}")
+        if as_of < self.step_id - 1:
+            raise InvalidRequest(f"what the receiver held after step {as_of} says nothing in step {self.step_id}")
+        now_held = self._translate(held) if self.step_id > as_of else list(held)
+        self.is_connected = False
+        for history, count in zip(self._history, now_held, strict=True):
+            if count < history.start:
+                raise HistoryLost(f"the receiver holds {count} tokens, history begins at {history.start}")
+        self._held, self._as_of = now_held, as_of
+        self._max_step_tokens, self.leads_to_client, self.is_connected = max_step_tokens, to_client, True
+
+    def disconnect(self) -> None:
+        """The receiver is gone; what belongs to it is kept for the next."""
+        self.is_connected = False
+
+    def next_chunk(self) -> StepChunk | None:
+        """What to send next, counted as held from now on; None when the receiver has everything, or is gone."""
+        if not self.is_connected or not self.is_behind:
+            return None
+        budget = self._max_step_tokens
+        positions = tuple(self._held)
+        num_tokens: list[int] = []
+        pieces: list[torch.Tensor] = []
+        for history, held in zip(self._history, positions, strict=True):
+            count = max(0, min(history.length - held, budget))
+            budget -= count
+            num_tokens.append(count)
+            pieces += history.slice(held, held + count) if count else []
+        self._held = [held + count for held, count in zip(positions, num_tokens, strict=True)]
+        chunk = StepChunk(
+            step_id=self.step_id,
+            order=self._order,
+            base=self._base,
+            positions=positions,
+            num_tokens=tuple(num_tokens),
+            outputs_from=self._outputs_from,
+            hidden_states=join(pieces),
+        )
+        if self.leads_to_client or not self._keeps_history:
+            self.drop_history()
+        return chunk
+
+    def drop_history(self) -> None:
+        """Forget what the receiver holds; a replacement for it can then not be fed from here."""
+        for history, held in zip(self._history, self._held, strict=True):
+            history.drop(held)
+
+    def _translate(self, held: Sequence[int]) -> list[int]:
+        """What the receiver holds after this step's order and rollback."""
+        ordered = held if self._order is None else [held[old] for old in self._order]
+        return [min(count, base) for count, base in zip(ordered, self._base, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What is new in a chunk. `order` and `base` are given with the first chunk of a step only."""
+
+    step_id: int
+    order: tuple[int, ...] | None
+    base: tuple[int, ...] | None
+    num_tokens: tuple[int, ...]
+    outputs_from: tuple[int, ...]
+    hidden_states: torch.Tensor
+    """[sum(num_tokens), hidden]; each row goes on where it ends now."""
+
+    @property
+    def is_new_step(self) -> bool:
+        return self.base is not None
+
+
+class Intake:
+    """The receiving end: how many tokens each row holds, and which step is under way.
+
+    Args:
+        num_rows: rows of the session.
+        max_length: most tokens in a row.
+    """
+
+    def __init__(self, num_rows: int, *, max_length: int):
+        self.step_id = -1
+        self.lengths = [0] * num_rows
+        self._max_length = max_length
+
+    def check(self, chunk: StepChunk) -> None:
+        """Whether `accept` will take this chunk.
+
+        Raises:
+            InvalidRequest: for rows, positions or counts that do not fit the session.
+        """
+        rows = len(self.lengths)
+        counts = {len(chunk.base), len(chunk.positions), len(chunk.num_tokens), len(chunk.outputs_from)}
+        if counts != {rows} or (chunk.order is not None and len(chunk.order) != rows):
+            raise InvalidRequest(f"the session has {rows} rows, the step speaks of {sorted(counts)}")
+        if chunk.order is not None and max(chunk.order) >= rows:
+            raise InvalidRequest(f"order names row {max(chunk.order)} of {rows}")
+        if len(chunk.hidden_states) != sum(chunk.num_tokens) or not sum(chunk.num_tokens):
+            raise InvalidRequest(f"{len(chunk.hidden_states)} hidden states for {sum(chunk.num_tokens)} tokens")
+        for row, (held, position, count) in enumerate(
+            zip(self._lengths_in(chunk), chunk.positions, chunk.num_tokens, strict=True)
+        ):
+            if count and position > held:
+                raise InvalidRequest(f"row {row} holds {held} tokens, cannot continue at position {position}")
+            if position + count > self._max_length:
+                raise InvalidRequest(f"row {row}: {count} tokens at {position}, session limit {self._max_length}")
+
+    def accept(self, chunk: StepChunk) -> Accepted | None:
+        """Take what is new in a chunk; None when it is of an old step, or all of it is here already.
+
+        Raises:
+            InvalidRequest: for rows, positions or counts that do not fit the session.
+        """
+        if chunk.step_id < self.step_id:
+            return None
+        self.check(chunk)
+        is_new = chunk.step_id > self.step_id
+        lengths = self._lengths_in(chunk)
+        skipped = [
+            min(max(0, held - position), count)
+            for held, position, count in zip(lengths, chunk.positions, chunk.num_tokens, strict=True)
+        ]
+        num_tokens = tuple(count - skip for count, skip in zip(chunk.num_tokens, skipped, strict=True))
+        if not any(num_tokens):
+            if is_new:
+                raise InvalidRequest(f"step {chunk.step_id} begins with tokens that are all held already")
+            return None
+        hidden_states = chunk.hidden_states
+        if any(skipped):
+            parts = hidden_states.split(list(chunk.num_tokens))
+            hidden_states = join([part[skip:] for part, skip in zip(parts, skipped, strict=True)])
+        self.step_id = chunk.step_id
+        self.lengths = [held + count for held, count in zip(lengths, num_tokens, strict=True)]
+        return Accepted(
+            step_id=chunk.step_id,
+            order=chunk.order if is_new else None,
+            base=chunk.base if is_new else None,
+            num_tokens=num_tokens,
+            outputs_from=chunk.outputs_from,
+            hidden_states=hidden_states,
+        )
+
+    def rolls_back(self, chunk: StepChunk) -> bool:
+        """Whether this chunk begins a step that forgets tokens."""
+        if chunk.step_id <= self.step_id:
+            return False
+        ordered = self.lengths if chunk.order is None else [self.lengths[old] for old in chunk.order]
+        return any(held > base for held, base in zip(ordered, chunk.base, strict=True))
+
+    def _lengths_in(self, chunk: StepChunk) -> list[int]:
+        """Lengths of the rows once the chunk's step has begun."""
+        if chunk.step_id <= self.step_id:
+            return self.lengths
+        ordered = self.lengths if chunk.order is None else [self.lengths[old] for old in chunk.order]
+        return [min(held, base) for held, base in zip(ordered, chunk.base, strict=True)]
