@@ -38,18 +38,18 @@ class StepChunk:
 class Link:
     """The sending end: per row the history of what belongs to the receiver, and how much of it the receiver holds.
 
-    A link leads to the next server, or from the last one back to the client. A fresh link leads to the client, who
-    wants the outputs from `outputs_from` on and nothing else; such a link keeps no history of what it sent.
+    A link leads to the next server, or from the last one back to the client, who wants the outputs from `outputs_from`
+    on and nothing else; such a link keeps no history of what it sent.
 
     Args:
         num_rows: rows of the session.
+        to_client: whether it is the last link; any other keeps what belongs to its receiver until `connect` names one.
         keeps_history: whether what was sent to a server is kept for its replacement.
     """
 
-    def __init__(self, num_rows: int, *, keeps_history: bool = True):
+    def __init__(self, num_rows: int, *, to_client: bool, keeps_history: bool = True):
         self.step_id = -1
-        self.is_connected = True
-        self.leads_to_client = True
+        self.is_connected = self.leads_to_client = to_client
         self._keeps_history = keeps_history
         self._history = [RowHistory() for _ in range(num_rows)]
         self._held = [0] * num_rows
@@ -146,8 +146,11 @@ class Link:
         self.is_connected = False
 
     def next_chunk(self) -> StepChunk | None:
-        """What to send next, counted as held from now on; None when the receiver has everything, or is gone."""
-        if not self.is_connected or not self.is_behind:
+        """What to send next, counted as held from now on; None when the receiver has everything, or is gone.
+
+        Nothing is sent, either, before the step has begun as of which it is known what the receiver holds.
+        """
+        if not self.is_connected or self.step_id < self._as_of or not self.is_behind:
             return None
         budget = self._max_step_tokens
         positions = tuple(self._held)

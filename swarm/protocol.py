@@ -140,6 +140,8 @@ class OpenSession(Message, frozen=True, tag=3):
     end: Block
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH_SIZE)]
     max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
+    is_last: bool
+    """Whether the outputs are the client's, from each step's `outputs_from` on; if not, they wait for a `Forward`."""
 
     @property
     def blocks(self) -> BlockRange:
@@ -204,9 +206,8 @@ class StepResult(Message, frozen=True, tag=6):
 class Forward(Message, frozen=True, tag=7):
     """From now on the outputs of this session go to another peer, or (`peer_id` "") to the client.
 
-    The receiver holds `held[i]` tokens of row i, in the order of the rows after step `as_of`; what it lacks is sent from
-    history. Answered by `Forwarding` or `LinkDown` with the same `epoch`. A session that got no Forward sends to the
-    client, who holds whatever a step's `outputs_from` says.
+    The receiver holds `held[i]` tokens of row i, in the order of the rows after step `as_of`; what it lacks is sent
+    from history. Answered by `Forwarding` or `LinkDown` with the same `epoch`.
     """
 
     epoch: StepId

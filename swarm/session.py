@@ -1,13 +1,15 @@
-"""The client's side of an inference session as a pure state machine: what to send next, whatever fails.
+"""The client's side of an inference session as a pure state machine: what to do next, whatever fails.
 
-The blocks of a model are cut into segments, each run by one server through one link. A segment keeps its *history*:
-every hidden state that entered it, row by row. A server that holds fewer tokens than the history has is behind, and
-being behind is the only reason to send anything: a new token, a replay after a failure and a prompt in chunks are one
-case.
+The blocks of a model are cut into hops, each run by one server. The client sends a step to the first hop; each hop
+sends its outputs straight to the next, and the last one sends what is wanted back. Where two servers can't reach each
+other, or pushing is off, the hop behind the gap is fed by the client instead.
 
-    begin(step) ─► FindRoute ─routed()─► Send ─received()─► Send ... ─► Done(outputs)
-                       ▲                   │
-                       └──── failed() ─────┘     (the segment loses its server; its history stays)
+    begin(step) ─► next_action ─► FindRoute | Open | Connect | Send | Wait | Done
+                        ▲                           │
+                        └── routed, opened, received, failed, link_down ◄── driver
+
+Who feeds a hop keeps the history of its inputs (`swarm.link.Link`): the client for the hops that it feeds, a server for
+the next one. So replacing a lost hop is: find a server, open it, and tell its feeder that it holds nothing.
 
 The machine does no I/O and knows no clock: a driver carries out each action and reports what happened. Which error is
 worth another try, how long to wait for one and whom to blame is the driver's policy.
@@ -18,7 +20,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import InvalidRequest
+from swarm.errors import InvalidRequest, PeerMisbehaved
+from swarm.history import RowHistory, join
+from swarm.link import Link, StepChunk
+from swarm.protocol import LinkFault
 from swarm.types import BlockRange
 
 
@@ -38,21 +43,43 @@ class FindRoute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Send:
-    """Send this step over link `link` (opening it when it is new) and report with `received` or `failed`.
-
-    `positions`, `num_tokens`, `num_outputs` and `order` mean what they mean in `swarm.protocol.Step`; `hidden_states`
-    is [sum(num_tokens), hidden], row after row, and the answer is [sum(num_outputs), hidden].
-    """
+class Open:
+    """Open a session with this server and report with `opened` or `failed`; see also `Session.pending_opens`."""
 
     link: int
     hop: Hop
-    positions: tuple[int, ...]
-    num_tokens: tuple[int, ...]
-    num_outputs: tuple[int, ...]
-    order: tuple[int, ...] | None
-    hidden_states: torch.Tensor
-    is_replay: bool
+    is_last: bool
+    """Whether its outputs are the client's from the start; the outputs of any other wait for a `Connect`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connect:
+    """Tell the server of `link` that its outputs go to the server of link `target`, or (None) to the client.
+
+    The other fields mean what they mean in `swarm.protocol.Forward`. Nothing is reported, unless the server says that
+    it can't: `link_down`.
+    """
+
+    link: int
+    epoch: int
+    target: int | None
+    held: tuple[int, ...]
+    as_of: int
+    max_step_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """Send this chunk to the server of `link`. Nothing is reported, unless it fails: `failed`."""
+
+    link: int
+    hop: Hop
+    chunk: StepChunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Everything is sent: wait for results or bad news."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,125 +89,121 @@ class Done:
     outputs: torch.Tensor
 
 
-Action = FindRoute | Send | Done
+Action = FindRoute | Open | Connect | Send | Wait | Done
 
-
-class RowHistory:
-    """The hidden states that one row has sent into one segment, as a list of pieces [n, hidden] that forks cheaply."""
-
-    __slots__ = ("_pieces", "length")
-
-    def __init__(self, pieces: Sequence[torch.Tensor] = (), length: int = 0):
-        self._pieces = list(pieces)
-        self.length = length
-
-    def append(self, hidden_states: torch.Tensor) -> None:
-        """Add the next hidden states [n, hidden]."""
-        if len(hidden_states):
-            self._pieces.append(hidden_states)
-            self.length += len(hidden_states)
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
-        while self.length > length:
-            last = self._pieces.pop()
-            self.length -= len(last)
-            if self.length < length:
-                self.append(last[: length - self.length])
-
-    def fork(self) -> "RowHistory":
-        """An independent copy that shares the tensors."""
-        return RowHistory(self._pieces, self.length)
-
-    def slice(self, start: int, end: int) -> list[torch.Tensor]:
-        """The pieces that hold positions [start, end), found from the end, where decoding looks."""
-        found: list[torch.Tensor] = []
-        piece_end = self.length
-        for piece in reversed(self._pieces):
-            if piece_end <= start:
-                break
-            piece_start = piece_end - len(piece)
-            if piece_start < end:
-                found.append(piece[max(start - piece_start, 0) : end - piece_start])
-            piece_end = piece_start
-        return found[::-1]
+_CLIENT = -2
+"""Where a server's outputs go when it was told to send them to the client."""
+_NOWHERE = -3
+"""Where they go when it was told nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
-class _Segment:
+class _Part:
     """Consecutive blocks with one server, or none yet."""
 
     blocks: BlockRange
-    history: list[RowHistory]
-    held: list[int]
+    feed: Link | None = None
+    """The history of its inputs where the client feeds it; None where the hop before does."""
     hop: Hop | None = None
     link: int = -1
-    order: tuple[int, ...] | None = None
+    is_open: bool = False
+    is_fresh: bool = True
+    """Whether it has not completed a step yet, so that it may lack anything."""
+    told: int = _NOWHERE
+    epoch: int = -1
     max_step_tokens: int = 1 << 16
     can_rollback: bool = True
-    replay_until: list[int] = field(default_factory=list)
-
-    @property
-    def is_behind(self) -> bool:
-        return any(row.length > held for row, held in zip(self.history, self.held, strict=True))
 
     def lose_server(self) -> None:
-        self.hop, self.link, self.order = None, -1, None
-        self.replay_until = list(self.held)
-        self.held = [0] * len(self.held)
+        self.hop, self.link, self.is_open, self.is_fresh, self.told = None, -1, False, True, _NOWHERE
+        self.can_rollback = True
+        if self.feed is not None:
+            self.feed.disconnect()
 
-    def reorder(self, order: tuple[int, ...]) -> None:
-        self.history = [self.history[old].fork() for old in order]
-        self.replay_until = [self.replay_until[old] for old in order] if self.replay_until else []
-        if self.hop is not None and any(self.held):
-            self.order = order if self.order is None else tuple(self.order[old] for old in order)
-        self.held = [self.held[old] for old in order]
 
-    def truncate(self, positions: Sequence[int]) -> None:
-        for history, position in zip(self.history, positions, strict=True):
-            history.truncate(position)
-        if any(held > position for held, position in zip(self.held, positions, strict=True)):
-            if self.can_rollback:
-                self.held = [min(held, position) for held, position in zip(self.held, positions, strict=True)]
-            else:
-                self.lose_server()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """The step under way."""
+
+    order: tuple[int, ...] | None
+    base: tuple[int, ...]
+    outputs_from: tuple[int, ...]
+    """What the servers are asked for: at least the last output of each row that has new tokens, so that the last result
+    proves that every hop holds everything."""
+    num_outputs: tuple[int, ...]
+    results: list[RowHistory] = field(default_factory=list)
 
 
 class Session:
     """State of one inference session over `blocks`, for `batch_size` rows of at most `max_length` tokens.
 
-    Call `begin` with a step, then carry out the returned actions until `Done`. After an exception that the driver
-    raised out of a step, `abandon` makes the session ready to go on from any position it has reached.
+    Call `begin` with a step, then carry out `next_action` until it is `Done`. After an exception that the driver raised
+    out of a step, `abandon` makes the session ready to go on from where it was before that step.
+
+    Args:
+        blocks: all blocks of the model.
+        batch_size: rows.
+        max_length: most tokens in a row.
+        push: whether servers send to each other; if not, everything goes through the client.
     """
 
-    def __init__(self, blocks: BlockRange, *, batch_size: int, max_length: int):
+    def __init__(self, blocks: BlockRange, *, batch_size: int, max_length: int, push: bool = True):
         self.blocks = blocks
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_replays = 0
-        self._segments = [self._new_segment(blocks)]
+        self.fallbacks: set[tuple[str, str]] = set()
+        """Pairs of peers of which the first can't send to the second."""
+        self._push = push
+        self._parts = [_Part(blocks=blocks, feed=Link(batch_size, to_client=False))]
         self._lengths = [0] * batch_size
+        self._committed = (0,) * batch_size
+        self._step_id = -1
+        self._step: _Step | None = None
         self._next_link = 0
-        self._outputs: list[RowHistory] = []
-        self._outputs_from: list[int] = []
-        self._in_flight: Send | None = None
+        self._next_epoch = 0
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens in each row after the last completed step."""
+        """Tokens in each row after the last step that was begun and not abandoned."""
         return tuple(self._lengths)
 
     @property
+    def step_id(self) -> int:
+        """The step under way, or the last one."""
+        return self._step_id
+
+    @property
     def route(self) -> tuple[Hop, ...]:
-        """The hops in use, in order; segments without a server are left out."""
-        return tuple(segment.hop for segment in self._segments if segment.hop is not None)
+        """The hops in use, in order; blocks without a server are left out."""
+        return tuple(part.hop for part in self._parts if part.hop is not None)
 
     @property
     def hops(self) -> dict[int, Hop]:
-        """Links in use and where they lead; the driver closes all others."""
-        return {segment.link: segment.hop for segment in self._segments if segment.hop is not None}
+        """Links in use, in order, and where they lead; the driver closes all others."""
+        return {part.link: part.hop for part in self._parts if part.hop is not None}
+
+    @property
+    def num_pushes(self) -> int:
+        """Hops that are fed by the hop before them."""
+        return sum(part.feed is None for part in self._parts)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether a server without history is part of a session that has some."""
+        return any(self._committed) and any(part.is_fresh for part in self._parts)
+
+    @property
+    def pending_opens(self) -> tuple[Open, ...]:
+        """All sessions to open now; they may be opened at once."""
+        last = self._parts[-1]
+        return tuple(
+            Open(link=part.link, hop=part.hop, is_last=part is last)
+            for part in self._parts
+            if part.hop is not None and not part.is_open
+        )
 
     def __repr__(self) -> str:
         replays = f" | {self.num_replays} replayed" if self.num_replays else ""
@@ -196,7 +219,7 @@ class Session:
         num_tokens: Sequence[int],
         num_outputs: Sequence[int] | None = None,
         order: Sequence[int] | None = None,
-    ) -> Action:
+    ) -> None:
         """Start a step.
 
         Args:
@@ -212,142 +235,255 @@ class Session:
         outputs = tuple(num_tokens if num_outputs is None else num_outputs)
         lengths = [self._lengths[old] for old in order] if order is not None else list(self._lengths)
         self._check_step(hidden_states, positions, num_tokens, outputs, lengths)
-        for segment in self._segments:
-            if order is not None:
-                segment.reorder(tuple(order))
-            segment.truncate(positions)
-        for row, piece in enumerate(hidden_states.split(list(num_tokens))):
-            self._segments[0].history[row].append(piece)
-        self._lengths = [position + count for position, count in zip(positions, num_tokens, strict=True)]
-        self._outputs = [RowHistory() for _ in num_tokens]
-        self._outputs_from = [length - count for length, count in zip(self._lengths, outputs, strict=True)]
-        return self._advance()
+        base = tuple(positions)
+        if any(length > position for length, position in zip(lengths, base, strict=True)):
+            self._lose_those_without_rollback()
+        self._lengths = [position + count for position, count in zip(base, num_tokens, strict=True)]
+        asked = [max(wanted, min(count, 1)) for wanted, count in zip(outputs, num_tokens, strict=True)]
+        outputs_from = tuple(length - count for length, count in zip(self._lengths, asked, strict=True))
+        self._step_id += 1
+        self._step = _Step(
+            order=tuple(order) if order is not None else None,
+            base=base,
+            outputs_from=outputs_from,
+            num_outputs=outputs,
+            results=[RowHistory() for _ in base],
+        )
+        for row, position in zip(self._step.results, outputs_from, strict=True):
+            row.restart(position)
+        for index, part in enumerate(self._parts):
+            if part.feed is not None:
+                self._begin_feed(index, part.feed)
+        first = self._parts[0].feed
+        assert first is not None
+        for row_index, piece in enumerate(hidden_states.split(list(num_tokens))):
+            first.append(row_index, base[row_index], piece)
 
-    def routed(self, hops: Sequence[Hop]) -> Action:
-        """The driver found servers for the segment of the last FindRoute.
+    def next_action(self) -> Action:
+        """What the driver has to do now.
+
+        Raises:
+            InvalidRequest: no step is under way.
+        """
+        if self._step is None:
+            raise InvalidRequest("no step is under way")
+        for part in self._parts:
+            if part.hop is None:
+                return FindRoute(blocks=part.blocks)
+        if opens := self.pending_opens:
+            return opens[0]
+        for index in range(len(self._parts)):
+            if (connect := self._connect(index)) is not None:
+                return connect
+        for part in self._parts:
+            if part.feed is not None and (chunk := part.feed.next_chunk()) is not None:
+                assert part.hop is not None
+                return Send(link=part.link, hop=part.hop, chunk=chunk)
+        if any(row.length < length for row, length in zip(self._step.results, self._lengths, strict=True)):
+            return Wait()
+        if not all(part.feed is None or part.feed.lengths == self.lengths for part in self._parts):
+            return Wait()  # for the history of a hop that the client has begun to feed
+        return self._finish(self._step)
+
+    def routed(self, hops: Sequence[Hop]) -> None:
+        """The driver found servers for the blocks of the last FindRoute.
 
         Raises:
             InvalidRequest: when the hops do not cover exactly those blocks in order.
         """
-        index = next(i for i, segment in enumerate(self._segments) if segment.hop is None)
-        segment = self._segments[index]
-        edges = [segment.blocks.start, *(hop.blocks.end for hop in hops)]
-        if edges[-1] != segment.blocks.end or [hop.blocks.start for hop in hops] != edges[:-1]:
-            raise InvalidRequest(f"route {[str(hop.blocks) for hop in hops]} does not cover blocks {segment.blocks}")
-        fresh = [self._new_segment(hop.blocks) for hop in hops]
-        fresh[0].history = segment.history
-        for part, hop in zip(fresh, hops, strict=True):
-            part.replay_until = segment.replay_until
-            part.hop, part.link = hop, self._next_link
-            self._next_link += 1
-        self._segments[index : index + 1] = fresh
-        return self._advance()
+        index = next(i for i, part in enumerate(self._parts) if part.hop is None)
+        gap = self._parts[index]
+        edges = [gap.blocks.start, *(hop.blocks.end for hop in hops)]
+        if edges[-1] != gap.blocks.end or [hop.blocks.start for hop in hops] != edges[:-1]:
+            raise InvalidRequest(f"route {[str(hop.blocks) for hop in hops]} does not cover blocks {gap.blocks}")
+        fresh = [_Part(blocks=hop.blocks, hop=hop, link=self._next_link + i) for i, hop in enumerate(hops)]
+        self._next_link += len(fresh)
+        fresh[0].feed = gap.feed
+        self._parts[index : index + 1] = fresh
+        for position in range(index, min(index + len(fresh) + 1, len(self._parts))):
+            self._feed_if_needed(position)
 
     def opened(self, link: int, *, max_step_tokens: int, can_rollback: bool) -> None:
         """What the server of a new link said of itself."""
-        segment = self._segment_of(link)
-        segment.max_step_tokens, segment.can_rollback = max_step_tokens, can_rollback
+        part = self._find(link)
+        if part is None:
+            return
+        part.is_open, part.max_step_tokens, part.can_rollback = True, max_step_tokens, can_rollback
+        if part.feed is not None:
+            part.feed.connect(held=(0,) * self.batch_size, as_of=self._as_of, max_step_tokens=max_step_tokens)
 
-    def resend(self) -> Action:
-        """The pending Send again, cut to what `opened` allows."""
-        self._in_flight = None
-        return self._advance()
+    def received(
+        self,
+        link: int,
+        *,
+        step_id: int,
+        positions: Sequence[int],
+        num_tokens: Sequence[int],
+        hidden_states: torch.Tensor,
+    ) -> None:
+        """The server of `link` sent outputs [sum(num_tokens), hidden]; those known already are skipped.
 
-    def received(self, link: int, outputs: torch.Tensor) -> Action:
-        """The server of `link` answered the last Send with `outputs` [sum(num_outputs), hidden]."""
-        sent = self._in_flight
-        if sent is None or sent.link != link:
-            raise InvalidRequest(f"nothing was sent over link {link}")
-        index = self._index_of(link)
-        segment = self._segments[index]
-        segment.order = None
-        segment.held = [held + count for held, count in zip(sent.positions, sent.num_tokens, strict=True)]
-        for target, piece in zip(self._targets(index), outputs.split(list(sent.num_outputs)), strict=True):
-            target.append(piece)
-        self._in_flight = None
-        return self._advance()
+        Raises:
+            PeerMisbehaved: nobody asked for them.
+        """
+        part, step = self._find(link), self._step
+        if part is None or step is None or step_id != self._step_id:
+            return
+        following = self._parts.index(part) + 1
+        target = self._parts[following].feed if following < len(self._parts) else None
+        if following < len(self._parts) and target is None:
+            return  # sent before the server was told to push
+        lengths = target.lengths if target is not None else [row.length for row in step.results]
+        peer_id = part.hop.peer_id if part.hop is not None else None
+        if not len(positions) == len(num_tokens) == self.batch_size or len(hidden_states) != sum(num_tokens):
+            raise PeerMisbehaved(f"{len(hidden_states)} outputs for {len(positions)} rows", peer_id=peer_id)
+        for row, (position, count, length) in enumerate(zip(positions, num_tokens, lengths, strict=True)):
+            if count and (position > length or position + count > self._lengths[row]):
+                raise PeerMisbehaved(
+                    f"outputs of row {row} at {position}:{position + count}, expected {length}:{self._lengths[row]}",
+                    peer_id=peer_id,
+                )
+        for row, piece in enumerate(hidden_states.split(list(num_tokens))):
+            if len(piece) and target is not None:
+                target.append(row, positions[row], piece)
+            elif len(piece):
+                step.results[row].append(piece[step.results[row].length - positions[row] :])
 
-    def failed(self, link: int) -> Action:
-        """The server of `link` is lost: its segment needs another, and a replay."""
-        segment = self._segment_of(link)
-        if any(segment.held):
+    def failed(self, link: int) -> None:
+        """The server of `link` is lost: its blocks need another, and a replay."""
+        part = self._find(link)
+        if part is None:
+            return
+        if not part.is_fresh:
             self.num_replays += 1
-        segment.lose_server()
-        self._in_flight = None
-        return self._advance()
+        self._lose(self._parts.index(part))
 
-    def lose(self, link: int) -> None:
-        """Give up a link between steps: it was never opened, or broke unnoticed."""
-        self._segment_of(link).lose_server()
+    def link_down(self, link: int, epoch: int, fault: LinkFault) -> None:
+        """The server of `link` can't send on, though it lives, and so does the next one."""
+        part = self._find(link)
+        if part is None or epoch != part.epoch:
+            return
+        index = self._parts.index(part)
+        if fault is LinkFault.HISTORY_LOST:
+            self._lose(index)
+            return
+        following = self._parts[index + 1] if index + 1 < len(self._parts) else None
+        if following is not None and following.hop is not None and part.told == following.link:
+            assert part.hop is not None
+            self.fallbacks.add((part.hop.peer_id, following.hop.peer_id))
+            self._feed_if_needed(index + 1)
 
     def abandon(self) -> None:
-        """The driver gave up in the middle of a step (cancelled, out of time): whatever was in flight is uncertain."""
-        if self._in_flight is not None:
-            self._segment_of(self._in_flight.link).lose_server()
-            self._in_flight = None
+        """The driver gave up in the middle of a step (cancelled, out of time), which counts as never begun.
+
+        Only a step that permuted rows can't be undone: the session is then empty.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        if step.order is not None or any(not part.can_rollback for part in self._parts):
+            self._lose_all()
+        for index in reversed(range(1, len(self._parts))):
+            feed = self._parts[index].feed
+            if feed is not None and any(a < b for a, b in zip(feed.lengths, self._committed, strict=True)):
+                self._lose(index - 1)  # what it has sent of this feed's history is on the way, or lost
+        kept = step.base if step.order is None else (0,) * self.batch_size
+        self._committed = tuple(min(pair) for pair in zip(self._committed, kept, strict=True))
+        self._lengths = list(self._committed)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _advance(self) -> Action:
-        for index, segment in enumerate(self._segments):
-            if segment.hop is None:
-                return FindRoute(blocks=segment.blocks)
-            if segment.is_behind:
-                self._in_flight = self._catch_up(index)
-                return self._in_flight
-        pieces = [piece for row in self._outputs for piece in row.slice(0, row.length)]
-        return Done(outputs=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    @property
+    def _as_of(self) -> int:
+        """The step after which the servers hold `_committed`."""
+        return self._step_id if self._step is None else self._step_id - 1
 
-    def _catch_up(self, index: int) -> Send:
-        """The next chunk that the segment's server lacks."""
-        segment = self._segments[index]
-        assert segment.hop is not None
-        budget = segment.max_step_tokens
-        num_tokens, num_outputs, pieces = [], [], []
-        is_replay = False
-        for row, (history, held, wanted) in enumerate(
-            zip(segment.history, segment.held, self._wanted_from(index), strict=True)
-        ):
-            end = min(history.length, held + budget)
-            budget -= end - held
-            num_tokens.append(end - held)
-            num_outputs.append(max(0, end - max(held, wanted)))
-            pieces += history.slice(held, end)
-            is_replay |= bool(segment.replay_until) and end > held and held < segment.replay_until[row]
-        return Send(
-            link=segment.link,
-            hop=segment.hop,
-            positions=tuple(segment.held),
-            num_tokens=tuple(num_tokens),
-            num_outputs=tuple(num_outputs),
-            order=segment.order,
-            hidden_states=pieces[0] if len(pieces) == 1 else torch.cat(pieces),
-            is_replay=is_replay,
+    def _finish(self, step: _Step) -> Done:
+        self._committed, self._step = tuple(self._lengths), None
+        for part in self._parts:
+            part.is_fresh = False
+        pieces: list[torch.Tensor] = []
+        for row, length, wanted in zip(step.results, self._lengths, step.num_outputs, strict=True):
+            pieces += row.slice(length - wanted, length)
+        return Done(outputs=join(pieces))
+
+    def _connect(self, index: int) -> Connect | None:
+        """What the server of a hop has not been told yet of where its outputs go."""
+        part = self._parts[index]
+        if index + 1 == len(self._parts):
+            return None
+        following = self._parts[index + 1]
+        target = following.link if following.feed is None else _CLIENT
+        if part.told == target:
+            return None
+        part.told, part.epoch = target, self._next_epoch
+        self._next_epoch += 1
+        if following.feed is not None:
+            held, as_of = following.feed.lengths, self._step_id
+        else:
+            held = (0,) * self.batch_size if following.is_fresh else self._committed
+            as_of = self._as_of
+        return Connect(
+            link=part.link,
+            epoch=part.epoch,
+            target=None if target == _CLIENT else target,
+            held=held,
+            as_of=as_of,
+            max_step_tokens=following.max_step_tokens,
         )
 
-    def _targets(self, index: int) -> list[RowHistory]:
-        """Where the outputs of a segment go: into the next one's history, or into the step's result."""
-        return self._segments[index + 1].history if index + 1 < len(self._segments) else self._outputs
+    def _feed_if_needed(self, index: int) -> None:
+        """Let the client feed a hop that the one before it can't push to."""
+        part, before = self._parts[index], self._parts[index - 1] if index else None
+        if part.feed is not None or before is None:
+            return
+        pair = (before.hop.peer_id, part.hop.peer_id) if before.hop is not None and part.hop is not None else None
+        if self._push and pair not in self.fallbacks:
+            return
+        part.feed = Link(self.batch_size, to_client=False)
+        if self._step is not None:
+            self._begin_feed(index, part.feed)
+        if part.is_open:
+            held = (0,) * self.batch_size if part.is_fresh else self._committed
+            part.feed.connect(held=held, as_of=self._as_of, max_step_tokens=part.max_step_tokens)
 
-    def _wanted_from(self, index: int) -> list[int]:
-        """First position of each row whose output is still missing behind a segment."""
-        lengths = [target.length for target in self._targets(index)]
-        if index + 1 < len(self._segments):
-            return lengths
-        return [start + length for start, length in zip(self._outputs_from, lengths, strict=True)]
+    def _begin_feed(self, index: int, feed: Link) -> None:
+        """Start the step on a link of ours: what the client wants of it is what the next feed or the result lacks."""
+        assert self._step is not None
+        step = self._step
+        is_last = all(part.feed is None for part in self._parts[index + 1 :])
+        feed.begin(
+            self._step_id,
+            order=step.order,
+            base=step.base,
+            outputs_from=step.outputs_from if is_last else step.base,
+        )
 
-    def _segment_of(self, link: int) -> _Segment:
-        return self._segments[self._index_of(link)]
+    def _lose(self, index: int) -> None:
+        """A hop has no server any more; neighbours without one become one gap with it."""
+        self._parts[index].lose_server()
+        while index and self._parts[index - 1].hop is None:
+            index -= 1
+        while index + 1 < len(self._parts) and self._parts[index + 1].hop is None:
+            gone = self._parts.pop(index + 1)
+            part = self._parts[index]
+            part.blocks = BlockRange(part.blocks.start, gone.blocks.end)
 
-    def _index_of(self, link: int) -> int:
-        for index, segment in enumerate(self._segments):
-            if segment.link == link and segment.hop is not None:
-                return index
-        raise InvalidRequest(f"link {link} is not part of this session")
+    def _lose_those_without_rollback(self) -> None:
+        for link in [part.link for part in self._parts if part.hop is not None and not part.can_rollback]:
+            part = self._find(link)
+            if part is not None:
+                self._lose(self._parts.index(part))
 
-    def _new_segment(self, blocks: BlockRange) -> _Segment:
-        rows = self.batch_size
-        return _Segment(blocks=blocks, history=[RowHistory() for _ in range(rows)], held=[0] * rows)
+    def _lose_all(self) -> None:
+        for link in list(self.hops):
+            part = self._find(link)
+            if part is not None:
+                self._lose(self._parts.index(part))
+
+    def _find(self, link: int) -> _Part | None:
+        """The hop of a link; None for one that is not in use any more."""
+        return next((part for part in self._parts if part.link == link and part.hop is not None), None)
 
     def _check_step(
         self,
@@ -357,6 +493,8 @@ class Session:
         num_outputs: Sequence[int],
         lengths: Sequence[int],
     ) -> None:
+        if self._step is not None:
+            raise InvalidRequest("a step is under way")
         rows = {self.batch_size, len(positions), len(num_tokens), len(num_outputs), len(lengths)}
         if len(rows) != 1:
             raise InvalidRequest(f"the session has {self.batch_size} rows, the step speaks of {sorted(rows)}")
