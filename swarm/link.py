@@ -188,7 +188,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """What is new in a chunk. `order` and `base` are given with the first chunk of a step only."""
+    """What is new in a chunk. `order` and `base` are given with the first new tokens of a step only."""
 
     step_id: int
     order: tuple[int, ...] | None
@@ -215,6 +215,8 @@ class Intake:
         self.step_id = -1
         self.lengths = [0] * num_rows
         self._max_length = max_length
+        self._begun: tuple[tuple[int, ...] | None, tuple[int, ...]] | None = None
+        """Order and base of the step, until its first new tokens are handed out with them."""
 
     def check(self, chunk: StepChunk) -> None:
         """Whether `accept` will take this chunk.
@@ -254,20 +256,22 @@ class Intake:
             for held, position, count in zip(lengths, chunk.positions, chunk.num_tokens, strict=True)
         ]
         num_tokens = tuple(count - skip for count, skip in zip(chunk.num_tokens, skipped, strict=True))
+        if is_new:
+            self.step_id, self.lengths = chunk.step_id, lengths
+            self._begun = _then(self._begun, chunk)
         if not any(num_tokens):
-            if is_new:
-                raise InvalidRequest(f"step {chunk.step_id} begins with tokens that are all held already")
             return None
         hidden_states = chunk.hidden_states
         if any(skipped):
             parts = hidden_states.split(list(chunk.num_tokens))
             hidden_states = join([part[skip:] for part, skip in zip(parts, skipped, strict=True)])
-        self.step_id = chunk.step_id
+        order, base = self._begun or (None, None)
+        self._begun = None
         self.lengths = [held + count for held, count in zip(lengths, num_tokens, strict=True)]
         return Accepted(
             step_id=chunk.step_id,
-            order=chunk.order if is_new else None,
-            base=chunk.base if is_new else None,
+            order=order,
+            base=base,
             num_tokens=num_tokens,
             outputs_from=chunk.outputs_from,
             hidden_states=hidden_states,
@@ -286,3 +290,16 @@ class Intake:
             return self.lengths
         ordered = self.lengths if chunk.order is None else [self.lengths[old] for old in chunk.order]
         return [min(held, base) for held, base in zip(ordered, chunk.base, strict=True)]
+
+
+def _then(
+    begun: tuple[tuple[int, ...] | None, tuple[int, ...]] | None, chunk: StepChunk
+) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """One order and base for a step that was begun without new tokens, and the step after it."""
+    if begun is None:
+        return chunk.order, chunk.base
+    first_order, first_base = begun
+    if chunk.order is None:
+        return first_order, tuple(map(min, first_base, chunk.base))
+    order = chunk.order if first_order is None else tuple(first_order[old] for old in chunk.order)
+    return order, tuple(min(first_base[old], base) for old, base in zip(chunk.order, chunk.base, strict=True))

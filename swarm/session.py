@@ -107,16 +107,21 @@ class _Part:
     hop: Hop | None = None
     link: int = -1
     is_open: bool = False
-    is_fresh: bool = True
-    """Whether it has not completed a step yet, so that it may lack anything."""
+    is_replacement: bool = False
+    """Whether these blocks had another server before."""
+    proven_from: int = 0
+    """The first step whose results can only have come through this server."""
+    held: tuple[int, ...]
+    """Tokens of each row that it surely holds, in the order of rows after step `Session._as_of`."""
     told: int = _NOWHERE
     epoch: int = -1
     max_step_tokens: int = 1 << 16
     can_rollback: bool = True
 
     def lose_server(self) -> None:
-        self.hop, self.link, self.is_open, self.is_fresh, self.told = None, -1, False, True, _NOWHERE
-        self.can_rollback = True
+        self.is_replacement |= self.is_open
+        self.hop, self.link, self.is_open, self.told, self.can_rollback = None, -1, False, _NOWHERE, True
+        self.held = (0,) * len(self.held)
         if self.feed is not None:
             self.feed.disconnect()
 
@@ -155,9 +160,10 @@ class Session:
         self.fallbacks: set[tuple[str, str]] = set()
         """Pairs of peers of which the first can't send to the second."""
         self._push = push
-        self._parts = [_Part(blocks=blocks, feed=Link(batch_size, to_client=False))]
+        self._nothing = (0,) * batch_size
+        self._parts = [_Part(blocks=blocks, feed=Link(batch_size, to_client=False), held=self._nothing)]
         self._lengths = [0] * batch_size
-        self._committed = (0,) * batch_size
+        self._committed = self._nothing
         self._step_id = -1
         self._step: _Step | None = None
         self._next_link = 0
@@ -192,8 +198,8 @@ class Session:
 
     @property
     def is_replaying(self) -> bool:
-        """Whether a server without history is part of a session that has some."""
-        return any(self._committed) and any(part.is_fresh for part in self._parts)
+        """Whether a server that came in during this step is catching up with what went before."""
+        return any(self._committed) and any(part.proven_from > self._step_id for part in self._parts)
 
     @property
     def pending_opens(self) -> tuple[Open, ...]:
@@ -296,7 +302,18 @@ class Session:
         edges = [gap.blocks.start, *(hop.blocks.end for hop in hops)]
         if edges[-1] != gap.blocks.end or [hop.blocks.start for hop in hops] != edges[:-1]:
             raise InvalidRequest(f"route {[str(hop.blocks) for hop in hops]} does not cover blocks {gap.blocks}")
-        fresh = [_Part(blocks=hop.blocks, hop=hop, link=self._next_link + i) for i, hop in enumerate(hops)]
+        proven_from = self._step_id + gap.is_replacement
+        fresh = [
+            _Part(
+                blocks=hop.blocks,
+                hop=hop,
+                link=link,
+                is_replacement=gap.is_replacement,
+                proven_from=proven_from,
+                held=self._nothing,
+            )
+            for link, hop in enumerate(hops, self._next_link)
+        ]
         self._next_link += len(fresh)
         fresh[0].feed = gap.feed
         self._parts[index : index + 1] = fresh
@@ -310,7 +327,7 @@ class Session:
             return
         part.is_open, part.max_step_tokens, part.can_rollback = True, max_step_tokens, can_rollback
         if part.feed is not None:
-            part.feed.connect(held=(0,) * self.batch_size, as_of=self._as_of, max_step_tokens=max_step_tokens)
+            part.feed.connect(held=part.held, as_of=self._as_of, max_step_tokens=max_step_tokens)
 
     def received(
         self,
@@ -354,7 +371,7 @@ class Session:
         part = self._find(link)
         if part is None:
             return
-        if not part.is_fresh:
+        if part.is_open and any(self._committed):
             self.num_replays += 1
         self._lose(self._parts.index(part))
 
@@ -387,8 +404,10 @@ class Session:
             feed = self._parts[index].feed
             if feed is not None and any(a < b for a, b in zip(feed.lengths, self._committed, strict=True)):
                 self._lose(index - 1)  # what it has sent of this feed's history is on the way, or lost
-        kept = step.base if step.order is None else (0,) * self.batch_size
-        self._committed = tuple(min(pair) for pair in zip(self._committed, kept, strict=True))
+        kept = step.base if step.order is None else self._nothing
+        for part in self._parts:
+            part.held = tuple(map(min, part.held, kept))
+        self._committed = tuple(map(min, self._committed, kept))
         self._lengths = list(self._committed)
 
     # -- helpers ------------------------------------------------------------------------------------------------
@@ -401,11 +420,21 @@ class Session:
     def _finish(self, step: _Step) -> Done:
         self._committed, self._step = tuple(self._lengths), None
         for part in self._parts:
-            part.is_fresh = False
+            part.held = self._proven(part, step)
         pieces: list[torch.Tensor] = []
         for row, length, wanted in zip(step.results, self._lengths, step.num_outputs, strict=True):
             pieces += row.slice(length - wanted, length)
         return Done(outputs=join(pieces))
+
+    def _proven(self, part: _Part, step: _Step) -> tuple[int, ...]:
+        """What a server surely holds after a step: all of each row whose results of this step came through it."""
+        held = part.held if step.order is None else tuple(part.held[old] for old in step.order)
+        if part.proven_from > self._step_id:
+            return tuple(map(min, held, step.base))
+        return tuple(
+            length if length > base else min(count, base)
+            for count, base, length in zip(held, step.base, self._lengths, strict=True)
+        )
 
     def _connect(self, index: int) -> Connect | None:
         """What the server of a hop has not been told yet of where its outputs go."""
@@ -421,8 +450,7 @@ class Session:
         if following.feed is not None:
             held, as_of = following.feed.lengths, self._step_id
         else:
-            held = (0,) * self.batch_size if following.is_fresh else self._committed
-            as_of = self._as_of
+            held, as_of = following.held, self._as_of
         return Connect(
             link=part.link,
             epoch=part.epoch,
@@ -444,8 +472,7 @@ class Session:
         if self._step is not None:
             self._begin_feed(index, part.feed)
         if part.is_open:
-            held = (0,) * self.batch_size if part.is_fresh else self._committed
-            part.feed.connect(held=held, as_of=self._as_of, max_step_tokens=part.max_step_tokens)
+            part.feed.connect(held=part.held, as_of=self._as_of, max_step_tokens=part.max_step_tokens)
 
     def _begin_feed(self, index: int, feed: Link) -> None:
         """Start the step on a link of ours: what the client wants of it is what the next feed or the result lacks."""
@@ -468,6 +495,7 @@ class Session:
             gone = self._parts.pop(index + 1)
             part = self._parts[index]
             part.blocks = BlockRange(part.blocks.start, gone.blocks.end)
+            part.is_replacement |= gone.is_replacement
 
     def _lose_those_without_rollback(self) -> None:
         for link in [part.link for part in self._parts if part.hop is not None and not part.can_rollback]:
