@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.kernels import cpu_paged_attention
 from swarm.kernels.cpu_paged_attention import paged_attention_cpu
 from swarm.kernels.paged_attention import (
     AttentionForm,
@@ -125,16 +126,58 @@ def test_any_batch_equals_reference(shapes, decode, scattered, name):
     check(paged_attention_cpu, batch, make_form(6, **FORMS[name]), heads=6, kv_heads=3, width=8, value_width=8)
 
 
-def test_many_short_decode_rows_are_one_batched_call(monkeypatch):
-    """Continuous batching costs one attention call per layer, not one per session."""
-    from swarm.kernels import cpu_paged_attention as module
-
-    calls = []
-    attend = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *args: calls.append(1) or attend(*args))
+def test_many_tiny_decode_rows_are_one_batched_call(monkeypatch):
+    """Where a call costs more than its keys, continuous batching pays one per layer, not one per session."""
+    calls = count_calls(monkeypatch, cpu_paged_attention, "_attend")
     batch = make_batch([(position, 1) for position in (3, 17, 40, 90, 100)], scattered=True)
     check(paged_attention_cpu, batch, make_form(4), heads=4, kv_heads=2, width=8, value_width=8)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"sinks": True}])
+def test_decode_rows_in_runs_are_read_in_place(monkeypatch, options):
+    """Longer sequences are neither gathered nor called through anything but the fused operator."""
+    monkeypatch.setattr(cpu_paged_attention, "_MAX_GATHERED_BYTES", {"fused": 0, "by hand": 0})
+    others = [count_calls(monkeypatch, cpu_paged_attention, name) for name in ("_attend", "_gather")]
+    batch = make_batch([(position, 1) for position in (3, 17, 40, 90, 100)], scattered=False)
+    check(paged_attention_cpu, batch, make_form(4, **options), heads=4, kv_heads=2, width=8, value_width=8)
+    assert others == [[], []]
+
+
+def test_a_decode_row_in_place_is_bitwise_what_it_is_alone(monkeypatch):
+    """Who else decodes in the same step changes no bit of a row's attention."""
+    monkeypatch.setattr(cpu_paged_attention, "_MAX_GATHERED_BYTES", {"fused": 0, "by hand": 0})
+    batch = make_batch([(position, 1) for position in (30, 170, 64)], scattered=False)
+    q, k_pool, v_pool = make_step(batch, heads=4, kv_heads=2, width=8, value_width=8)
+    together = paged_attention_cpu(q, k_pool, v_pool, batch, make_form(4))
+    for row, span in enumerate(batch.spans):
+        alone = PagedBatch([RowSpan(0, 1, span.position, span.pages)], PAGE, CPU)
+        q_row = q[:, row : row + 1].contiguous()
+        assert torch.equal(paged_attention_cpu(q_row, k_pool, v_pool, alone, make_form(4))[0], together[row])
+
+
+def test_separate_operators_take_long_chunks_in_tiles(monkeypatch):
+    """A long prompt of a model with capped logits doesn't make all its logits at once."""
+    monkeypatch.setattr(cpu_paged_attention, "_MAX_LOGITS_BYTES", 4 * 6 * 60 * 7)
+    tiles = count_calls(monkeypatch, cpu_paged_attention, "_attend_tile")
+    batch = make_batch([(20, 40)], scattered=False)
+    check(paged_attention_cpu, batch, make_form(6, softcap=3.0), heads=6, kv_heads=2, width=8, value_width=8)
+    assert len(tiles) == 6
+
+
+def test_layers_of_several_forms_share_a_step():
+    """What is kept for the other layers of a step is kept by form: one batch object serves them all."""
+    batch = make_batch(MIXED, scattered=True)
+    for name in (*FORMS, *FORMS):
+        check(paged_attention_cpu, batch, make_form(6, **FORMS[name]), heads=6, kv_heads=2, width=8, value_width=8)
+    check(paged_attention_cpu, batch, make_form(32, sinks=True), heads=32, kv_heads=32, width=64, value_width=64)
+
+
+def count_calls(monkeypatch, module, name):
+    """A list that grows with each call of `module.name`."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or function(*args))
+    return calls
 
 
 def test_a_run_of_pages_is_read_as_a_view():
