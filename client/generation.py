@@ -115,6 +115,17 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         with model_pass(Pass(cache=cache, mask=mask, outputs=keep if isinstance(keep, int) else 0)):
             return super().__call__(*args, **kwargs)
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: most of the model is elsewhere.
+
+        Raises:
+            InvalidRequest: always.
+        """
+        raise InvalidRequest(
+            f"a distributed model holds no blocks, so it can't be saved; "
+            f"the checkpoint of {self.checkpoint.name} is at {self.checkpoint.path}"
+        )
+
     def close(self) -> None:
         """Close all sessions and leave the swarm; may be called twice."""
         self.block_service.close()

@@ -1,14 +1,18 @@
 """What a distributed model does besides generating: sessions, what travels, and what it refuses."""
 
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from swarm.errors import InvalidRequest, PeerDisconnected, RouteNotFound
 from tests.client.conftest import Pair
+from tests.client.local_blocks import LocalBlockSession
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 8}
@@ -150,6 +154,156 @@ def test_the_session_is_closed_when_a_consumer_goes_away(pair: Pair) -> None:
     assert pair.service.num_open == 0
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_session_is_closed_when_a_processor_or_criterion_fails(pair: Pair, step: int) -> None:
+    """Code of the caller runs inside of the loop: in the first step, which is the prompt's, and in a later one."""
+
+    def failing(*_: Any, **__: Any) -> Any:
+        if len(pair.service.steps) % step == 0:
+            raise ZeroDivisionError
+        return torch.zeros(1, dtype=torch.bool)
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            failing()
+            return scores
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            stop: torch.Tensor = failing()
+            return stop
+
+    for options in ({"logits_processor": [Processor()]}, {"stopping_criteria": [Criterion()]}):
+        pair.service.sessions = []
+        with pytest.raises(ZeroDivisionError):
+            pair.distributed.generate(IDS, max_new_tokens=8, **GREEDY, **options)
+        assert [session.is_closed for session in pair.service.sessions] == [True]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_session_is_closed_in_every_way_of_decoding(pair: Pair, options: dict[str, Any]) -> None:
+    """Ctrl-C in beam search, in assisted decoding and with several answers."""
+    fail_at(pair, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        pair.distributed.generate(torch.tensor([[5, 6, 5, 6, 5]]), max_new_tokens=8, min_new_tokens=8, **options)
+    assert [session.is_closed for session in pair.service.sessions] == [True]
+
+
+def test_the_session_is_closed_when_the_text_stops_early(pair: Pair, tokenizer: Any) -> None:
+    """At a stop string and at the end marker, long before the longest length."""
+    first = int(pair.local.generate(IDS, max_new_tokens=1, do_sample=False)[0, -1])
+    word = tokenizer.decode([first])
+    for options in ({"stop_strings": [word], "tokenizer": tokenizer}, {"eos_token_id": first}):
+        pair.service.sessions = []
+        found = pair.distributed.generate(IDS, max_new_tokens=9, do_sample=False, **options)
+        assert found.shape == (1, 6)
+        assert [session.is_closed for session in pair.service.sessions] == [True]
+
+
+def test_the_session_is_closed_when_an_iterator_is_abandoned(pair: Pair, tokenizer: Any) -> None:
+    """The caller reads a text as it comes, from a thread, and goes away after two pieces."""
+
+    class Pieces(TextIteratorStreamer):
+        is_abandoned = False
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if self.is_abandoned:
+                raise GeneratorExit
+            super().on_finalized_text(text, stream_end)  # type: ignore[no-untyped-call]
+
+    turn, streamer = threading.Semaphore(0), Pieces(tokenizer, skip_prompt=True)  # type: ignore[no-untyped-call]
+    pair.service.before_step = turn.acquire  # type: ignore[assignment]
+    ends: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            pair.distributed.generate(IDS, max_new_tokens=20, min_new_tokens=20, streamer=streamer, do_sample=False)
+        except GeneratorExit as error:
+            ends.append(error)
+
+    def pieces() -> Iterator[str]:
+        try:
+            for piece in streamer:
+                yield piece
+                turn.release()
+        finally:
+            streamer.is_abandoned = True
+            turn.release(20)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    turn.release(3)  # a word is handed on when the next one begins
+    text = pieces()
+    next(text), next(text)
+    text.close()
+    thread.join(30)
+    assert len(ends) == 1 and not thread.is_alive()
+    assert len(pair.service.steps) < 10
+    assert pair.service.num_open == 0
+
+
+def test_the_session_is_closed_when_it_can_not_be_used(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails between the opening of the session and the first step."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(pair.distributed), "_prefill", broken)
+    with pytest.raises(ZeroDivisionError):
+        pair.distributed.generate(IDS, max_new_tokens=8)
+    assert [session.is_closed for session in pair.service.sessions] == [True]
+
+
+def test_a_session_that_does_not_close_hides_no_exception(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller learns what went wrong first; what closing met is logged."""
+
+    def unreachable(_: Any) -> None:
+        raise PeerDisconnected("gone")
+
+    monkeypatch.setattr(LocalBlockSession, "close", unreachable)
+    fail_at(pair, 3, ValueError("bug"))
+    with pytest.raises(ValueError, match="bug"):
+        pair.distributed.generate(IDS, max_new_tokens=8)
+
+
+def test_a_call_without_a_session_closes_its_own(pair: Pair) -> None:
+    """One pass of the model, good or failed."""
+    pair.distributed(IDS)
+    fail_at(pair, 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        pair.distributed(IDS)
+    assert [session.is_closed for session in pair.service.sessions] == [True, True]
+
+
+@pytest.mark.parametrize("rejected", [True, False])
+def test_a_session_of_the_caller_survives_a_processor(pair: Pair, rejected: bool) -> None:
+    """A failure in the caller's own code, or a refused call, leaves the session open and good for the next call."""
+    expected = pair.local.generate(IDS, max_new_tokens=8, **GREEDY)
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            raise ZeroDivisionError
+
+    with pair.distributed.inference_session(max_length=40) as session:
+        if rejected:
+            with pytest.raises(InvalidRequest):
+                pair.distributed.generate(IDS, session=session, max_new_tokens=100, **GREEDY)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                pair.distributed.generate(
+                    IDS, session=session, max_new_tokens=8, logits_processor=[Processor()], **GREEDY
+                )
+        assert not session.is_closed
+        session.crop(-session.length)
+        found = pair.distributed.generate(IDS, session=session, max_new_tokens=8, **GREEDY)
+    assert torch.equal(found, expected)
+    assert pair.service.num_open == 0
+
+
 def test_a_session_of_the_caller_survives_an_exception(pair: Pair) -> None:
     """It can go on from where it was, with the same result."""
     expected = pair.local.generate(IDS, max_new_tokens=8, **GREEDY)
@@ -225,6 +379,13 @@ def test_misfit_calls_are_refused(pair: Pair) -> None:
         pair.distributed(IDS, torch.ones_like(IDS))
     with pytest.raises(InvalidRequest, match="batch_size 0"):
         pair.distributed.inference_session(max_length=4, batch_size=0)
+
+
+def test_saving_is_refused(pair: Pair, tmp_path: Path) -> None:
+    """What would be written has no blocks; nothing is."""
+    with pytest.raises(InvalidRequest, match="holds no blocks"):
+        pair.distributed.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_gradients_are_refused(pair: Pair) -> None:

@@ -1,5 +1,8 @@
 """The embedded model, with real weights and a real tokenizer, around local blocks."""
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swarm.checkpoint.source import resolve
 from swarm.client.chat import Conversation
 from swarm.client.model import distribute
+from swarm.client.sharing import SharedHead
 from tests.client.conftest import Pair
 from tests.client.local_blocks import LocalBlockService
 
@@ -73,9 +77,48 @@ def test_a_second_turn_sends_its_own_tokens_only(smol: Pair, words: Any) -> None
 
 
 def test_the_local_part_is_small(smol: Pair) -> None:
-    """The 28.3 million embeddings and the last norm; the head is the same tensor, in whatever layout is fastest."""
+    """The 28.3 million embeddings and the last norm; the head is the same tensor, beside a packed copy."""
     model = smol.distributed
     assert sum(parameter.numel() for parameter in model.parameters()) == 49152 * 576 + 576
     assert model.lm_head.weight is model.model.embed_tokens.weight
     hidden = torch.randn(1, 1, 576)
     torch.testing.assert_close(model.lm_head(hidden), smol.local.lm_head(hidden), atol=1e-4, rtol=1e-4)
+
+
+class Echo:
+    """Blocks that return what they get: a model of embeddings and head alone."""
+
+    num_blocks, hidden_size, batch_size = 30, 576, 1
+    route = ()
+
+    def open_session(self, *, batch_size: int, max_length: int) -> "Echo":
+        return self
+
+    def step(self, hidden_states: torch.Tensor, *, num_outputs: Sequence[int], **_: Any) -> torch.Tensor:
+        return hidden_states[len(hidden_states) - num_outputs[0] :]
+
+    def close(self) -> None: ...
+
+
+def test_concurrent_sessions_share_the_head_and_get_their_own_text(smol: Pair, words: Any) -> None:
+    """Six threads at once: some products hold rows of several, and every text is the one that comes alone."""
+    model = distribute(smol.distributed.checkpoint, Echo(), dtype=torch.float32)  # type: ignore[arg-type]
+    head = model.get_output_embeddings()
+    if not isinstance(head, SharedHead):
+        pytest.skip("this CPU's product depends on the number of rows")
+    prompts = [chat(words, f"Tell me {count} facts about rain.") for count in range(6)]
+    alone = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for prompt in prompts]
+    [combiner] = head._combiners.values()
+    assert combiner is not None
+    counts: list[int] = []
+
+    def until_others_wait(_: Any, args: tuple[torch.Tensor]) -> None:
+        counts.append(len(args[0]))
+        pause = threading.Event()
+        while len(counts) == 1 and len(combiner._waiting) < 5:
+            pause.wait(0.001)
+
+    with ThreadPoolExecutor(6) as pool, head.head.register_forward_pre_hook(until_others_wait):
+        found = list(pool.map(lambda prompt: model.generate(**prompt, max_new_tokens=8, do_sample=False), prompts))
+    assert counts[:2] == [1, 8]
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
