@@ -223,7 +223,7 @@ class RemoteCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, but keep the session."""
-        self.length, self.lengths = 0, [0] * self.rows
+        self.length, self.lengths, self._order = 0, [0] * self.rows, None
 
     def update(self, *_: Any, **__: Any) -> Any:
         """Nothing can be stored here."""

@@ -83,6 +83,7 @@ class Conversation:
                 f"the conversation has {len(ids)} tokens, the model holds {self._limit}: start a new one"
             )
         session = self._resume(ids)
+        self._ids = ids  # what the session will hold, however this turn ends
         sent = len(ids) - session.length
         streamer = _Timer(self._tokenizer, show)
         output = self._model.generate(

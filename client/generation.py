@@ -72,6 +72,7 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
 
         Args:
             session: continue this session; `inputs` are the whole sequence so far, of which only what is new is sent.
+                Where the session holds more, as after a call that was interrupted, it goes back to the inputs.
 
         Raises:
             InvalidRequest: for arguments that the model or the session cannot serve.
@@ -84,6 +85,8 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         given = kwargs.get("past_key_values")
         if given is not None and not isinstance(given, RemoteCache):
             raise InvalidRequest(f"past_key_values must come from inference_session(), got {type(given).__name__}")
+        if given is not None:
+            _go_back(given, args, kwargs)
         opened: list[RemoteCache] = []
         token = _opened.set(opened)
         try:
@@ -199,6 +202,15 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """Longest sequence that the model was made for, or None where it has no such limit."""
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def _go_back(cache: RemoteCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let a session forget what goes beyond the inputs of `generate`, and their last token, which is to be sent."""
+    names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
+    given = next((it for it in (*map(kwargs.get, names), *args[:1]) if it is not None), None)
+    columns = cache.length + 1 if given is None else given.shape[1]
+    if 0 < columns <= cache.length:
+        cache.crop(columns - 1 - cache.length)
 
 
 def _close_quietly(cache: RemoteCache) -> None:

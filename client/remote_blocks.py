@@ -91,7 +91,7 @@ def run(
     """Send the new tokens of a padded batch through a session.
 
     Args:
-        cache: the session; advanced when the step succeeded, unchanged otherwise.
+        cache: the session; advanced when the step succeeded. When it failed, unchanged, or empty if rows were permuted.
         hidden_states: [B, T, H].
         mask: [B, cache.length + T], nonzero where there is a token; None where all are.
         outputs: trailing positions whose outputs are wanted; 0 means all.
@@ -122,8 +122,8 @@ def run(
             order=move.order,
         )
     except BaseException:
-        if move.order is not None:  # nobody knows whether the rows were permuted
-            cache.close()
+        if move.order is not None:  # nobody knows whether the rows were permuted: all is sent anew
+            cache.reset()
         raise
     result = _scatter(answer.to(hidden_states), picked.shape, picked_new, skipped)
     cache.moved(move, columns=columns, num_tokens=taken)

@@ -148,7 +148,7 @@ def test_wrong_use_is_refused() -> None:
 
 
 def test_a_failed_step_changes_nothing_unless_rows_may_have_moved() -> None:
-    """The same step can be tried again; after an order of rows in flight, the session is closed instead."""
+    """The same step can be tried again; after an order of rows in flight, the session is empty and all is sent anew."""
     session, cache = make(2)
     send(cache, [[1.0], [2.0]])
     step, session.step = session.step, lambda *_, **__: 1 / 0  # type: ignore[assignment, method-assign]
@@ -162,7 +162,10 @@ def test_a_failed_step_changes_nothing_unless_rows_may_have_moved() -> None:
     cache.reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(ZeroDivisionError):
         send(cache, [[5.0], [6.0]])
-    assert cache.is_closed
+    assert (cache.length, cache.lengths, cache.is_closed) == (0, [0, 0], False)
+    session.step = step  # type: ignore[method-assign]
+    send(cache, [[7.0, 8.0], [9.0, 10.0]])
+    assert session.rows == [[7.0, 8.0], [9.0, 10.0]]
 
 
 def test_it_tells_operators_what_it_is() -> None:

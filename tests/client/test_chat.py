@@ -72,6 +72,30 @@ def test_a_session_lost_in_a_turn_is_replaced(pair: Pair, tokenizer: PreTrainedT
     assert answer.num_sent_tokens == answer.num_prompt_tokens
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_turn_can_be_asked_again(pair: Pair, tokenizer: PreTrainedTokenizerFast, step: int) -> None:
+    """Ctrl-C in the second answer leaves conversation and session as after the first, whatever had been rewritten."""
+    seen: list[None] = []
+
+    def interrupt() -> None:
+        seen.append(None)
+        if len(seen) == step:
+            raise KeyboardInterrupt
+
+    with Conversation(pair.distributed, tokenizer) as talk:
+        first = talk.ask("w3 w4", max_new_tokens=4, **OPTIONS)
+        answer = talk._messages[-1]
+        talk._messages[-1] = {"role": "assistant", "content": "w9"}
+        pair.service.before_step = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask("w5 w6 w7", max_new_tokens=4, **OPTIONS)
+        talk._messages[-1] = answer
+        messages = [user("w3 w4"), {"role": "assistant", "content": first.text}, user("w8")]
+        assert talk.ask("w8", max_new_tokens=4, **OPTIONS).text == expected_answer(pair, tokenizer, messages, 4)
+        assert len(pair.service.sessions) == pair.service.num_open == 1
+    assert pair.service.num_open == 0
+
+
 def test_a_full_conversation_is_refused(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> None:
     """With both numbers; answers are cut to what is left."""
     with Conversation(pair.distributed, tokenizer, max_length=12) as talk:

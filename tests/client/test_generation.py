@@ -16,6 +16,7 @@ from tests.client.local_blocks import LocalBlockSession
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 8}
+NO_MINIMUM: dict[str, Any] = {"min_new_tokens": None}
 
 
 def fail_at(pair: Pair, step: int, error: BaseException) -> None:
@@ -298,22 +299,52 @@ def test_a_session_of_the_caller_survives_a_processor(pair: Pair, rejected: bool
                     IDS, session=session, max_new_tokens=8, logits_processor=[Processor()], **GREEDY
                 )
         assert not session.is_closed
-        session.crop(-session.length)
         found = pair.distributed.generate(IDS, session=session, max_new_tokens=8, **GREEDY)
     assert torch.equal(found, expected)
     assert pair.service.num_open == 0
 
 
-def test_a_session_of_the_caller_survives_an_exception(pair: Pair) -> None:
-    """It can go on from where it was, with the same result."""
-    expected = pair.local.generate(IDS, max_new_tokens=8, **GREEDY)
-    fail_at(pair, 4, KeyboardInterrupt())
-    with pair.distributed.inference_session(max_length=40) as session:
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_session_of_the_caller_survives_an_exception(pair: Pair, step: int, num_beams: int) -> None:
+    """The same call can simply be made again, with the same result, and doesn't send again what the session holds."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "num_beams": num_beams, **GREEDY}
+    expected = pair.local.generate(IDS, **options)
+    fail_at(pair, step, KeyboardInterrupt())
+    with pair.distributed.inference_session(max_length=40, batch_size=num_beams) as session:
         with pytest.raises(KeyboardInterrupt):
-            pair.distributed.generate(IDS, session=session, max_new_tokens=8, **GREEDY)
-        session.crop(4 - session.length)
-        found = pair.distributed.generate(IDS, session=session, max_new_tokens=8, **GREEDY)
-    assert torch.equal(found, expected)
+            pair.distributed.generate(IDS, session=session, **options)
+        assert not session.is_closed
+        done = len(pair.service.steps)
+        assert torch.equal(pair.distributed.generate(IDS, session=session, **options), expected)
+        prompt = 1 if step > 1 and num_beams == 1 else 5
+        assert pair.service.steps[done].num_tokens == (prompt,) * num_beams
+    assert pair.service.num_open == 0
+
+
+def test_a_padded_session_of_the_caller_survives_an_exception(pair: Pair) -> None:
+    """Rows of different lengths go back to their own ends."""
+    ids = torch.tensor([[0, 0, 0, 5, 6], [5, 6, 7, 8, 9]])
+    options: dict[str, Any] = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6, "min_new_tokens": 6}
+    expected = pair.local.generate(ids, do_sample=False, **options)
+    fail_at(pair, 4, KeyboardInterrupt())
+    with pair.distributed.inference_session(max_length=40, batch_size=2) as session:
+        with pytest.raises(KeyboardInterrupt):
+            pair.distributed.generate(ids, session=session, do_sample=False, **options)
+        assert torch.equal(pair.distributed.generate(ids, session=session, do_sample=False, **options), expected)
+
+
+def test_a_call_may_begin_again_in_the_middle(pair: Pair) -> None:
+    """A session that holds a longer text goes back to the inputs, also where they are given as embeddings."""
+    with pair.distributed.inference_session(max_length=40) as session:
+        whole = pair.distributed.generate(IDS, session=session, max_new_tokens=8, **GREEDY)
+        again = pair.distributed.generate(whole[:, :8], session=session, max_new_tokens=5, **(GREEDY | NO_MINIMUM))
+        assert torch.equal(again, whole)
+        assert pair.service.steps[8].positions == (7,)
+        embeddings = pair.local.get_input_embeddings()(IDS)
+        options: dict[str, Any] = {"max_new_tokens": 8, "session": session, **GREEDY}
+        found = pair.distributed.generate(inputs_embeds=embeddings, **options)
+        assert torch.equal(found, whole[:, 5:])
 
 
 def test_a_returned_cache_is_closed(pair: Pair) -> None:
