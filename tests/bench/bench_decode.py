@@ -73,12 +73,14 @@ def main() -> None:
     report(rates, texts, overheads, tokenizer, args)
 
 
-def start_swarm(spans: tuple[str, ...], quantization: str, processes: list[PeerProcess]) -> Any:
+def start_swarm(
+    spans: tuple[str, ...], quantization: str, processes: list[PeerProcess], *, kv_tokens: int = 4096
+) -> Any:
     """A swarm of its own for these spans, and a client of it."""
     bootstrap = start_bootstrap()
     processes.append(bootstrap)
     address = bootstrap.address()
-    args = ("--quantization", quantization, "--threads", "1", "--kv-cache", "4096")
+    args = ("--quantization", quantization, "--threads", "1", "--kv-cache", str(kv_tokens))
     servers = [start_server(span, [address], *args, model=MODEL) for span in spans]
     processes.extend(servers)
     for server in servers:
