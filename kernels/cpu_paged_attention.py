@@ -26,7 +26,7 @@ _MAX_LOGITS_BYTES = 64 << 20
 """Logits that separate operators make at once."""
 
 _flash = torch._scaled_dot_product_flash_attention_for_cpu
-"""torch's fused operator itself, which tells the log-sum-exp too: (q, k, v, ...) -> (out, lse); heads may be grouped."""
+"""torch's fused operator itself, which tells the log-sum-exp too: (q, k, v) -> (out, lse); heads may be grouped."""
 
 
 def paged_attention_cpu(
@@ -62,11 +62,11 @@ def _attend_one_row(
 
 
 class _Row(NamedTuple):
-    """A decode row whose visible keys are the slots [first, first + count)."""
+    """A decode row whose visible keys are the slots [first_slot, first_slot + num_keys)."""
 
     row: int
-    first: int
-    count: int
+    first_slot: int
+    num_keys: int
 
 
 class _Sequence(NamedTuple):
@@ -172,7 +172,8 @@ def _attend_rows(
     q_rows = q_HTD.transpose(0, 1).reshape(num_rows, 1, kv_heads, -1, width).unbind()
     k_pool, v_pool = k_pool_KSD.unsqueeze(0), v_pool_KSE.unsqueeze(0)
     calls = [
-        (q_rows[row], k_pool.narrow(2, first, count), v_pool.narrow(2, first, count)) for row, first, count in rows
+        (q_rows[row], k_pool.narrow(2, slot, num_keys), v_pool.narrow(2, slot, num_keys))
+        for row, slot, num_keys in rows
     ]
     if form.sinks_H is None:
         outs = [F.scaled_dot_product_attention(q, k, v, scale=scale) for q, k, v in calls]

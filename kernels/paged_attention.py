@@ -90,8 +90,10 @@ class PagedBatch:
         self.num_rows = spans[-1].start + spans[-1].count
         self.runs = [_run(span, page_size) for span in spans]
         """First slot of each sequence whose pages are one ascending run; None for a scattered one."""
-        self.fresh_tails = [tail for span in spans if (tail := _fresh_tail(span, page_size))]
-        """Slots [first, last) of pages that this step enters but doesn't fill."""
+        self.fresh_tails = (
+            [] if device.type == "cuda" else [tail for span in spans if (tail := _fresh_tail(span, page_size))]
+        )
+        """Slots [first, last) of pages that this step enters but doesn't fill, where they are ever read: on CPUs."""
         first_run = self.runs[0] if len(spans) == 1 else None
         self.single_run = None if first_run is None else first_run + spans[0].position
         """First slot to write to when the step is one sequence in one run of pages: its cache is a plain slice."""
@@ -115,8 +117,8 @@ class PagedBatch:
 def write_kv(k_KTD: Tensor, v_KTE: Tensor, k_pool_KSD: Tensor, v_pool_KSE: Tensor, batch: PagedBatch) -> None:
     """Put the new keys and values of all rows into their slots.
 
-    The unused rest of a page that a sequence enters is zeroed, so that no stale number (or NaN) of the page's former
-    owner can reach a batched read that masks it only by weight.
+    On CPUs the unused rest of a page that a sequence enters is zeroed, so that no stale number (or NaN) of the page's
+    former owner can reach a batched read that masks it only by weight. The Triton kernel never reads it.
     """
     if batch.slots_T is None:
         assert batch.single_run is not None

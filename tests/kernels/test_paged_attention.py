@@ -1,7 +1,4 @@
-"""Every form of paged attention equals the reference on ragged batches; nothing leaks from page to page."""
-
-import importlib
-import itertools
+"""Paged attention on the CPU equals the reference on ragged batches; nothing leaks from page to page."""
 
 import pytest
 import torch
@@ -10,81 +7,8 @@ from hypothesis import strategies as st
 
 from swarm.kernels import cpu_paged_attention
 from swarm.kernels.cpu_paged_attention import paged_attention_cpu
-from swarm.kernels.paged_attention import (
-    AttentionForm,
-    PagedBatch,
-    RowSpan,
-    paged_attention,
-    paged_attention_reference,
-    write_kv,
-)
-
-PAGE = 16
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-CPU = torch.device("cpu")
-
-FORMS = {
-    "plain": {},
-    "window": {"window": 7},
-    "chunk": {"chunk": 24},
-    "softcap": {"softcap": 3.0},
-    "sinks": {"sinks": True},
-    "alibi": {"alibi": True},
-    "window+sinks+softcap": {"window": 40, "sinks": True, "softcap": 5.0},
-}
-
-
-def make_form(heads, *, sinks=False, alibi=False, **options):
-    generator = torch.Generator().manual_seed(heads)
-    return AttentionForm(
-        scale=0.3,
-        sinks_H=torch.randn(heads, generator=generator) if sinks else None,
-        alibi_H=torch.rand(heads, generator=generator) if alibi else None,
-        **options,
-    )
-
-
-def make_batch(shapes, *, scattered, num_pages=64, seed=0):
-    """Sequences of (position, new rows), their pages in runs or shuffled all over the pool."""
-    order = list(range(num_pages))
-    if scattered:
-        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
-    spans, row = [], 0
-    for position, count in shapes:
-        need = -(-(position + count) // PAGE)
-        pages, order = order[:need], order[need:]
-        spans.append(RowSpan(row, count, position, pages))
-        row += count
-    return PagedBatch(spans, PAGE, CPU)
-
-
-def make_step(batch, *, heads, kv_heads, width, value_width, dtype=torch.float32, num_pages=64):
-    """Queries and pools whose unused slots are NaN: only slots of the sequences' own keys may be read."""
-    generator = torch.Generator().manual_seed(1)
-    k_pool = torch.full((kv_heads, num_pages * PAGE, width), float("nan"), dtype=dtype)
-    v_pool = torch.full((kv_heads, num_pages * PAGE, value_width), float("nan"), dtype=dtype)
-    for span in batch.spans:
-        if span.position:
-            before = PagedBatch([RowSpan(0, span.position, 0, span.pages)], PAGE, CPU)
-            k = torch.randn(kv_heads, span.position, width, generator=generator).to(dtype)
-            v = torch.randn(kv_heads, span.position, value_width, generator=generator).to(dtype)
-            write_kv(k, v, k_pool, v_pool, before)
-    rows = batch.num_rows
-    k = torch.randn(kv_heads, rows, width, generator=generator).to(dtype)
-    v = torch.randn(kv_heads, rows, value_width, generator=generator).to(dtype)
-    write_kv(k, v, k_pool, v_pool, batch)
-    return torch.randn(heads, rows, width, generator=generator).to(dtype), k_pool, v_pool
-
-
-def check(attend, batch, form, **shape):
-    dtype = shape.get("dtype", torch.float32)
-    q, k_pool, v_pool = make_step(batch, **shape)
-    expected = paged_attention_reference(q, k_pool, v_pool, batch, form)
-    assert torch.isfinite(expected).all()
-    torch.testing.assert_close(attend(q, k_pool, v_pool, batch, form), expected, atol=TOLERANCE[dtype], rtol=0)
-
-
-MIXED = [(5, 1), (0, 33), (40, 1), (17, 20), (15, 1), (16, 1), (99, 1)]
+from swarm.kernels.paged_attention import PagedBatch, RowSpan, paged_attention, write_kv
+from tests.kernels.cases import CPU, FORMS, MIXED, PAGE, TOLERANCE, check, make_batch, make_form, make_step
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -197,68 +121,3 @@ def test_numbers_of_a_former_owner_of_a_page_reach_nobody():
     rows = torch.randn(1, 4, 8)
     write_kv(rows, rows, k_pool, v_pool, batch)
     assert torch.isfinite(paged_attention(rows, k_pool, v_pool, batch, make_form(1))).all()
-
-
-@pytest.fixture(scope="module")
-def triton_form():
-    """The Triton kernel, run by Triton's interpreter on the CPU: bf16 dots are wrong there, so fp32 and fp16.
-
-    Triton decides at its own import how its library functions (tl.sum, ...) run, and others may have imported it
-    before: they are switched over too.
-    """
-    pytest.importorskip("triton")
-    from triton import language
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for library in (language, language.standard):
-            for name, function in list(vars(library).items()):
-                if isinstance(function, JITFunction):
-                    patch.setattr(library, name, InterpretedFunction(function.fn))
-        module = importlib.import_module("swarm.kernels.triton_paged_attention")
-        module = importlib.reload(module)
-        yield module.paged_attention_triton
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_triton_form_equals_reference(triton_form, name):
-    """Prefill and decode rows over scattered pages in one launch; outputs start as NaN."""
-    batch = make_batch([(5, 1), (0, 21), (40, 1), (33, 1)], scattered=True)
-    check(poisoned(triton_form), batch, make_form(6, **FORMS[name]), heads=6, kv_heads=2, width=8, value_width=8)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(5, 1, 24, 16), (2, 2, 64, 64)])
-def test_triton_form_of_other_shapes(triton_form, heads, kv_heads, width, value_width, dtype):
-    """Groups and widths that are no powers of two, and values narrower than keys."""
-    batch = make_batch([(35, 1), (3, 1), (0, 1)], scattered=True)
-    check(poisoned(triton_form), batch, make_form(heads), heads=heads, kv_heads=kv_heads, width=width,
-          value_width=value_width, dtype=dtype)  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "splits"), list(itertools.product(["plain", "window", "sinks", "alibi"], [2, 5])))
-def test_triton_splits_combine_to_the_same(triton_form, monkeypatch, name, splits):
-    """Cutting the keys of a long decode row into splits, even empty ones, changes nothing."""
-    module = importlib.import_module("swarm.kernels.triton_paged_attention")
-    monkeypatch.setattr(module, "_num_splits", lambda *_: splits)
-    batch = make_batch([(150, 1), (9, 1)], scattered=True)
-    check(triton_form, batch, make_form(4, **FORMS[name]), heads=4, kv_heads=2, width=16, value_width=16)
-
-
-def poisoned(attend):
-    """`attend` with NaN in every tensor that it allocates."""
-
-    def run(q, *args):
-        with pytest.MonkeyPatch.context() as patch:
-            empty = torch.Tensor.new_empty
-
-            def poison(self, *shape, **options):
-                tensor = empty(self, *shape, **options)
-                return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-            patch.setattr(torch.Tensor, "new_empty", poison)
-            return attend(q, *args)
-
-    return run
