@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from swarm import __version__
 from swarm.errors import ConfigError, SwarmError
-from swarm.server.config import CacheSize, ServerConfig
+from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
 if TYPE_CHECKING:
@@ -66,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one")
     add("--kv-cache", default="16384", metavar="SIZE", help="room for the KV cache in tokens (16384) or bytes (2GiB)")
+    add(
+        "--history-memory",
+        default="1GiB",
+        metavar="SIZE",
+        help="memory for what was sent to the next servers, so that a lost one can be replaced without asking the"
+        " client for everything again; 0 keeps nothing",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads for the blocks; torch's choice if not given")
     add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
@@ -111,6 +118,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         dtype=args.dtype,
         quantization=args.quantization,
         cache_size=CacheSize.parse(args.kv_cache),
+        history_bytes=parse_bytes(args.history_memory),
         threads=args.threads,
     )
 

@@ -32,6 +32,18 @@ class CacheSize:
         return cls(num_bytes=int(float(match[1]) * _UNITS[match[2].rstrip("B").rstrip("I")]))
 
 
+def parse_bytes(text: str) -> int:
+    """Read a size of memory: "512MiB", "2G", "1000000"; "0" is none.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:IB|B)?", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size of memory; write bytes (1GiB, 512MiB), or 0 for none")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """One server. `None` and "auto" are resolved once, by `swarm.server.server`."""
@@ -60,6 +72,8 @@ class ServerConfig:
     dtype: str = "auto"
     quantization: str = "auto"
     cache_size: CacheSize = CacheSize(tokens=16384)
+    history_bytes: int = 1 << 30
+    """Memory for what was sent to next servers, for their replacements; 0 keeps nothing."""
     threads: int | None = None
     """CPU threads for the blocks; None leaves torch's choice."""
     announce_period_s: float = 20.0

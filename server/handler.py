@@ -1,51 +1,30 @@
-"""The server's face to other peers: answers `info` and runs session streams.
+"""The server's face to other peers: answers `info`, admits sessions, and lets other servers push into them.
 
-Every value that a peer sent is checked here, once; behind this module steps are trusted.
-
-    Stream ──OpenSession──► check, admit ──► executor.open
-           ◄─SessionOpened─
-           ──Step──────────► check ──► executor.run ──► StepResult ──► Stream         until FIN, an error or silence
+Stream ──InfoRequest──► info ─► Info
+       ──OpenSession──► session: check, admit ─► ServedSession.run      until FIN, an error or silence
+       ──PushHello────► PushDesk ─► ServedSession.receive_pushes
 """
 
-import logging
+import time
 from collections import Counter
-from dataclasses import dataclass
-
-import torch
 
 from swarm import __version__
-from swarm.codec import decode_tensor, encode_tensor, torch_dtype
-from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy, PeerTimeout
-from swarm.protocol import MAX_META_BYTES, Info, InfoRequest, OpenSession, SessionOpened, Step, StepResult
+from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy
+from swarm.protocol import MAX_META_BYTES, Info, InfoRequest, OpenSession
 from swarm.server.executor import Executor
+from swarm.server.history import HistoryBudget
+from swarm.server.limits import HandlerLimits
+from swarm.server.load import LoadMeter
 from swarm.server.pages import PAGE_SIZE
-from swarm.server.scheduler import CachedSession, Job
-from swarm.transport import EndOfStream, Limits, Stream
+from swarm.server.push import PushDesk
+from swarm.server.session import ServedSession
+from swarm.transport import Limits, Stream, Transport
 from swarm.types import ServerState
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HandlerLimits:
-    """What one server accepts."""
-
-    max_sessions: int = 256
-    """Sessions at once."""
-    max_rows: int = 2048
-    """Sequences at once, over all sessions."""
-    max_stateful_rows: int = 128
-    """The same where each has a recurrent state."""
-    max_peer_share: float = 0.5
-    """Part of these that one peer may take."""
-    max_step_tokens: int = 1024
-    """Tokens in one step, over all its rows."""
-    open_timeout_s: float = 10.0
-    """How long a new stream may take to say what it wants."""
-    idle_timeout_s: float = 900.0
-    """How long a session may be silent before its cache is freed."""
-    send_timeout_s: float = 30.0
-    """How long a client may leave its answer unread."""
+RUNNING_S = 30.0
+"""A session that did something so recently counts as running."""
+FULL_LOAD_SESSIONS = 32
+"""Running sessions at which a server calls itself fully loaded."""
 
 
 class Handler:
@@ -53,6 +32,7 @@ class Handler:
 
     Args:
         executor: the device thread that runs the blocks.
+        transport: how to reach other servers.
         model: content digest of the checkpoint.
         model_name: what people call it.
         quantization: how the weights are stored, for `info`.
@@ -63,6 +43,7 @@ class Handler:
     def __init__(
         self,
         executor: Executor,
+        transport: Transport,
         *,
         model: str,
         model_name: str,
@@ -72,16 +53,48 @@ class Handler:
     ):
         self.executor = executor
         self.state = ServerState.ONLINE
-        self.num_sessions = 0
         self.num_rows = 0
         self._model, self._model_name = model, model_name
         self._quantization, self._max_positions = quantization, max_positions
         self._limits = limits or HandlerLimits()
+        self.history = HistoryBudget(self._limits.history_bytes)
+        self._load = LoadMeter()
+        self._desk = PushDesk(transport, self._limits)
+        self._sessions: set[ServedSession] = set()
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
         # fp32 is the widest dtype that a step may have
         largest = (Limits().max_message_bytes - MAX_META_BYTES) // (4 * executor.span.hidden_size)
         self._max_step_tokens = max(1, min(self._limits.max_step_tokens, largest))
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open."""
+        return sum(self._sessions_of.values())
+
+    @property
+    def load(self) -> float:
+        """How much of its capacity is in use, 0 to 1; 1 where steps wait for room in the cache."""
+        if self.executor.num_waiting:
+            return 1.0
+        now = time.monotonic()
+        num_running = sum(now - session.last_active < RUNNING_S for session in self._sessions)
+        return min(1.0, max(self._load.waiting_share(now), num_running / FULL_LOAD_SESSIONS))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all sessions together that ran through the blocks lately."""
+        return self._load.tokens_per_s(time.monotonic())
+
+    def __repr__(self) -> str:
+        return (
+            f"<Handler {self.state.name} | {self.num_sessions} sessions, {self.num_rows} rows"
+            f" | {self.tokens_per_s:.0f} tokens/s | load {self.load:.2f}>"
+        )
+
+    async def close(self) -> None:
+        """End what the transport does not know of."""
+        await self._desk.close()
 
     async def info(self, stream: Stream) -> None:
         """Answer one InfoRequest."""
@@ -108,45 +121,42 @@ class Handler:
         )
 
     async def session(self, stream: Stream) -> None:
-        """Run one session until the client ends it, errs or falls silent; its cache is freed in every case."""
+        """Run one session until the client ends it, errs or falls silent; all that it had is freed in every case."""
         message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(message, OpenSession):
             raise InvalidRequest(f"expected OpenSession, got {type(message).__name__}")
         self._admit(message, stream.peer_id)
-        session = self.executor.open(message.blocks, message.batch_size)
+        self._desk.check(message.push_key)
+        session = ServedSession(
+            stream,
+            message,
+            executor=self.executor,
+            limits=self._limits,
+            max_step_tokens=self._max_step_tokens,
+            budget=self.history,
+            load=self._load,
+            open_push=self._desk.open,
+        )
         self._count(stream.peer_id, 1, message.batch_size)
+        self._sessions.add(session)
+        self._desk.add(message.push_key, session)
         try:
-            opened = SessionOpened(max_step_tokens=self._max_step_tokens, can_rollback=not self.executor.span.stateful)
-            await stream.send(opened, timeout_s=self._limits.send_timeout_s)
-            await self._run_steps(stream, message, session)
+            await session.run()
         finally:
-            self.executor.close(session)
+            self._desk.remove(message.push_key)
+            self._sessions.discard(session)
             self._count(stream.peer_id, -1, -message.batch_size)
 
+    async def push(self, stream: Stream) -> None:
+        """Let another server send steps into a session whose key it knows."""
+        await self._desk.serve(stream)
+
     def _count(self, peer_id: str, sessions: int, rows: int) -> None:
-        self.num_sessions += sessions
         self.num_rows += rows
         for counter, change in ((self._sessions_of, sessions), (self._rows_of, rows)):
             counter[peer_id] += change
             if not counter[peer_id]:
                 del counter[peer_id]
-
-    async def _run_steps(self, stream: Stream, opened: OpenSession, session: CachedSession) -> None:
-        lengths = [0] * opened.batch_size
-        while True:
-            try:
-                message, body = await stream.receive(timeout_s=self._limits.idle_timeout_s)
-            except EndOfStream:
-                return
-            except PeerTimeout:
-                raise PeerTimeout(f"session closed after {self._limits.idle_timeout_s:.0f} s of silence") from None
-            if not isinstance(message, Step):
-                raise InvalidRequest(f"expected Step, got {type(message).__name__}")
-            hidden_states = self._check_step(message, body, opened, lengths)
-            job = await self.executor.run(session, message, hidden_states)
-            lengths = [sum(pair) for pair in zip(message.positions, message.num_tokens, strict=True)]
-            reply, payload = _reply(job)
-            await stream.send(reply, payload, timeout_s=self._limits.send_timeout_s)
 
     def _admit(self, message: OpenSession, peer_id: str) -> None:
         """Refuse what can't be served.
@@ -196,59 +206,3 @@ class Handler:
                 f" {self.executor.total_tokens // PAGE_SIZE}",
                 retry_after_s=600.0,
             )
-
-    def _check_step(self, step: Step, body: memoryview, opened: OpenSession, lengths: list[int]) -> torch.Tensor:
-        """The hidden states of a step that fits the session.
-
-        Raises:
-            InvalidRequest: for rows, positions, counts or a shape that do not fit.
-            PeerMisbehaved: for a body of another length than declared.
-            PeerBusy: for rows that this server's cache could never hold.
-        """
-        rows = opened.batch_size
-        counts = (len(step.positions), len(step.num_tokens), len(step.num_outputs))
-        if counts != (rows, rows, rows) or (step.order is not None and len(step.order) != rows):
-            raise InvalidRequest(f"the session has {rows} rows, the step speaks of {counts}")
-        if step.order is not None:
-            if max(step.order) >= rows:
-                raise InvalidRequest(f"order names row {max(step.order)} of {rows}")
-            lengths = [lengths[old] for old in step.order]
-        for row, (position, count, wanted, length) in enumerate(
-            zip(step.positions, step.num_tokens, step.num_outputs, lengths, strict=True)
-        ):
-            if position > length or (position < length and self.executor.span.stateful):
-                raise InvalidRequest(f"row {row} holds {length} tokens, cannot continue at position {position}")
-            if wanted > count or position + count > opened.max_length:
-                raise InvalidRequest(
-                    f"row {row}: {count} tokens ({wanted} outputs) at {position}, session limit {opened.max_length}"
-                )
-        expected = (sum(step.num_tokens), self.executor.span.hidden_size)
-        if step.hidden_states.shape != expected or not 1 <= expected[0] <= self._max_step_tokens:
-            raise InvalidRequest(
-                f"hidden states of shape {step.hidden_states.shape}, expected {expected} and at most"
-                f" {self._max_step_tokens} tokens"
-            )
-        lengths = [sum(pair) for pair in zip(step.positions, step.num_tokens, strict=True)]
-        needed = sum(-(-length // PAGE_SIZE) for length in lengths) * PAGE_SIZE
-        if step.order is None and needed > self.executor.total_tokens:
-            raise PeerBusy(
-                f"the session needs {needed} tokens of KV cache, the server has {self.executor.total_tokens}",
-                retry_after_s=600.0,
-            )
-        return decode_tensor(step.hidden_states, body)
-
-
-def _reply(job: Job) -> tuple[StepResult, memoryview]:
-    """The answer to a finished step, in the dtype and encoding of the question."""
-    asked = job.step.hidden_states
-    outputs = job.result() if sum(job.step.num_outputs) else job.hidden_states[:0]
-    spec, payload = encode_tensor(outputs.to(torch_dtype(asked.dtype)), asked.encoding)
-    started = job.started if job.started is not None else job.arrived
-    reply = StepResult(
-        step_id=job.step.step_id,
-        hidden_states=spec,
-        queue_us=int((started - job.arrived) * 1e6),
-        compute_us=int(job.compute_s * 1e6),
-        batch_tokens=job.batch_tokens,
-    )
-    return reply, payload

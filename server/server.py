@@ -18,13 +18,14 @@ from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
-from swarm.protocol import INFO_SERVICE, SESSION_SERVICE
+from swarm.protocol import INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE
 from swarm.registry import Registry, ServerRecord
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.blocks.step import Chunk
 from swarm.server.config import ServerConfig
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
+from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
@@ -160,12 +161,16 @@ class Server:
         self._stack.push_async_callback(self.executor.stop)
         self.handler = Handler(
             self.executor,
+            self.transport,
             model=plan.checkpoint.digest,
             model_name=plan.checkpoint.name,
             quantization=plan.quantization,
             max_positions=span.max_positions,
+            limits=HandlerLimits(history_bytes=self.config.history_bytes),
         )
+        self._stack.push_async_callback(self.handler.close)
         self.transport.serve(SESSION_SERVICE, self.handler.session)
+        self.transport.serve(PUSH_SERVICE, self.handler.push)
         self.transport.serve(INFO_SERVICE, self.handler.info)
         self.state = ServerState.ONLINE
         await self._announce()
@@ -221,7 +226,7 @@ class Server:
             blocks=plan.blocks,
             state=self.state,
             decode_tps=self._decode_tps,
-            load=min(1.0, handler.num_sessions / 32) if handler is not None else 0.0,
+            load=handler.load if handler is not None else 0.0,
             kv_free_tokens=executor.free_tokens if executor is not None else 0,
             quantization=plan.quantization,
             dtype=str(plan.dtype).removeprefix("torch."),

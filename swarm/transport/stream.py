@@ -52,6 +52,11 @@ class Stream:
         """The last measured round trip to the peer in seconds, None before the first."""
         return self._connection.rtt_s
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the peer has finished or the stream has failed; messages that came before may still wait."""
+        return self._is_finished or self._is_closed or self._failure is not None
+
     async def send(
         self, message: Message, body: bytes | bytearray | memoryview = b"", *, timeout_s: float | None = None
     ) -> None:
@@ -62,13 +67,8 @@ class Stream:
             PeerTimeout: when the peer made no room within `timeout_s` seconds; the stream is then aborted.
             PeerError, RequestError: why the stream has failed.
         """
-        meta = encode(message)
-        if self._failure is not None:
-            raise self._failure
-        if self._is_closed:
-            raise InvalidRequest("send on a stream that this side has closed")
-        view = body if isinstance(body, bytes) else memoryview(body).cast("B")
-        if not self._num_sending and self._connection.send_now(self._id, meta, view):
+        meta, view = encode(message), _view(body)
+        if self._sent_now(meta, view):
             return
         self._num_sending += 1
         try:
@@ -80,6 +80,15 @@ class Stream:
             raise error from None
         finally:
             self._num_sending -= 1
+
+    def send_now(self, message: Message, body: bytes | bytearray | memoryview = b"") -> bool:
+        """Send a message if there is room for it at once; False, and nothing is sent, where `send` would wait.
+
+        Raises:
+            InvalidRequest: when the message is too large, or the stream is closed on our side.
+            PeerError, RequestError: why the stream has failed.
+        """
+        return self._sent_now(encode(message), _view(body))
 
     async def receive(self, timeout_s: float | None = None) -> tuple[Message, memoryview]:
         """The next message and its body, which the caller may keep and change.
@@ -181,6 +190,10 @@ class Stream:
             if timer is not None:
                 timer.cancel()
 
+    def _sent_now(self, meta: bytes, body: bytes | memoryview) -> bool:
+        self._raise_if_over()
+        return not self._num_sending and self._connection.send_now(self._id, meta, body)
+
     async def _send_slowly(self, meta: bytes, body: bytes | memoryview) -> None:
         """Wait for credit and for the carrier, then send piece by piece."""
         while not self._connection.may_send(self._id):
@@ -204,7 +217,11 @@ class Stream:
         if self._failure is not None:
             raise self._failure
         if self._is_closed:
-            raise InvalidRequest("the stream was closed on this side while a message was being sent")
+            raise InvalidRequest("send on a stream that this side has closed")
+
+
+def _view(body: bytes | bytearray | memoryview) -> bytes | memoryview:
+    return body if isinstance(body, bytes) else memoryview(body).cast("B")
 
 
 def _expire(waiter: asyncio.Future[None]) -> None:

@@ -1,0 +1,39 @@
+"""What one server accepts, and how long it waits."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandlerLimits:
+    """Limits of the handler and its sessions."""
+
+    max_sessions: int = 256
+    """Sessions at once."""
+    max_rows: int = 2048
+    """Sequences at once, over all sessions."""
+    max_stateful_rows: int = 128
+    """The same where each has a recurrent state."""
+    max_peer_share: float = 0.5
+    """Part of these that one peer may take."""
+    max_step_tokens: int = 1024
+    """Tokens in one message of a step, over all its rows."""
+    max_pending_bytes: int = 32 << 20
+    """Steps of one session that came over its own stream and wait for room; beyond, the stream is not read."""
+    max_pushes: int = 8
+    """Peers that push into one session at once; one more ends the oldest."""
+    max_early_pushes: int = 256
+    """Push streams of one peer that wait for a session which is not there yet."""
+    history_bytes: int = 1 << 30
+    """Memory for what was sent to next servers and is kept for their replacements; 0 keeps nothing."""
+    open_timeout_s: float = 10.0
+    """How long a new stream may take to say what it wants."""
+    push_open_timeout_s: float = 8.0
+    """How long opening a stream to the next server may take."""
+    early_push_timeout_s: float = 5.0
+    """How long a push stream waits for its session."""
+    idle_timeout_s: float = 900.0
+    """How long a session may be silent before its cache is freed."""
+    send_timeout_s: float = 30.0
+    """How long a client may leave its answer unread."""
+    push_timeout_s: float = 120.0
+    """How long the next server, which may have to wait itself, may make no room."""

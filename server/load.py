@@ -1,0 +1,43 @@
+"""How busy a server has been in the last seconds. Pure: time enters as `now`."""
+
+import math
+
+WINDOW_S = 10.0
+"""What happened so long ago counts 1/e."""
+
+
+class LoadMeter:
+    """Fading sums over what batches did: how long tokens waited, how long they took, and how many there were."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._queue_s = self._compute_s = self._tokens = 0.0
+
+    def record(self, now: float, *, queue_s: float, compute_s: float, num_tokens: int) -> None:
+        """`num_tokens` of one session waited for `queue_s` and took `compute_s`."""
+        self._fade(now)
+        self._queue_s += queue_s
+        self._compute_s += compute_s
+        self._tokens += num_tokens
+
+    def waiting_share(self, now: float) -> float:
+        """Part of the time that steps spend here in which they wait for others: 0 on a server with one user."""
+        self._fade(now)
+        total = self._queue_s + self._compute_s
+        return self._queue_s / total if total > 1e-3 else 0.0
+
+    def tokens_per_s(self, now: float) -> float:
+        """Tokens of all sessions together, lately."""
+        self._fade(now)
+        return self._tokens / WINDOW_S
+
+    def _fade(self, now: float) -> None:
+        if now <= self._now:
+            return
+        factor = math.exp((self._now - now) / WINDOW_S)
+        self._now = now
+        self._queue_s, self._compute_s, self._tokens = (
+            self._queue_s * factor,
+            self._compute_s * factor,
+            self._tokens * factor,
+        )
