@@ -15,7 +15,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel-check  build the wheel, install it elsewhere, import it there"
 	@echo "make bench        all benchmarks (a quiet machine, please)"
-	@echo "make gpu-check    the kernels' tests on a CUDA device, with the python3 that is there"
+	@echo "make gpu-check    the kernels' tests and the GPU benchmarks on a CUDA device, with the python3 that is there"
 	@echo "make clean        remove the environment and everything that was built"
 
 demo: $(INSTALLED)
@@ -41,10 +41,10 @@ wheel-check: $(INSTALLED)
 bench: $(INSTALLED)
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-# A GPU host often has torch, triton and transformers of its own, and no network: take what is there.
+# On a bare GPU host: needs torch, triton and transformers, no network and no installation. GPU_CHECK="--seconds 200"
+# and the like; the report is build/gpu/report.md.
 gpu-check:
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -c tests/gpu.ini tests/kernels
+	@$(PYTHON) tests/bench/gpu/check.py $(GPU_CHECK)
 
 install: $(INSTALLED)
 
