@@ -125,15 +125,16 @@ class Link:
     ) -> None:
         """The receiver is another one now, and holds `held` tokens per row in the order of rows after step `as_of`.
 
+        That step is the one under way here, the one before, or one to come. Older ones say nothing any more (steps came
+        by while the word was on its way): the receiver gets everything then, and skips what it holds.
+
         Raises:
             HistoryLost: it lacks tokens that are not kept any more; the link is then not connected.
-            InvalidRequest: `held` has another number of rows, or `as_of` is too long ago.
+            InvalidRequest: `held` has another number of rows.
         """
         if len(held) != len(self._history):
             raise InvalidRequest(f"the session has {len(self._history)} rows, the link speaks of {len(held)}")
-        if as_of < self.step_id - 1:
-            raise InvalidRequest(f"what the receiver held after step {as_of} says nothing in step {self.step_id}")
-        now_held = self._translate(held) if self.step_id > as_of else list(held)
+        now_held = self._now(held, as_of)
         self.is_connected = False
         for history, count in zip(self._history, now_held, strict=True):
             if count < history.start:
@@ -179,6 +180,12 @@ class Link:
         """Forget what the receiver holds; a replacement for it can then not be fed from here."""
         for history, held in zip(self._history, self._held, strict=True):
             history.drop(held)
+
+    def _now(self, held: Sequence[int], as_of: int) -> list[int]:
+        """What a receiver surely holds by now that held so much after step `as_of`."""
+        if as_of >= self.step_id:
+            return list(held)
+        return self._translate(held) if as_of == self.step_id - 1 else [0] * len(held)
 
     def _translate(self, held: Sequence[int]) -> list[int]:
         """What the receiver holds after this step's order and rollback."""

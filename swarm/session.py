@@ -17,6 +17,7 @@ worth another try, how long to wait for one and whom to blame is the driver's po
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -398,16 +399,15 @@ class Session:
         step, self._step = self._step, None
         if step is None:
             return
-        if step.order is not None or any(not part.can_rollback for part in self._parts):
-            self._lose_all()
-        for index in reversed(range(1, len(self._parts))):
-            feed = self._parts[index].feed
-            if feed is not None and any(a < b for a, b in zip(feed.lengths, self._committed, strict=True)):
-                self._lose(index - 1)  # what it has sent of this feed's history is on the way, or lost
         kept = step.base if step.order is None else self._nothing
+        self._committed = tuple(map(min, self._committed, kept))
         for part in self._parts:
             part.held = tuple(map(min, part.held, kept))
-        self._committed = tuple(map(min, self._committed, kept))
+        if step.order is not None or any(not part.can_rollback for part in self._parts):
+            self._lose_all()
+        for link in [before.link for before, part in pairwise(self._parts) if self._lacks_history(part)]:
+            if (before := self._find(link)) is not None:
+                self._lose(self._parts.index(before))
         self._lengths = list(self._committed)
 
     # -- helpers ------------------------------------------------------------------------------------------------
@@ -416,6 +416,10 @@ class Session:
     def _as_of(self) -> int:
         """The step after which the servers hold `_committed`."""
         return self._step_id if self._step is None else self._step_id - 1
+
+    def _lacks_history(self, part: _Part) -> bool:
+        """Whether the client feeds a hop, and what it has not received of that hop's history is on the way, or lost."""
+        return part.feed is not None and any(a < b for a, b in zip(part.feed.lengths, self._committed, strict=True))
 
     def _finish(self, step: _Step) -> Done:
         self._committed, self._step = tuple(self._lengths), None
@@ -428,13 +432,18 @@ class Session:
 
     def _proven(self, part: _Part, step: _Step) -> tuple[int, ...]:
         """What a server surely holds after a step: all of each row whose results of this step came through it."""
-        held = part.held if step.order is None else tuple(part.held[old] for old in step.order)
+        held = self._translated(part.held, step)
         if part.proven_from > self._step_id:
-            return tuple(map(min, held, step.base))
+            return held
         return tuple(
-            length if length > base else min(count, base)
+            length if length > base else count
             for count, base, length in zip(held, step.base, self._lengths, strict=True)
         )
+
+    def _translated(self, held: tuple[int, ...], step: _Step) -> tuple[int, ...]:
+        """What a server holds once it has applied a step's order and rollback."""
+        ordered = held if step.order is None else tuple(held[old] for old in step.order)
+        return tuple(map(min, ordered, step.base))
 
     def _connect(self, index: int) -> Connect | None:
         """What the server of a hop has not been told yet of where its outputs go."""
@@ -443,14 +452,17 @@ class Session:
             return None
         following = self._parts[index + 1]
         target = following.link if following.feed is None else _CLIENT
-        if part.told == target:
+        step = self._step
+        if part.told == target or step is None:
             return None
         part.told, part.epoch = target, self._next_epoch
         self._next_epoch += 1
         if following.feed is not None:
             held, as_of = following.feed.lengths, self._step_id
-        else:
+        elif following.can_rollback:
             held, as_of = following.held, self._as_of
+        else:  # it must not see what this step rolls back, so nothing may be sent to it before this step
+            held, as_of = self._translated(following.held, step), self._step_id
         return Connect(
             link=part.link,
             epoch=part.epoch,
