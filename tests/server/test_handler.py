@@ -1,29 +1,26 @@
-"""What a server admits: limits for all peers together, and a share for each."""
+"""What a server admits: limits for all peers together, and a share for each; and what it says of itself."""
 
-from types import SimpleNamespace
+import asyncio
 
 import pytest
 
-from swarm.errors import PeerBusy
-from swarm.server.handler import Handler, HandlerLimits
+from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy
+from swarm.network import Node
+from swarm.server.handler import Handler
+from swarm.types import ServerState
+from tests.server.conftest import chain_of
+from tests.server.fakes import FakeExecutor, eventually, make_handler, tokens
 
 
-def make_handler(*, stateful: bool = False, hidden_size: int = 64, **limits) -> Handler:
-    span = SimpleNamespace(stateful=stateful, hidden_size=hidden_size)
-    executor = SimpleNamespace(span=span, total_tokens=1 << 20)
-    return Handler(
-        executor,
-        model="0" * 64,
-        model_name="m",
-        quantization="none",
-        max_positions=100,
-        limits=HandlerLimits(**limits),
-    )
+def handler_of(*, stateful: bool = False, hidden_size: int = 64, **limits) -> Handler:
+    executor = FakeExecutor(stateful=stateful, num_pages=1 << 16)
+    executor.span.hidden_size = hidden_size
+    return make_handler(executor, None, **limits)
 
 
 def test_one_peer_gets_half_and_the_others_the_rest():
     """A peer with half of the sessions is refused another, while a second peer is let in."""
-    handler = make_handler(max_sessions=8)
+    handler = handler_of(max_sessions=8)
     for _ in range(4):
         handler._admit_rows(1, "greedy")
         handler._count("greedy", 1, 1)
@@ -38,12 +35,58 @@ def test_one_peer_gets_half_and_the_others_the_rest():
 
 def test_rows_with_recurrent_states_are_fewer():
     """Each has memory of its own that no page accounts for."""
-    make_handler()._admit_rows(512, "a")
+    handler_of()._admit_rows(512, "a")
     with pytest.raises(PeerBusy, match="rows open"):
-        make_handler(stateful=True)._admit_rows(512, "a")
+        handler_of(stateful=True)._admit_rows(512, "a")
 
 
 def test_a_step_of_a_wide_model_fits_into_one_message():
     """Steps are limited in bytes, too: 1024 tokens of 65536 floats would not fit."""
-    assert make_handler()._max_step_tokens == 1024
-    assert make_handler(hidden_size=65536)._max_step_tokens * 65536 * 4 < 64 << 20
+    assert handler_of()._max_step_tokens == 1024
+    assert handler_of(hidden_size=65536)._max_step_tokens * 65536 * 4 < 64 << 20
+
+
+def test_its_repr_says_what_an_operator_wants_to_know():
+    """State, sessions, speed and load in one line."""
+    handler = handler_of()
+    handler._count("a", 2, 3)
+    assert repr(handler) == "<Handler ONLINE | 2 sessions, 3 rows | 0 tokens/s | load 0.00>"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_it_does_not_serve_is_refused_by_name(nodes: list[Node]):
+    """Another checkpoint, other blocks, too long, too many rows, or not now."""
+    async with chain_of(nodes, 1) as chain:
+        [handler] = chain.handlers
+        with pytest.raises(CheckpointMismatch):
+            await chain.open(0, model="cd" * 32)
+        with pytest.raises(InvalidRequest, match="blocks"):
+            await chain.open(0, start=7, end=9)
+        with pytest.raises(InvalidRequest, match="positions"):
+            await chain.open(0, max_length=4097)
+        with pytest.raises(PeerBusy, match="pages"):
+            await chain.open(0, rows=1001)
+        for state in (ServerState.DRAINING, ServerState.OFFLINE):
+            handler.state = state
+            with pytest.raises(PeerBusy, match=state.name):
+                await chain.open(0)
+        assert handler.num_sessions == 0 and not chain.executors[0].sessions
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_load_comes_from_running_sessions_and_waiting_steps(nodes: list[Node]):
+    """It rises with each session that runs, is full while somebody waits for pages, and falls at the end."""
+    async with chain_of(nodes, 1) as chain:
+        [handler] = chain.handlers
+        assert handler.load == 0.0
+        hops = [await chain.open(0, is_last=True) for _ in range(4)]
+        await asyncio.gather(*(hop.step(0, [tokens(4)], positions=[0]) for hop in hops))
+        for hop in hops:
+            await hop.results(0, [4])
+        assert 4 / 32 <= handler.load < 1.0 and handler.tokens_per_s > 0
+        chain.executors[0].num_waiting = 1
+        assert handler.load == 1.0
+        chain.executors[0].num_waiting = 0
+        for hop in hops:
+            await hop.stream.close()
+        await eventually(lambda: handler.num_sessions == 0)

@@ -544,7 +544,7 @@ async def test_whatever_ends_a_session_frees_pages_history_and_push_streams(node
 
 async def test_a_silent_session_is_closed_and_a_pushed_one_is_not(nodes: list[Node]):
     """What comes over push streams counts as a sign of life."""
-    async with chain_of(nodes, 2, idle_timeout_s=0.3) as chain:
+    async with chain_of(nodes, 2, idle_timeout_s=1.0) as chain:
         silent = await chain.open(0, is_last=True)
         fed = await chain.open(0, is_last=True)
         stream = await chain.transports[1].open(chain.peer_id(0), PUSH_SERVICE, timeout_s=10)
@@ -555,9 +555,10 @@ async def test_a_silent_session_is_closed_and_a_pushed_one_is_not(nodes: list[No
             await stream.send(*make_step(position, [tokens(1)], positions=[position]))
             position += 1
             await fed.results(position - 1, [position])
+            await asyncio.wait([ending], timeout=0.05)
         error = await ending
         assert isinstance(error, PeerTimeout) and "silence" in str(error)
-        assert len(chain.executors[0].sessions) == 1
+        await eventually(lambda: len(chain.executors[0].sessions) == 1)
 
 
 async def test_history_over_the_budget_is_dropped_and_counted(nodes: list[Node]):
