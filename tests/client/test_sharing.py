@@ -92,8 +92,32 @@ def test_no_product_gets_more_rows_than_allowed() -> None:
     assert gate.sizes == [1, 4, 4, 4]
 
 
-def test_a_lone_caller_waits_for_nobody() -> None:
-    """It computes in its own thread, with as many rows as it has."""
+def test_those_who_are_on_their_way_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader among several lets other threads run as long as more of them come to join it."""
+    gate = Gate()
+    combiner = Combiner(gate, (1, 2, 4))
+    gate.go.set()
+    coming = [2.0, 3.0]
+    with ThreadPoolExecutor(3) as pool:
+        combiner(row(0.0))
+        followers = []
+
+        def another_comes(seconds: float) -> None:
+            assert seconds == 0
+            if coming:
+                followers.append(pool.submit(combiner, row(coming.pop(0))))
+                until_waiting(combiner, len(followers))
+
+        monkeypatch.setattr(sharing, "time", SimpleNamespace(sleep=another_comes))
+        leader = pool.submit(combiner, row(1.0))
+        assert torch.equal(leader.result(TIMEOUT_S), row(2.0))
+        assert [float(it.result(TIMEOUT_S)[0, 0]) for it in followers] == [4.0, 6.0]
+    assert gate.sizes == [1, 4]
+
+
+def test_a_lone_caller_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes in its own thread, with as many rows as it has, and lets nobody go first."""
+    monkeypatch.setattr(sharing, "time", None)
     threads = []
 
     def compute(rows: torch.Tensor) -> torch.Tensor:
@@ -174,7 +198,7 @@ def test_ctrl_c_in_a_thread_that_was_to_lead_passes_the_lead_on(monkeypatch: pyt
         except KeyboardInterrupt as error:
             errors.append(error)
 
-    monkeypatch.setattr(sharing, "threading", SimpleNamespace(Event=Interrupted, Lock=threading.Lock))
+    monkeypatch.setattr(sharing, "threading", SimpleNamespace(Event=Interrupted, get_ident=threading.get_ident))
     with ThreadPoolExecutor(2) as pool:
         leader, _ = behind_a_leader(pool, combiner, gate, [])
         unlucky.append(threading.Thread(target=to_be_interrupted))
