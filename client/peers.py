@@ -3,7 +3,8 @@
     registry.lookup ──records──┐
     step timings, failures ────┴──► Offers ──swarm.routing──► hops
 
-Penalties decay; nobody is banned, so a server that failed is still used when it is the only one.
+Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. Which servers can't
+send to each other is remembered for a while, too.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ PENALTY_S = 10.0
 """Cost that one failure adds to a visit ..."""
 PENALTY_HALF_LIFE_S = 20.0
 """... and how fast it fades."""
+PUSH_RETRY_S = 600.0
+"""Two servers that could not reach each other are given another try after so long."""
 REFRESH_S = 15.0
 """Age at which the records are read again."""
 
@@ -63,6 +66,7 @@ class Peers:
         self._records: dict[str, ServerRecord] = {}
         self._read_at = float("-inf")
         self._behaviour: dict[str, _Behaviour] = {}
+        self._no_push: dict[tuple[str, str], float] = {}
         self._reading = asyncio.Lock()
 
     @property
@@ -120,6 +124,22 @@ class Peers:
         behaviour.penalised_at = now
         level = logging.INFO if isinstance(error, PeerError) else logging.WARNING
         logger.log(level, "server %s failed: %s", self.name_of(peer_id), error)
+
+    @property
+    def pairs_without_push(self) -> frozenset[tuple[str, str]]:
+        """Pairs of servers of which the first could not send to the second lately."""
+        since = time.monotonic() - PUSH_RETRY_S
+        return frozenset(pair for pair, at in self._no_push.items() if at > since)
+
+    def cannot_push(self, sender: str, receiver: str) -> None:
+        """Two servers that are both alive can't reach each other: sessions take the way through the client."""
+        if (sender, receiver) not in self.pairs_without_push:
+            logger.warning(
+                "server %s can't send to server %s: what goes from one to the other now passes this client",
+                self.name_of(sender),
+                self.name_of(receiver),
+            )
+        self._no_push[sender, receiver] = time.monotonic()
 
     def _offers(self) -> Sequence[Offer]:
         now = time.monotonic()

@@ -18,7 +18,7 @@ import torch
 
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.peers import Peers
-from swarm.client.session import HopTiming, RemoteSession, SessionConfig
+from swarm.client.session import HopTiming, RemoteSession, SessionConfig, WaitingFor
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
 from swarm.transport import Transport
@@ -94,8 +94,18 @@ class SwarmSession:
         """Servers that were replaced in the middle of this session."""
         return self._remote.machine.num_replays
 
+    @property
+    def num_pushes(self) -> int:
+        """Hops that get their inputs straight from the hop before them; all but the first, where nothing is wrong."""
+        return self._remote.machine.num_pushes
+
+    @property
+    def waiting(self) -> WaitingFor | None:
+        """Which server has no room for the step under way, for other threads to look at while they wait."""
+        return self._remote.waiting
+
     def __repr__(self) -> str:
-        return repr(self._remote.machine)
+        return repr(self._remote)
 
     def step(
         self,

@@ -1,241 +1,725 @@
-"""The session driver's policy: whom it blames, whom it replaces, and when it gives up."""
+"""The session driver against scripted servers on real transports: what crosses the wire, and whom it blames."""
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 
 import pytest
+import pytest_asyncio
 import torch
 
 from swarm.client.session import RemoteSession, SessionConfig
-from swarm.codec import decode_tensor, encode_tensor
-from swarm.errors import CheckpointMismatch, InvalidRequest, PeerDisconnected, PeerError, PeerTimeout, RouteNotFound
-from swarm.protocol import OpenSession, SessionOpened, Step, StepResult
-from swarm.session import Hop
-from swarm.transport import EndOfStream
-from swarm.types import BlockRange
-
-HIDDEN = 4
-
-
-class FakePeers:
-    """Knows servers by name, in order of preference; those that failed go to the end."""
-
-    model, model_name, num_blocks = "0" * 64, "fake", 4
-
-    def __init__(self, *names: str):
-        self.names = list(names)
-        self.failures: list[str] = []
-        self.overheads: list[str] = []
-
-    async def route(self, blocks: BlockRange) -> tuple[Hop, ...]:
-        if not self.names:
-            raise RouteNotFound("no server", missing=list(blocks))
-        return (Hop(peer_id=self.names[0], blocks=blocks),)
-
-    def failed(self, peer_id: str, error: Exception) -> None:
-        self.failures.append(peer_id)
-        self.names.remove(peer_id)
-        self.names.append(peer_id)
-
-    def measured(self, peer_id: str, overhead_s: float) -> None:
-        self.overheads.append(peer_id)
-
-
-class FakeStream:
-    """A server that adds 1 to every hidden state and knows how many tokens it holds."""
-
-    def __init__(self, answer: Callable):
-        self.answer, self.replies, self.held, self.is_closed = answer, asyncio.Queue(), [], False
-        self.is_stalled = asyncio.Event()
-
-    async def send(self, message, body=b"", *, timeout_s=None):
-        if isinstance(message, OpenSession):
-            self.held = [0] * message.batch_size
-        self.replies.put_nowait(self.answer(self, message, body))
-
-    async def receive(self, timeout_s=None):
-        reply = await self.replies.get()
-        if isinstance(reply, Exception):
-            raise reply
-        if reply is None:
-            self.is_stalled.set()
-            await asyncio.Event().wait()
-        return reply
-
-    async def close(self):
-        self.is_closed = True
-
-
-def honest(stream: FakeStream, message, body):
-    if isinstance(message, OpenSession):
-        return SessionOpened(max_step_tokens=100, can_rollback=True), b""
-    assert isinstance(message, Step)
-    assert list(message.positions) == stream.held
-    stream.held = [sum(pair) for pair in zip(message.positions, message.num_tokens, strict=True)]
-    pieces = (decode_tensor(message.hidden_states, body) + 1).split(list(message.num_tokens))
-    wanted = [piece[len(piece) - count :] for piece, count in zip(pieces, message.num_outputs, strict=True)]
-    spec, payload = encode_tensor(torch.cat(wanted))
-    return StepResult(step_id=message.step_id, hidden_states=spec, queue_us=0, compute_us=10, batch_tokens=1), payload
-
-
-def at_open(error: Exception) -> Callable:
-    return lambda stream, message, body: error if isinstance(message, OpenSession) else honest(stream, message, body)
-
-
-def at_step(reply) -> Callable:
-    return lambda stream, message, body: reply if isinstance(message, Step) else honest(stream, message, body)
-
-
-class FakeTransport:
-    def __init__(self, **answers: Callable):
-        self.answers, self.streams, self.opened = answers, [], asyncio.Queue()
-
-    async def open(self, peer_id, service, *, timeout_s):
-        self.streams.append((peer_id, FakeStream(self.answers[peer_id])))
-        self.opened.put_nowait(self.streams[-1][1])
-        return self.streams[-1][1]
-
-
-def make(peers: FakePeers, transport: FakeTransport, **config) -> RemoteSession:
-    settings = SessionConfig(**{"max_wait_s": 0.3, **config})
-    return RemoteSession(peers, transport, batch_size=1, max_length=50, config=settings)
-
-
-async def step(session: RemoteSession, num_tokens: int, position: int = 0) -> torch.Tensor:
-    return await session.step(torch.zeros(num_tokens, HIDDEN), positions=[position], num_tokens=[num_tokens])
-
-
-async def test_a_server_that_fails_a_step_is_replaced_and_given_the_history():
-    """The replacement gets every token, the broken stream is closed, the caller sees only the outputs."""
-    calls = iter([honest, honest, lambda *_: PeerDisconnected("gone", peer_id="a")])
-    transport = FakeTransport(a=lambda *args: next(calls)(*args), b=honest)
-    peers = FakePeers("a", "b")
-    session = make(peers, transport)
-    await step(session, 3)
-    outputs = await step(session, 1, position=3)
-    assert torch.equal(outputs, torch.ones(1, HIDDEN))
-    assert peers.failures == ["a"] and session.machine.num_replays == 1
-    assert [(name, stream.is_closed) for name, stream in transport.streams] == [("a", True), ("b", False)]
-    assert transport.streams[1][1].held == [4]
-    await session.close()
-    assert transport.streams[1][1].is_closed
-
-
-async def test_a_refusal_of_the_step_itself_is_not_retried():
-    """InvalidRequest for a step is our own fault: it is raised at once, and no other server is asked."""
-    peers, transport = FakePeers("a", "b"), FakeTransport(a=at_step(InvalidRequest("bad")), b=honest)
-    with pytest.raises(InvalidRequest, match="bad"):
-        await step(make(peers, transport), 1)
-    assert peers.failures == [] and len(transport.streams) == 1
-
-
-async def test_a_refusal_to_open_leads_to_another_server():
-    """A server that moved on refuses what its old record promised; the next one is asked."""
-    peers, transport = FakePeers("a", "b"), FakeTransport(a=at_open(InvalidRequest("runs 0:2")), b=honest)
-    await step(make(peers, transport), 1)
-    assert peers.failures == ["a"]
-
-
-async def test_when_everybody_refuses_to_open_the_reason_is_raised():
-    """Not an endless search: the refusal itself, after a few attempts."""
-    peers, transport = FakePeers("a"), FakeTransport(a=at_open(CheckpointMismatch("other")))
-    with pytest.raises(CheckpointMismatch, match="other"):
-        await step(make(peers, transport, max_wait_s=20), 1)
-    assert len(transport.streams) == 4
-
-
-def wrong_shape(stream: FakeStream, message, body):
-    spec, payload = encode_tensor(torch.zeros(1, HIDDEN + 1))
-    return StepResult(step_id=message.step_id, hidden_states=spec, queue_us=0, compute_us=0, batch_tokens=1), payload
-
-
-def wrong_step(stream: FakeStream, message, body):
-    result, payload = honest(stream, message, body)
-    return StepResult(step_id=7, hidden_states=result.hidden_states, queue_us=0, compute_us=0, batch_tokens=1), payload
-
-
-@pytest.mark.parametrize(
-    "misbehave",
-    [
-        wrong_shape,
-        wrong_step,
-        lambda *_: (SessionOpened(max_step_tokens=1, can_rollback=True), b""),
-        lambda *_: EndOfStream(),
-    ],
+from swarm.codec import encode_tensor
+from swarm.errors import (
+    CheckpointMismatch,
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerTimeout,
+    RouteNotFound,
 )
-async def test_a_malformed_answer_blames_the_server(misbehave):
-    """Outputs of a wrong shape, of another step, another message or the end: the server is replaced."""
+from swarm.network import Node, NodeConfig
+from swarm.protocol import (
+    Forward,
+    Message,
+    OpenSession,
+    Probe,
+    PushHello,
+    SessionOpened,
+    Step,
+    StepResult,
+    Waiting,
+)
+from swarm.transport import Transport
+from swarm.types import BlockRange
+from tests.client.fake_server import HIDDEN, NUM_BLOCKS, FakePeers, FakeServer, FakeSession, Script, run_blocks
 
-    def liar(stream, message, body):
-        return misbehave(stream, message, body) if isinstance(message, Step) else honest(stream, message, body)
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-    peers, transport = FakePeers("a", "b"), FakeTransport(a=liar, b=honest)
-    assert torch.equal(await step(make(peers, transport), 2), torch.ones(2, HIDDEN))
-    assert peers.failures == ["a"]
+NUM_NODES = 7
+CHAIN = ("0:2", "2:4", "4:6")
+PATIENT = 60.0
+"""Longer than any test may take."""
 
 
-async def test_patience_ends_with_the_last_error():
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def nodes() -> AsyncIterator[list[Node]]:
+    """Peers that know each other; the last is the client's."""
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(await Node.start(NodeConfig(host="127.0.0.1")))
+        config = NodeConfig(host="127.0.0.1", initial_peers=first.addresses)
+        others = await asyncio.gather(*(Node.start(config) for _ in range(NUM_NODES - 1)))
+        for node in others:
+            await stack.enter_async_context(node)
+        yield [first, *others]
+
+
+class CountingSession(RemoteSession):
+    """Counts what it is told."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.told: Counter[str] = Counter()
+        self.heard = asyncio.Event()
+        """Set at every message."""
+
+    def on_message(self, hop, message: Message, body: memoryview) -> None:
+        self.told[type(message).__name__] += 1
+        self.heard.set()
+        super().on_message(hop, message, body)
+
+
+@dataclass
+class Swarm:
+    """Servers on the shared nodes, and a client that knows them in this order of preference."""
+
+    servers: list[FakeServer]
+    peers: FakePeers
+    transport: Transport
+    sessions: list[CountingSession] = field(default_factory=list)
+
+    def session(self, batch_size: int = 1, **config) -> CountingSession:
+        settings = SessionConfig(**{"max_wait_s": PATIENT, "late_s": PATIENT, "step_timeout_s": PATIENT, **config})
+        session = CountingSession(
+            self.peers, self.transport, batch_size=batch_size, max_length=1 << 20, config=settings
+        )
+        self.sessions.append(session)
+        return session
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def make_swarm(nodes: list[Node]) -> AsyncIterator[Callable]:
+    """Swarms of one's own, with servers of the given spans."""
+    async with AsyncExitStack() as stack:
+        made: list[Swarm] = []
+
+        async def make(*spans: str, **settings) -> Swarm:
+            servers = [
+                FakeServer(node, BlockRange.parse(span), **settings)
+                for node, span in zip(nodes[:-1], spans, strict=False)
+            ]
+            assert len(servers) == len(spans)
+            for server in servers:
+                await stack.enter_async_context(server.transport)
+            transport = await stack.enter_async_context(Transport(nodes[-1]))
+            made.append(Swarm(servers, FakePeers(servers), transport))
+            return made[-1]
+
+        yield make
+        for swarm in made:
+            for session in swarm.sessions:
+                await session.close()
+
+
+class Text:
+    """Rows of made-up hidden states, and what the blocks make of them."""
+
+    def __init__(self, session: RemoteSession, rows: int = 1, seed: int = 0):
+        self.session = session
+        self.rows = [torch.zeros(0, HIDDEN) for _ in range(rows)]
+        self._random = torch.Generator().manual_seed(seed)
+
+    async def step(self, *num_tokens: int, keep: list[int] | None = None, order: list[int] | None = None) -> None:
+        """Add tokens to the rows in one step of the session, and check its outputs."""
+        before = self.rows if order is None else [self.rows[old] for old in order]
+        positions = keep or [len(row) for row in before]
+        new = [torch.randint(0, 100, (count, HIDDEN), generator=self._random).float() for count in num_tokens]
+        rows = [torch.cat([row[:kept], more]) for row, kept, more in zip(before, positions, new, strict=True)]
+        outputs = await self.session.step(torch.cat(new), positions=positions, num_tokens=num_tokens, order=order)
+        self.rows = rows
+        expected = [
+            run_blocks(row, BlockRange(0, NUM_BLOCKS))[kept:] for row, kept in zip(rows, positions, strict=True)
+        ]
+        assert torch.equal(outputs, torch.cat(expected))
+
+    async def decode(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            await self.step(*[1] * len(self.rows))
+
+
+def at(kind: type[Message], action: Callable[[FakeSession], object], *, skip: int = 0) -> Script:
+    """Do something when a message of this kind comes, once, after `skip` of them; then the message is handled."""
+    left = [skip]
+
+    async def script(session: FakeSession, message: Message) -> bool | None:
+        if not isinstance(message, kind):
+            return None
+        left[0] -= 1
+        if left[0] != -1:
+            return None
+        result = action(session)
+        return await result if asyncio.iscoroutine(result) else None  # type: ignore[no-any-return]
+
+    return script
+
+
+def dying(session: FakeSession) -> None:
+    session.server.kill()
+    raise PeerDisconnected("dead")
+
+
+def refusing(error: Exception) -> Callable[[FakeSession], None]:
+    def action(session: FakeSession) -> None:
+        raise error
+
+    return action
+
+
+async def stopped(session: FakeSession, message: Message) -> None:
+    """Connected, but deaf and dumb."""
+    await asyncio.Event().wait()
+
+
+# -- the chain ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("push", "per_step"), [(True, 1), (False, 3)], ids=["push", "star"])
+async def test_one_activation_goes_up_and_one_comes_down_per_step(make_swarm, push, per_step):
+    """With three hops that push, the client sends one Step and gets one StepResult per token; without, three each."""
+    swarm = await make_swarm(*CHAIN)
+    session = swarm.session(push=push)
+    text = Text(session)
+    await text.step(5)
+    sent, told = sum(server.received["Step"] for server in swarm.servers), session.told["StepResult"]
+    await text.decode(4)
+    assert sum(server.received["Step"] for server in swarm.servers) - sent == 4 * per_step
+    assert session.told["StepResult"] - told == 4 * per_step
+    assert session.machine.num_replays == 0 and session.machine.num_pushes == (2 if push else 0)
+    assert set(swarm.peers.overheads) == {server.peer_id for server in swarm.servers}
+    assert {timing.peer_id for timing in session.timings} == set(swarm.peers.overheads)
+
+
+@pytest.mark.parametrize("push", [True, False])
+async def test_a_long_prompt_is_sent_in_chunks_without_waiting_for_results(make_swarm, push):
+    """The last hop starts only when the first has got everything: a client that waited for results would hang."""
+    swarm = await make_swarm(*CHAIN, max_step_tokens=10)
+    first, last = swarm.servers[0], swarm.servers[2]
+    has_all = asyncio.Event()
+
+    async def first_script(session: FakeSession, message: Message) -> None:
+        if first.received["Step"] == 5:
+            has_all.set()
+
+    async def last_script(session: FakeSession, message: Message) -> None:
+        if isinstance(message, Step):
+            await has_all.wait()
+
+    first.script, last.script = first_script, last_script
+    text = Text(swarm.session(push=push))
+    await text.step(50)
+    await text.decode(1)
+
+
+async def test_chunks_are_no_larger_than_the_client_wishes(make_swarm):
+    """chunk_tokens cuts what a server would take whole."""
+    swarm = await make_swarm("0:6")
+    text = Text(swarm.session(chunk_tokens=7))
+    await text.step(21)
+    assert swarm.servers[0].received["Step"] == 3
+
+
+async def test_rows_rollback_and_order_pass_through_the_chain(make_swarm):
+    """Several rows of different lengths, beams that swap, tokens that are taken back."""
+    swarm = await make_swarm(*CHAIN, max_step_tokens=3)
+    text = Text(swarm.session(3), rows=3)
+    await text.step(4, 1, 2)
+    await text.step(1, 1, 1, order=[2, 0, 0])
+    await text.step(2, 0, 1, keep=[1, 5, 3])
+    await text.step(1, 1, 1, order=[1, 1, 2])
+
+
+# -- failures -----------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "opening": (OpenSession, 0),
+    "connecting": (Forward, 0),
+    "accepting": (PushHello, 0),
+    "prompt": (Step, 0),
+    "rest of the prompt": (Step, 1),
+    "decode": (Step, 4),
+}
+
+
+@pytest.mark.parametrize("push", [True, False], ids=["push", "star"])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("index", range(3))
+async def test_a_hop_that_dies_is_replaced_whatever_it_is_doing(make_swarm, index, phase, push):
+    """A killed server costs no token, and nobody else is blamed."""
+    kind, skip = PHASES[phase]
+    swarm = await make_swarm(*CHAIN, CHAIN[index], max_step_tokens=4)
+    victim = swarm.servers[index]
+    victim.script = at(kind, dying, skip=skip)
+    session = swarm.session(push=push)
+    text = Text(session)
+    await text.step(8)
+    await text.decode(4)
+    died = victim.received[kind.__name__] + victim.received[f"push:{kind.__name__}"] > skip
+    assert died or kind in (Forward, PushHello)
+    assert swarm.peers.failures == ([victim.peer_id] if died else [])
+    assert session.machine.num_pushes == (2 if push else 0)
+
+
+@pytest.mark.parametrize("lost", [(0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
+async def test_hops_that_die_at_once_are_replaced(make_swarm, lost):
+    """Between two steps, neighbours or all."""
+    swarm = await make_swarm(*CHAIN, *(CHAIN[index] for index in lost))
+    text = Text(swarm.session(2), rows=2)
+    await text.step(6, 3)
+    await text.decode(2)
+    for index in lost:
+        swarm.servers[index].kill()
+    await text.decode(3)
+    assert set(swarm.peers.failures) == {swarm.servers[index].peer_id for index in lost}
+
+
+async def test_a_replacement_that_dies_while_it_catches_up_is_replaced(make_swarm):
+    """Failure during a replay."""
+    swarm = await make_swarm(*CHAIN, "2:4", "2:4", max_step_tokens=4)
+    first, second = swarm.servers[1], swarm.servers[3]
+    text = Text(swarm.session())
+    await text.step(20)
+    first.script = at(Step, dying)
+    second.script = at(Step, dying, skip=2)
+    await text.decode(3)
+    assert swarm.peers.failures == [first.peer_id, second.peer_id]
+
+
+async def test_a_replay_comes_from_the_hop_before(make_swarm):
+    """What the client sends after the loss of a middle hop is the step under way, no history."""
+    swarm = await make_swarm(*CHAIN, "2:4")
+    text = Text(swarm.session())
+    await text.step(40)
+    tokens = swarm.servers[0].num_tokens
+    swarm.servers[1].kill()
+    await text.decode(1)
+    assert swarm.servers[0].num_tokens == tokens + 1
+    assert swarm.servers[3].received["Step"] == 0 and swarm.servers[3].num_tokens == 41
+
+
+@pytest.mark.parametrize("index", range(3))
+async def test_a_failure_while_beams_swap_gives_the_right_rows(make_swarm, index):
+    """The order is applied once, whoever is replaced in the middle of the step."""
+    swarm = await make_swarm(*CHAIN, CHAIN[index])
+    text = Text(swarm.session(3), rows=3)
+    await text.step(4, 5, 3)
+    await text.step(1, 1, 1, order=[1, 0, 1])
+    swarm.servers[index].script = at(Step, dying)
+    await text.step(1, 1, 1, order=[2, 2, 0])
+    await text.step(1, 1, 1, order=[0, 2, 1])
+    assert swarm.peers.failures == [swarm.servers[index].peer_id]
+
+
+@pytest.mark.parametrize("index", range(3))
+async def test_a_stopped_hop_is_found_by_asking(make_swarm, index):
+    """Connected and silent: the step is late, the others answer, this one does not."""
+    swarm = await make_swarm(*CHAIN, CHAIN[index])
+    text = Text(swarm.session(late_s=0.2, probe_timeout_s=2.0))
+    await text.step(5)
+    await text.decode(2)
+    swarm.servers[index].script = stopped
+    await text.decode(2)
+    assert swarm.peers.failures == [swarm.servers[index].peer_id]
+
+
+async def test_a_hop_that_lives_but_does_nothing_is_replaced_later(make_swarm):
+    """It answers, but swallows what it is given: after the step's deadline its work goes elsewhere."""
+
+    async def idle(session: FakeSession, message: Message) -> bool:
+        return isinstance(message, Step)
+
+    swarm = await make_swarm("0:6", "0:6")
+    session = swarm.session(late_s=0.05, probe_timeout_s=PATIENT, step_timeout_s=0.5)
+    text = Text(session)
+    swarm.servers[0].script = idle
+    await text.step(5)
+    assert swarm.peers.failures == [swarm.servers[0].peer_id] and session.told["ProbeResult"] >= 1
+
+
+async def test_a_way_between_two_hops_that_carries_nothing_is_given_up(make_swarm):
+    """Pushed steps vanish though both servers answer: the client stands in between, and remembers."""
+    swarm = await make_swarm("0:3", "3:6")
+    first, second = swarm.servers
+
+    async def swallow(session: FakeSession, message: Message) -> bool:
+        return isinstance(message, Step) and not second.received["Step"]
+
+    second.script = swallow
+    session = swarm.session(late_s=0.05, probe_timeout_s=PATIENT, step_timeout_s=1.0)
+    text = Text(session)
+    await text.step(5)
+    await text.decode(2)
+    assert swarm.peers.failures == []
+    assert swarm.peers.pairs_without_push == {(first.peer_id, second.peer_id)}
+
+
+async def test_servers_that_cannot_reach_each_other_are_connected_by_the_client(make_swarm):
+    """Outputs stay the same, nobody is blamed, the other pair still pushes, and the next session knows beforehand."""
+    swarm = await make_swarm(*CHAIN)
+    first, second, _ = swarm.servers
+    first.unreachable = {second.peer_id}
+    session = swarm.session()
+    text = Text(session)
+    await text.step(5)
+    await text.decode(3)
+    assert swarm.peers.failures == [] and session.machine.num_pushes == 1 and session.machine.num_replays == 0
+    assert swarm.peers.pairs_without_push == {(first.peer_id, second.peer_id)}
+    assert first.sessions[0].forwarded == [second.peer_id, ""]
+    await session.close()
+    later = swarm.session()
+    await Text(later).step(4)
+    assert first.sessions[-1].forwarded == [""] and later.told["LinkDown"] == 0
+
+
+async def test_a_link_that_breaks_in_mid_session_falls_back_to_the_client(make_swarm):
+    """Both servers live: what is missing comes from the first one's history."""
+    swarm = await make_swarm(*CHAIN)
+    text = Text(swarm.session())
+    await text.step(5)
+    await swarm.servers[1].sessions[0].lose_link()
+    await text.decode(3)
+    assert swarm.peers.failures == [] and len(swarm.peers.pairs_without_push) == 1
+
+
+async def test_a_link_to_a_stopped_server_blames_the_server(make_swarm):
+    """The one before says that it can't send: the next one is asked, and replaced when it is silent."""
+    swarm = await make_swarm("0:3", "3:6", "3:6")
+    first, second = swarm.servers[:2]
+    text = Text(swarm.session(probe_timeout_s=0.5))
+    await text.step(5)
+    second.script = stopped
+    await first.sessions[0].lose_link()
+    await text.decode(2)
+    assert swarm.peers.failures == [second.peer_id] and swarm.peers.pairs_without_push == frozenset()
+
+
+async def test_lost_history_is_replayed_from_further_up(make_swarm):
+    """The hop before a lost one has dropped its history: it is fed again, too, from the client's."""
+    swarm = await make_swarm(*CHAIN, "2:4")
+    session = swarm.session()
+    text = Text(session)
+    await text.step(20)
+    await text.decode(2)
+    swarm.servers[0].sessions[0].link.drop_history()
+    swarm.servers[1].kill()
+    await text.decode(3)
+    assert 22 + 25 <= swarm.servers[0].num_tokens <= 23 + 25 and session.told["LinkDown"] >= 1
+
+
+# -- whom to blame ------------------------------------------------------------------------------------------------
+
+
+async def test_a_refusal_of_the_step_itself_is_not_retried(make_swarm):
+    """InvalidRequest for a step of ours is our own fault: it is raised at once, and no other server is asked."""
+    swarm = await make_swarm("0:6", "0:6")
+    swarm.servers[0].script = at(Step, refusing(InvalidRequest("bad")))
+    text = Text(swarm.session())
+    with pytest.raises(InvalidRequest, match="bad"):
+        await text.step(2)
+    assert swarm.peers.failures == [] and not swarm.servers[1].received
+    await text.step(2)
+
+
+async def test_a_refusal_to_open_leads_to_another_server(make_swarm):
+    """A server that moved on refuses what its old record promised; the next one is asked."""
+    swarm = await make_swarm("0:6", "0:6")
+    swarm.servers[0].script = at(OpenSession, refusing(InvalidRequest("runs 0:2")))
+    await Text(swarm.session()).step(2)
+    assert swarm.peers.failures == [swarm.servers[0].peer_id]
+
+
+async def test_when_everybody_refuses_to_open_the_reason_is_raised(make_swarm):
+    """Not an endless search: the refusal itself, after a few attempts."""
+    swarm = await make_swarm("0:6")
+
+    async def refuse(session: FakeSession, message: Message) -> None:
+        raise CheckpointMismatch("other")
+
+    swarm.servers[0].script = refuse
+    with pytest.raises(CheckpointMismatch, match="other"):
+        await Text(swarm.session()).step(1)
+    assert swarm.servers[0].received["OpenSession"] == 4
+
+
+def result(
+    step_id: int = 0, positions: int = 0, num_tokens: int = 2, rows: int = 1, width: int = HIDDEN, dtype=torch.float32
+) -> tuple[Message, memoryview]:
+    spec, payload = encode_tensor(torch.zeros(num_tokens, width, dtype=dtype))
+    return (
+        StepResult(
+            step_id=step_id,
+            positions=(positions,) * rows,
+            num_tokens=(num_tokens,) + (0,) * (rows - 1),
+            hidden_states=spec,
+            trace=(),
+        ),
+        payload,
+    )
+
+
+MISBEHAVIOUR = {
+    "too wide": result(width=HIDDEN + 1),
+    "a step that was not begun": result(step_id=7),
+    "another type": result(dtype=torch.float16),
+    "another number of rows": result(rows=2),
+    "beyond what was asked": result(num_tokens=3),
+    "a gap": result(positions=1, num_tokens=1),
+    "a body that is too short": (result()[0], memoryview(bytes(3))),
+    "another message": (SessionOpened(max_step_tokens=1, can_rollback=True), memoryview(b"")),
+}
+
+
+@pytest.mark.parametrize("lie", MISBEHAVIOUR)
+async def test_a_malformed_answer_blames_the_server(make_swarm, lie):
+    """Results that can't be what was asked for, other messages: the server is replaced."""
+    swarm = await make_swarm("0:6", "0:6")
+
+    async def lying(session: FakeSession) -> bool:
+        await session.stream.send(*MISBEHAVIOUR[lie])
+        return True
+
+    swarm.servers[0].script = at(Step, lying)
+    await Text(swarm.session()).step(2)
+    assert swarm.peers.failures == [swarm.servers[0].peer_id]
+
+
+async def test_a_server_that_ends_the_session_is_replaced(make_swarm):
+    """An orderly end of the stream is a failure, too."""
+    swarm = await make_swarm("0:6", "0:6")
+
+    async def end(session: FakeSession) -> bool:
+        await session.stream.close()
+        return True
+
+    swarm.servers[0].script = at(Step, end)
+    await Text(swarm.session()).step(2)
+    assert swarm.peers.failures == [swarm.servers[0].peer_id]
+
+
+async def test_the_same_result_again_and_again_is_no_progress(make_swarm):
+    """A server that repeats part of the outputs for ever is found out like one that says nothing."""
+    swarm = await make_swarm("0:6", "0:6")
+
+    async def repeat(session: FakeSession) -> bool:
+        while not session.stream.is_over:
+            await session.stream.send(*result(num_tokens=1))
+            await asyncio.sleep(0)
+        return True
+
+    swarm.servers[0].script = at(Step, repeat)
+    session = swarm.session(late_s=0.05, probe_timeout_s=0.5)
+    await session.step(torch.zeros(2, HIDDEN), positions=[0], num_tokens=[2])
+    assert swarm.peers.failures == [swarm.servers[0].peer_id]
+
+
+# -- patience -----------------------------------------------------------------------------------------------------
+
+
+async def test_patience_ends_with_the_last_error(make_swarm):
     """When every server keeps failing, the caller gets the reason after max_wait_s, not never."""
-    peers, transport = FakePeers("a"), FakeTransport(a=at_step(PeerDisconnected("gone", peer_id="a")))
-    async with asyncio.timeout(5):
-        with pytest.raises(PeerError, match="gone"):
-            await step(make(peers, transport), 1)
+    swarm = await make_swarm("0:6")
+
+    async def fail(session: FakeSession, message: Message) -> None:
+        raise PeerDisconnected("gone")
+
+    swarm.servers[0].script = fail
+    with pytest.raises(PeerDisconnected, match="gone"):
+        await Text(swarm.session(max_wait_s=0.3)).step(1)
 
 
-async def test_missing_blocks_are_waited_for():
+async def test_a_session_outlives_the_last_replica(make_swarm):
+    """Nobody left: the step waits up to the caller's limit, then fails; when a server is back, the session goes on."""
+    swarm = await make_swarm("0:3", "3:6")
+    lost = swarm.servers[1]
+    text = Text(swarm.session(max_wait_s=0.3))
+    await text.step(6)
+    await text.decode(2)
+    lost.kill()
+    swarm.peers.servers.remove(lost)
+    for _ in range(2):
+        with pytest.raises(RouteNotFound, match="block 3"):
+            await text.decode(1)
+    lost.revive()
+    swarm.peers.servers.append(lost)
+    await text.decode(3)
+    assert swarm.servers[0].num_tokens <= 6 + 5 + 2  # its part was not lost
+
+
+async def test_missing_blocks_are_waited_for(make_swarm):
     """A server that appears in time is used."""
-    peers, transport = FakePeers(), FakeTransport(a=honest)
-    session = make(peers, transport, max_wait_s=10)
-    running = asyncio.create_task(step(session, 1))
-    await asyncio.sleep(0)
-    peers.names.append("a")
-    assert torch.equal(await running, torch.ones(1, HIDDEN))
+    swarm = await make_swarm("0:6")
+    late = swarm.peers.servers.pop()
+    asked = []
+
+    def appear(blocks: BlockRange) -> None:
+        asked.append(blocks)
+        if len(asked) == 3:
+            swarm.peers.servers.append(late)
+
+    swarm.peers.on_route = appear
+    await Text(swarm.session()).step(2)
+    assert len(asked) == 3
 
 
-async def test_a_cancelled_step_leaves_a_session_that_can_go_on():
-    """After a cancellation the uncertain stream is closed, and the same step on a new one gives the right outputs."""
-    answers = iter([honest, honest, lambda *_: None, honest, honest])
-    transport = FakeTransport(a=lambda *args: next(answers)(*args))
-    session = make(FakePeers("a"), transport)
-    await step(session, 2)
-    running = asyncio.create_task(step(session, 1, position=2))
-    await transport.streams[0][1].is_stalled.wait()
+async def test_a_lookup_that_fails_is_tried_again(make_swarm):
+    """A DHT that does not answer costs a pause, not the session."""
+    swarm = await make_swarm("0:6")
+    failures = [PeerTimeout("DHT search did not end")]
+
+    def fail_once(blocks: BlockRange) -> None:
+        if failures:
+            raise failures.pop()
+
+    swarm.peers.on_route = fail_once
+    await Text(swarm.session()).step(2)
+
+
+async def test_a_server_without_room_is_waited_for_and_shown(make_swarm, caplog):
+    """Waiting keeps a step alive beyond its deadline, is logged once a second at most, and shown while it lasts."""
+    swarm = await make_swarm("0:6")
+    seen = []
+
+    async def wait(session: FakeSession) -> None:
+        client.heard.clear()
+        for _ in range(4):
+            await session.stream.send(Waiting(step_id=0, expected_s=7.0))
+        await client.heard.wait()
+        seen.append((client.waiting.peer_id, client.waiting.expected_s, repr(client)))
+
+    swarm.servers[0].script = at(Step, wait)
+    client = swarm.session()
+    with caplog.at_level(logging.INFO, "swarm.client.session"):
+        await Text(client).step(2)
+    name = swarm.servers[0].peer_id[-8:]
+    assert seen == [
+        (swarm.servers[0].peer_id, 7.0, f"<RemoteSession 1 hops | position 2/1048576 | waits 7 s for {name}>")
+    ]
+    assert client.waiting is None and swarm.peers.failures == []
+    assert sum("no room" in record.message for record in caplog.records) == 1
+
+
+async def test_waiting_for_room_ends_with_the_callers_limit(make_swarm):
+    """A server that says for ever that it has no room yet: PeerBusy, and the session can be tried again."""
+    swarm = await make_swarm("0:6")
+
+    async def wait(session: FakeSession) -> bool:
+        while not session.stream.is_over:
+            await session.stream.send(Waiting(step_id=0, expected_s=7.0))
+            await asyncio.sleep(0)
+        return True
+
+    swarm.servers[0].script = at(Step, wait)
+    text = Text(swarm.session(max_wait_s=0.2))
+    with pytest.raises(PeerBusy, match="no room") as caught:
+        await text.step(2)
+    assert caught.value.retry_after_s == 7.0 and caught.value.peer_id == swarm.servers[0].peer_id
+
+
+# -- cancellation, flow control, the end --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(3))
+async def test_a_cancelled_step_leaves_a_session_that_can_go_on(make_swarm, index):
+    """Cancelled while a hop works on it: the same step again gives the right outputs, and nobody is blamed."""
+    swarm = await make_swarm(*CHAIN)
+    text = Text(swarm.session())
+    await text.step(4)
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(session: FakeSession) -> None:
+        reached.set()
+        await go_on.wait()
+
+    swarm.servers[index].script = at(Step, hold)
+    running = asyncio.create_task(text.step(1))
+    await reached.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert transport.streams[0][1].is_closed
-    assert torch.equal(await step(session, 1, position=2), torch.ones(1, HIDDEN))
-    assert transport.streams[1][1].held == [3]
+    go_on.set()
+    await text.decode(3)
+    assert swarm.peers.failures == []
 
 
-async def test_a_cancelled_opening_is_not_mistaken_for_an_open_session():
+async def test_a_cancelled_opening_is_not_mistaken_for_an_open_session(make_swarm):
     """After Ctrl-C while a session opens, the next step opens it anew."""
-    answers = iter([lambda *_: None, honest, honest])
-    transport = FakeTransport(a=lambda *args: next(answers)(*args))
-    peers = FakePeers("a")
-    session = make(peers, transport)
-    running = asyncio.create_task(step(session, 1))
-    stream = await transport.opened.get()
-    await stream.is_stalled.wait()
+    swarm = await make_swarm("0:6")
+    reached = asyncio.Event()
+
+    async def hold(session: FakeSession) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    swarm.servers[0].script = at(OpenSession, hold)
+    text = Text(swarm.session())
+    running = asyncio.create_task(text.step(1))
+    await reached.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert stream.is_closed
-    assert torch.equal(await step(session, 1), torch.ones(1, HIDDEN))
-    assert peers.failures == []
+    await text.step(1)
+    assert swarm.peers.failures == [] and swarm.servers[0].received["OpenSession"] == 2
 
 
-async def test_a_dht_that_does_not_answer_is_waited_for():
-    """A lookup that fails once costs a pause, not the session."""
+async def test_a_hop_that_reads_nothing_does_not_keep_the_others_waiting(make_swarm):
+    """While the first hop takes no more of a long prompt, the loss of the last one is made good."""
+    swarm = await make_swarm("0:3", "3:6", "3:6")
+    first, second, spare = swarm.servers
+    replaced = asyncio.Event()
 
-    class SlowPeers(FakePeers):
-        num_failures = 1
+    async def hold(session: FakeSession) -> None:
+        second.kill()
+        await replaced.wait()
 
-        async def route(self, blocks):
-            if self.num_failures:
-                self.num_failures -= 1
-                raise PeerTimeout("DHT search did not end")
-            return await super().route(blocks)
+    async def tell(session: FakeSession, message: Message) -> None:
+        replaced.set()
 
-    transport = FakeTransport(a=honest)
-    assert torch.equal(await step(make(SlowPeers("a"), transport, max_wait_s=10), 1), torch.ones(1, HIDDEN))
+    first.script, spare.script = at(Step, hold), tell
+    session = swarm.session(chunk_tokens=1 << 15)
+    first.max_step_tokens = second.max_step_tokens = spare.max_step_tokens = 1 << 15
+    num_tokens = 12 << 15  # 6 MB, more than the window of a stream
+    hidden_states = torch.ones(num_tokens, HIDDEN)
+    async with asyncio.timeout(60):
+        outputs = await session.step(hidden_states, positions=[0], num_tokens=[num_tokens], num_outputs=[1])
+    assert torch.equal(outputs, run_blocks(hidden_states, BlockRange(0, NUM_BLOCKS))[-1:])
+    assert swarm.peers.failures == [second.peer_id]
+
+
+async def test_closing_does_not_wait_for_a_stopped_server(make_swarm):
+    """Every server forgets the session as soon as it reads again; the client does not wait for that."""
+    swarm = await make_swarm("0:3", "3:6")
+    session = swarm.session()
+    text = Text(session)
+    await text.step(4)
+    swarm.servers[1].script = stopped
+    reached = asyncio.Event()
+    swarm.servers[0].script = at(Step, lambda _: reached.set())
+    running = asyncio.create_task(text.step(1))
+    await reached.wait()
+    async with asyncio.timeout(5):
+        await session.close()
+        with pytest.raises(InvalidRequest, match="closed"):
+            await running
+    with pytest.raises(InvalidRequest, match="closed"):
+        await text.step(1)
+    assert swarm.peers.failures == []
+
+
+async def test_a_probe_is_not_needed_where_steps_are_on_time(make_swarm):
+    """Asking costs nothing as long as nothing is late."""
+    swarm = await make_swarm(*CHAIN)
+    text = Text(swarm.session())
+    await text.step(4)
+    await text.decode(5)
+    assert sum(server.received[Probe.__name__] for server in swarm.servers) == 0
+
+
+async def test_a_server_that_cannot_roll_back_gets_the_rows_again(make_swarm):
+    """A recurrent state can't be taken back: the session is opened anew and replayed."""
+    swarm = await make_swarm("0:6", can_rollback=False)
+    text = Text(swarm.session())
+    await text.step(6)
+    await text.step(1, keep=[3])
+    assert swarm.servers[0].received["OpenSession"] == 2 and swarm.peers.failures == []
