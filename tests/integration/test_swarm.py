@@ -1,6 +1,7 @@
 """Sessions through real servers on a real DHT: right results, right refusals, nothing left behind."""
 
 import asyncio
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,14 +212,22 @@ def open_message(swarm: LocalSwarm, **changes) -> OpenSession:
         "end": 3,
         "batch_size": 1,
         "max_length": 16,
+        "is_last": True,
     }
-    return OpenSession(**{**fields, **changes})
+    return OpenSession(**{**fields, "push_key": os.urandom(16), **changes})
 
 
 def step_message(num_tokens: int = 2, hidden: int = HIDDEN, **changes) -> tuple[Step, memoryview]:
     spec, body = encode_tensor(torch.zeros(num_tokens, hidden))
     counts = (num_tokens,)
-    fields = {"step_id": 1, "positions": (0,), "num_tokens": counts, "num_outputs": counts, "order": None}
+    fields = {
+        "step_id": 1,
+        "order": None,
+        "base": (0,),
+        "positions": (0,),
+        "num_tokens": counts,
+        "outputs_from": (0,),
+    }
     return Step(**{**fields, "hidden_states": spec, **changes}), body
 
 
@@ -261,7 +270,6 @@ def test_sessions_that_cannot_be_served_are_refused(swarm, service, changes, err
         (step_message(num_tokens=20), InvalidRequest, "session limit 16"),
         (step_message(positions=(0, 0)), InvalidRequest, "has 1 rows"),
         (step_message(order=(4,)), InvalidRequest, "row 4 of 1"),
-        (step_message(num_outputs=(3,)), InvalidRequest, "3 outputs"),
         ((step_message()[0], b"\x00" * 12), PeerMisbehaved, "12 bytes"),
         ((InfoRequest(), b""), InvalidRequest, "expected Step"),
     ],
