@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from swarm.client.head import CastHead, Int8Head
+from swarm.client.head import CastHead, Int8Head, pack
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     heads = make_heads(args.hidden, args.vocabulary)
     report = {}
-    for rows in (1, 3, 8):
+    for rows in (1, 3, 8, 16):
         hidden = torch.randn(rows, 1, args.hidden)
         times = measure(heads, hidden, args.rounds)
         print(f"\n{rows} rows: {'ms':>22}{'x float32 rows':>17}{'error':>10}")
@@ -50,10 +50,16 @@ def make_heads(hidden: int, vocabulary: int) -> dict[str, nn.Module]:
     linear = nn.Linear(hidden, vocabulary, bias=False).requires_grad_(False)
     columns = copy.deepcopy(linear)
     columns.weight.data = columns.weight.t().contiguous().t()
+    packed = {
+        f"{str(dtype).removeprefix('torch.')} packed": head
+        for dtype in (torch.float32, torch.bfloat16)
+        if (head := pack(linear, dtype, is_tied=True)) is not None
+    }
     return {
         "floor": Floor(linear.weight),
         "float32 rows": linear,
         "float32 columns": columns,
+        **packed,
         "float16": CastHead(linear, torch.float16),
         "bfloat16": CastHead(linear, torch.bfloat16),
         "int8": Int8Head(linear),
