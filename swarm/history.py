@@ -30,12 +30,13 @@ class RowHistory:
 
     def append(self, hidden_states: torch.Tensor) -> None:
         """Add the next hidden states [n, hidden]. The tensor is kept as it is: hand in one that owns its memory."""
-        if not len(hidden_states):
+        count = hidden_states.shape[0]
+        if not count:
             return
         self._pieces.append(hidden_states)
-        self.length += len(hidden_states)
+        self.length += count
         self.num_bytes += hidden_states.nbytes
-        self._num_small = self._num_small + 1 if len(hidden_states) < MERGE_LENGTH else 0
+        self._num_small = self._num_small + 1 if count < MERGE_LENGTH else 0
         if self._num_small >= MERGE_LENGTH:
             self._pieces[-self._num_small :] = [torch.cat(self._pieces[-self._num_small :])]
             self._num_small = 0
@@ -82,8 +83,10 @@ class RowHistory:
         for piece in reversed(self._pieces):
             if piece_end <= start:
                 break
-            piece_start = piece_end - len(piece)
-            if piece_start < end:
+            piece_start = piece_end - piece.shape[0]
+            if start <= piece_start and piece_end <= end:
+                found.append(piece)
+            elif piece_start < end:
                 found.append(piece[max(start - piece_start, 0) : end - piece_start])
             piece_end = piece_start
         return found[::-1]

@@ -49,7 +49,7 @@ class Link:
 
     def __init__(self, num_rows: int, *, to_client: bool, keeps_history: bool = True):
         self.step_id = -1
-        self.is_connected = self.leads_to_client = to_client
+        self.is_connected = self.leads_to_client = self._is_last = to_client
         self._keeps_history = keeps_history
         self._history = [RowHistory() for _ in range(num_rows)]
         self._held = [0] * num_rows
@@ -105,7 +105,7 @@ class Link:
                 row.truncate(position)
         if step_id > self._as_of:
             self._held = self._translate(self._held)
-        if self.leads_to_client and step_id > self._as_of + 1:
+        if self._is_last and self.leads_to_client:
             self._held = list(outputs_from)
 
     def append(self, row: int, position: int, hidden_states: torch.Tensor) -> None:
@@ -116,7 +116,7 @@ class Link:
         history = self._history[row]
         if position > history.length:
             history.restart(position)
-        history.append(hidden_states[max(0, history.length - position) :])
+        history.append(hidden_states[history.length - position :] if position < history.length else hidden_states)
 
     # -- the receiver -------------------------------------------------------------------------------------------
 

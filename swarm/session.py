@@ -16,7 +16,7 @@ worth another try, how long to wait for one and whom to blame is the driver's po
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -110,8 +110,10 @@ class _Part:
     is_open: bool = False
     is_replacement: bool = False
     """Whether these blocks had another server before."""
+    came_in: int = 0
+    """The step in which this server was found."""
     proven_from: int = 0
-    """The first step whose results can only have come through this server."""
+    """The first step whose results can't have come through the server before this one."""
     held: tuple[int, ...]
     """Tokens of each row that it surely holds, in the order of rows after step `Session._as_of`."""
     told: int = _NOWHERE
@@ -119,8 +121,9 @@ class _Part:
     max_step_tokens: int = 1 << 16
     can_rollback: bool = True
 
-    def lose_server(self) -> None:
-        self.is_replacement |= self.is_open
+    def lose_server(self, step_id: int) -> None:
+        if self.is_open:
+            self.is_replacement, self.proven_from = True, step_id + 1
         self.hop, self.link, self.is_open, self.told, self.can_rollback = None, -1, False, _NOWHERE, True
         self.held = (0,) * len(self.held)
         if self.feed is not None:
@@ -137,7 +140,12 @@ class _Step:
     """What the servers are asked for: at least the last output of each row that has new tokens, so that the last result
     proves that every hop holds everything."""
     num_outputs: tuple[int, ...]
-    results: list[RowHistory] = field(default_factory=list)
+    hidden_size: int
+    results: list[RowHistory]
+
+    def begin_at(self, feed: Link, step_id: int) -> None:
+        """Begin the step on a link of the client's."""
+        feed.begin(step_id, order=self.order, base=self.base, outputs_from=self.outputs_from)
 
 
 class Session:
@@ -198,9 +206,16 @@ class Session:
         return sum(part.feed is None for part in self._parts)
 
     @property
+    def history_bytes(self) -> int:
+        """Memory of what is kept for replays here."""
+        return sum(part.feed.history_bytes for part in self._parts if part.feed is not None)
+
+    @property
     def is_replaying(self) -> bool:
         """Whether a server that came in during this step is catching up with what went before."""
-        return any(self._committed) and any(part.proven_from > self._step_id for part in self._parts)
+        return any(self._committed) and any(
+            part.is_replacement and part.came_in == self._step_id for part in self._parts
+        )
 
     @property
     def pending_opens(self) -> tuple[Open, ...]:
@@ -244,7 +259,7 @@ class Session:
         self._check_step(hidden_states, positions, num_tokens, outputs, lengths)
         base = tuple(positions)
         if any(length > position for length, position in zip(lengths, base, strict=True)):
-            self._lose_those_without_rollback()
+            self._lose_each([part for part in self._parts if not part.can_rollback])
         self._lengths = [position + count for position, count in zip(base, num_tokens, strict=True)]
         asked = [max(wanted, min(count, 1)) for wanted, count in zip(outputs, num_tokens, strict=True)]
         outputs_from = tuple(length - count for length, count in zip(self._lengths, asked, strict=True))
@@ -254,16 +269,17 @@ class Session:
             base=base,
             outputs_from=outputs_from,
             num_outputs=outputs,
+            hidden_size=hidden_states.shape[1],
             results=[RowHistory() for _ in base],
         )
         for row, position in zip(self._step.results, outputs_from, strict=True):
             row.restart(position)
-        for index, part in enumerate(self._parts):
+        for part in self._parts:
             if part.feed is not None:
-                self._begin_feed(index, part.feed)
+                self._step.begin_at(part.feed, self._step_id)
         first = self._parts[0].feed
         assert first is not None
-        for row_index, piece in enumerate(hidden_states.split(list(num_tokens))):
+        for row_index, piece in enumerate(hidden_states.split_with_sizes(list(num_tokens))):
             first.append(row_index, base[row_index], piece)
 
     def next_action(self) -> Action:
@@ -303,14 +319,14 @@ class Session:
         edges = [gap.blocks.start, *(hop.blocks.end for hop in hops)]
         if edges[-1] != gap.blocks.end or [hop.blocks.start for hop in hops] != edges[:-1]:
             raise InvalidRequest(f"route {[str(hop.blocks) for hop in hops]} does not cover blocks {gap.blocks}")
-        proven_from = self._step_id + gap.is_replacement
         fresh = [
             _Part(
                 blocks=hop.blocks,
                 hop=hop,
                 link=link,
                 is_replacement=gap.is_replacement,
-                proven_from=proven_from,
+                came_in=self._step_id,
+                proven_from=gap.proven_from,
                 held=self._nothing,
             )
             for link, hop in enumerate(hops, self._next_link)
@@ -320,6 +336,9 @@ class Session:
         self._parts[index : index + 1] = fresh
         for position in range(index, min(index + len(fresh) + 1, len(self._parts))):
             self._feed_if_needed(position)
+        following = index + len(fresh)
+        if following < len(self._parts) and self._can_push(following):
+            self._parts[following].feed = None  # the new server before it has the history once it has caught up
 
     def opened(self, link: int, *, max_step_tokens: int, can_rollback: bool) -> None:
         """What the server of a new link said of itself."""
@@ -353,18 +372,19 @@ class Session:
             return  # sent before the server was told to push
         lengths = target.lengths if target is not None else [row.length for row in step.results]
         peer_id = part.hop.peer_id if part.hop is not None else None
-        if not len(positions) == len(num_tokens) == self.batch_size or len(hidden_states) != sum(num_tokens):
-            raise PeerMisbehaved(f"{len(hidden_states)} outputs for {len(positions)} rows", peer_id=peer_id)
+        shape, rows = tuple(hidden_states.shape), (len(positions), len(num_tokens))
+        if rows != (self.batch_size, self.batch_size) or shape != (sum(num_tokens), step.hidden_size):
+            raise PeerMisbehaved(f"outputs of shape {shape} for {rows[1]} rows", peer_id=peer_id)
         for row, (position, count, length) in enumerate(zip(positions, num_tokens, lengths, strict=True)):
             if count and (position > length or position + count > self._lengths[row]):
                 raise PeerMisbehaved(
                     f"outputs of row {row} at {position}:{position + count}, expected {length}:{self._lengths[row]}",
                     peer_id=peer_id,
                 )
-        for row, piece in enumerate(hidden_states.split(list(num_tokens))):
-            if len(piece) and target is not None:
+        for row, piece in enumerate(hidden_states.split_with_sizes(list(num_tokens))):
+            if num_tokens[row] and target is not None:
                 target.append(row, positions[row], piece)
-            elif len(piece):
+            elif num_tokens[row]:
                 step.results[row].append(piece[step.results[row].length - positions[row] :])
 
     def failed(self, link: int) -> None:
@@ -383,8 +403,7 @@ class Session:
             return
         index = self._parts.index(part)
         if fault is LinkFault.HISTORY_LOST:
-            self._lose(index)
-            return
+            return self.failed(link)  # a server that can't feed the next one is of no use
         following = self._parts[index + 1] if index + 1 < len(self._parts) else None
         if following is not None and following.hop is not None and part.told == following.link:
             assert part.hop is not None
@@ -404,10 +423,8 @@ class Session:
         for part in self._parts:
             part.held = tuple(map(min, part.held, kept))
         if step.order is not None or any(not part.can_rollback for part in self._parts):
-            self._lose_all()
-        for link in [before.link for before, part in pairwise(self._parts) if self._lacks_history(part)]:
-            if (before := self._find(link)) is not None:
-                self._lose(self._parts.index(before))
+            self._lose_each(self._parts)
+        self._lose_each([before for before, part in pairwise(self._parts) if self._lacks_history(part)])
         self._lengths = list(self._committed)
 
     # -- helpers ------------------------------------------------------------------------------------------------
@@ -472,35 +489,26 @@ class Session:
             max_step_tokens=following.max_step_tokens,
         )
 
+    def _can_push(self, index: int) -> bool:
+        """Whether the hop before may feed this one, as far as is known."""
+        before, part = self._parts[index - 1].hop, self._parts[index].hop
+        pair = (before.peer_id, part.peer_id) if before is not None and part is not None else None
+        return self._push and index > 0 and pair not in self.fallbacks
+
     def _feed_if_needed(self, index: int) -> None:
         """Let the client feed a hop that the one before it can't push to."""
-        part, before = self._parts[index], self._parts[index - 1] if index else None
-        if part.feed is not None or before is None:
-            return
-        pair = (before.hop.peer_id, part.hop.peer_id) if before.hop is not None and part.hop is not None else None
-        if self._push and pair not in self.fallbacks:
+        part = self._parts[index]
+        if part.feed is not None or self._can_push(index):
             return
         part.feed = Link(self.batch_size, to_client=False)
         if self._step is not None:
-            self._begin_feed(index, part.feed)
+            self._step.begin_at(part.feed, self._step_id)
         if part.is_open:
             part.feed.connect(held=part.held, as_of=self._as_of, max_step_tokens=part.max_step_tokens)
 
-    def _begin_feed(self, index: int, feed: Link) -> None:
-        """Start the step on a link of ours: what the client wants of it is what the next feed or the result lacks."""
-        assert self._step is not None
-        step = self._step
-        is_last = all(part.feed is None for part in self._parts[index + 1 :])
-        feed.begin(
-            self._step_id,
-            order=step.order,
-            base=step.base,
-            outputs_from=step.outputs_from if is_last else step.base,
-        )
-
     def _lose(self, index: int) -> None:
         """A hop has no server any more; neighbours without one become one gap with it."""
-        self._parts[index].lose_server()
+        self._parts[index].lose_server(self._step_id)
         while index and self._parts[index - 1].hop is None:
             index -= 1
         while index + 1 < len(self._parts) and self._parts[index + 1].hop is None:
@@ -508,17 +516,11 @@ class Session:
             part = self._parts[index]
             part.blocks = BlockRange(part.blocks.start, gone.blocks.end)
             part.is_replacement |= gone.is_replacement
+            part.proven_from = max(part.proven_from, gone.proven_from)
 
-    def _lose_those_without_rollback(self) -> None:
-        for link in [part.link for part in self._parts if part.hop is not None and not part.can_rollback]:
-            part = self._find(link)
-            if part is not None:
-                self._lose(self._parts.index(part))
-
-    def _lose_all(self) -> None:
-        for link in list(self.hops):
-            part = self._find(link)
-            if part is not None:
+    def _lose_each(self, parts: Sequence[_Part]) -> None:
+        for link in [part.link for part in parts if part.hop is not None]:
+            if (part := self._find(link)) is not None:
                 self._lose(self._parts.index(part))
 
     def _find(self, link: int) -> _Part | None:
