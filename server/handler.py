@@ -19,6 +19,7 @@ from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushDesk
 from swarm.server.session import ServedSession
 from swarm.transport import Limits, Stream, Transport
+from swarm.transport.limits import Budget
 from swarm.types import ServerState
 
 RUNNING_S = 30.0
@@ -58,6 +59,7 @@ class Handler:
         self._quantization, self._max_positions = quantization, max_positions
         self._limits = limits or HandlerLimits()
         self.history = HistoryBudget(self._limits.history_bytes)
+        self._pending = Budget(self._limits.max_total_pending_bytes)
         self._load = LoadMeter()
         self._desk = PushDesk(transport, self._limits)
         self._sessions: set[ServedSession] = set()
@@ -134,6 +136,7 @@ class Handler:
             limits=self._limits,
             max_step_tokens=self._max_step_tokens,
             budget=self.history,
+            pending=self._pending,
             load=self._load,
             open_push=self._desk.open,
         )

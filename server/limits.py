@@ -19,6 +19,8 @@ class HandlerLimits:
     """Tokens in one message of a step, over all its rows."""
     max_pending_bytes: int = 32 << 20
     """Steps of one session that came over its own stream and wait for room; beyond, the stream is not read."""
+    max_total_pending_bytes: int = 256 << 20
+    """The same over all sessions; beyond, a session's stream is not read while one of its steps waits."""
     max_pushes: int = 8
     """Peers that push into one session at once; one more ends the oldest."""
     max_early_pushes: int = 256

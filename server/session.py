@@ -30,7 +30,10 @@ from swarm.server.push import PushStream
 from swarm.server.sender import Sender
 from swarm.server.work import Produced, Work
 from swarm.transport import EndOfStream, Stream
+from swarm.transport.limits import Budget
 
+STEP_BYTES = 1 << 10
+"""Memory that a step takes besides its tensor, about."""
 END_CHECK_S = 0.5
 """How often it is looked whether the client has gone while its stream is not read."""
 
@@ -45,6 +48,7 @@ class ServedSession:
         limits: sizes and patience.
         max_step_tokens: most tokens in one Step.
         budget: memory for histories, shared by all sessions.
+        pending: memory for steps that wait for room, shared by all sessions.
         load: is told what the session cost.
         open_push: opens push streams to peers.
     """
@@ -58,6 +62,7 @@ class ServedSession:
         limits: HandlerLimits,
         max_step_tokens: int,
         budget: HistoryBudget,
+        pending: Budget,
         load: LoadMeter,
         open_push: Callable[[str], Awaitable[PushStream]],
     ):
@@ -82,7 +87,7 @@ class ServedSession:
         self._backlog = Backlog()
         self._was_reordered = self._is_waiting = False
         self._pending: deque[tuple[Step, memoryview]] = deque()
-        self._pending_bytes = 0
+        self._pending_bytes, self._all_pending = 0, pending
         self._pushes: deque[PushStream] = deque()
         self._room = asyncio.Event()
         self._over = asyncio.Event()
@@ -131,6 +136,8 @@ class ServedSession:
         self._room.set()
         self._executor.close(self._cached)
         self._budget.forget(self, self._stream.peer_id)
+        self._pending.clear()
+        self._count_pending(-self._pending_bytes)
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
 
@@ -184,18 +191,31 @@ class ServedSession:
         return self.last_active + self._limits.idle_timeout_s - time.monotonic()
 
     async def _queue_step(self, step: Step, body: memoryview) -> None:
-        """Take a step of the client's now or when there is room; returns when more may be read."""
+        """Take a step of the client's now or when there is room; returns when more may be read.
+
+        While it waits, nobody reads the stream, so it is looked now and then whether the client is still there.
+        """
         if not self._pending and self._has_room:
             return self._take(step, body)
         self._pending.append((step, body))
-        self._pending_bytes += len(body)
-        while self._pending_bytes > self._limits.max_pending_bytes and not self._over.is_set():
+        self._count_pending(len(body) + STEP_BYTES)
+        while self._must_wait and not self._over.is_set():
             self._room.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(END_CHECK_S):
                     await self._room.wait()
             if self._stream.is_over:
                 return self.end()
+
+    def _count_pending(self, num_bytes: int) -> None:
+        self._pending_bytes += num_bytes
+        self._all_pending.used += num_bytes
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether so much of what was read waits that no more may be read."""
+        is_full = self._all_pending.used > self._all_pending.limit
+        return self._pending_bytes > (0 if is_full else self._limits.max_pending_bytes)
 
     async def _wait_for_turn(self) -> None:
         """Wait until a pushed step may be taken.
@@ -227,7 +247,7 @@ class ServedSession:
         try:
             while self._pending and self._has_room and not self._over.is_set():
                 step, body = self._pending.popleft()
-                self._pending_bytes -= len(body)
+                self._count_pending(-len(body) - STEP_BYTES)
                 self._take(step, body)
         except SwarmError as error:
             self.end(error)

@@ -2,45 +2,14 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from itertools import pairwise
 from typing import Any
 
 import pytest_asyncio
 
 from swarm.network import Node, NodeConfig
 from swarm.protocol import PUSH_SERVICE, SESSION_SERVICE
-from swarm.server.handler import Handler
 from swarm.transport import Transport
-from tests.server.fakes import FakeExecutor, HopClient, make_handler
-
-
-class Chain:
-    """Servers in a row and the client's transport."""
-
-    def __init__(self, client: Transport, transports: list[Transport], handlers: list[Handler]):
-        self.client, self.transports, self.handlers = client, transports, handlers
-
-    @property
-    def executors(self) -> list[FakeExecutor]:
-        return [handler.executor for handler in self.handlers]  # type: ignore[misc]
-
-    def peer_id(self, index: int) -> str:
-        return self.transports[index].node.peer_id
-
-    async def open(self, index: int, *, is_last: bool = False, **fields: Any) -> HopClient:
-        """A session on one server."""
-        return await HopClient.open(self.client, self.peer_id(index), is_last=is_last, **fields)
-
-    async def open_route(self, *indices: int, **fields: Any) -> list[HopClient]:
-        """Sessions on several servers, each told to push to the next."""
-        hops = [await self.open(i, is_last=n + 1 == len(indices), **fields) for n, i in enumerate(indices)]
-        for hop, following in pairwise(hops):
-            await hop.forward(0, following, held=(0,) * fields.get("rows", 1))
-        return hops
-
-    @property
-    def pages(self) -> int:
-        return sum(executor.pages for executor in self.executors)
+from tests.server.fakes import Chain, FakeExecutor, make_handler
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

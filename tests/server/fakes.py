@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -275,6 +276,35 @@ class HopClient:
                 rows[row].append(piece)
                 ends[row] = max(ends[row], position + len(piece))
         return [torch.cat(pieces) if pieces else torch.zeros(0, HIDDEN) for pieces in rows]
+
+
+class Chain:
+    """Servers in a row and the client's transport."""
+
+    def __init__(self, client: Transport, transports: list[Transport], handlers: list[Handler]):
+        self.client, self.transports, self.handlers = client, transports, handlers
+
+    @property
+    def executors(self) -> list[FakeExecutor]:
+        return [handler.executor for handler in self.handlers]  # type: ignore[misc]
+
+    def peer_id(self, index: int) -> str:
+        return self.transports[index].node.peer_id
+
+    async def open(self, index: int, *, is_last: bool = False, **fields: Any) -> HopClient:
+        """A session on one server."""
+        return await HopClient.open(self.client, self.peer_id(index), is_last=is_last, **fields)
+
+    async def open_route(self, *indices: int, **fields: Any) -> list[HopClient]:
+        """Sessions on several servers, each told to push to the next."""
+        hops = [await self.open(i, is_last=n + 1 == len(indices), **fields) for n, i in enumerate(indices)]
+        for hop, following in pairwise(hops):
+            await hop.forward(0, following, held=(0,) * fields.get("rows", 1))
+        return hops
+
+    @property
+    def pages(self) -> int:
+        return sum(executor.pages for executor in self.executors)
 
 
 def make_step(

@@ -24,8 +24,8 @@ from swarm.protocol import (
     Waiting,
 )
 from swarm.server.handler import Handler
-from tests.server.conftest import Chain, chain_of
-from tests.server.fakes import HIDDEN, eventually, failure_of, make_step, run_blocks, tokens
+from tests.server.conftest import chain_of
+from tests.server.fakes import HIDDEN, Chain, eventually, failure_of, make_step, run_blocks, tokens
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -44,6 +44,7 @@ async def until_free(chain: Chain) -> None:
     for handler in chain.handlers:
         assert handler.num_sessions == handler.num_rows == 0
         assert handler.history.used_bytes == 0 and not handler.history._clients
+        assert handler._pending.used == 0
         assert not handler._desk._targets and not handler._desk._awaited and not handler._desk._num_early
 
 
@@ -458,6 +459,22 @@ async def test_a_probe_is_answered_while_steps_wait(nodes: list[Node]):
         await hop.stream.send(Probe(nonce=79))
         answer = await hop.expect(ProbeResult)
         assert answer.produced == answer.received == (80,) and not answer.is_waiting
+
+
+@pytest.mark.parametrize("limits", [{"max_pending_bytes": 64}, {"max_total_pending_bytes": 64}])
+async def test_a_session_that_reads_no_more_still_notices_its_end(nodes: list[Node], limits: dict[str, int]):
+    """The client leaves while its steps wait and its stream is not read: all is freed soon."""
+    async with chain_of(nodes, 1, max_step_tokens=8, **limits) as chain:
+        chain.executors[0].hold()
+        hop = await chain.open(0, is_last=True)
+        for start in range(0, 64, 8):
+            await hop.step(0, [tokens(8)], positions=[start], base=[0])
+        await eventually(lambda: chain.handlers[0]._pending.used)
+        await hop.stream.send(Probe(nonce=1))
+        with pytest.raises(PeerTimeout):
+            await hop.stream.receive(0.05)
+        await hop.stream.close()
+        await until_free(chain)
 
 
 async def test_a_slow_next_server_slows_the_first_down(nodes: list[Node]):
