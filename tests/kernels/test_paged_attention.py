@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.kernels import cpu_paged_attention
+from swarm.kernels import cpu_attention_plan, cpu_paged_attention
 from swarm.kernels.cpu_paged_attention import paged_attention_cpu
 from swarm.kernels.paged_attention import PagedBatch, RowSpan, paged_attention, write_kv
 from tests.kernels.cases import CPU, FORMS, MIXED, PAGE, TOLERANCE, check, make_batch, make_form, make_step
@@ -68,6 +68,47 @@ def test_decode_rows_in_runs_are_read_in_place(monkeypatch, options):
     assert others == [[], []]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 150}])
+def test_a_shared_prefix_is_read_once_for_all_rows(monkeypatch, options, dtype):
+    """Rows that continue one cached prefix on pages of their own: one call for it, one for each own part, no copy."""
+    flash, alone = (count_calls(monkeypatch, cpu_paged_attention, name) for name in ("_flash", "_attend_sequence"))
+    prefix = list(range(20, 30))
+    spans = [RowSpan(row, 1, 160 + 40 * row + 5, prefix + list(range(first, first + 9)))
+             for row, first in enumerate((0, 40, 50))]  # fmt: skip
+    batch = PagedBatch(spans, PAGE, CPU)
+    shape = {"heads": 4, "kv_heads": 2, "width": 64, "value_width": 64, "dtype": dtype}
+    monkeypatch.setattr(cpu_attention_plan, "_MIN_SHARED_KEYS", 300)
+    check(paged_attention_cpu, batch, make_form(4, **options), **shape)
+    if "window" in options:  # begins elsewhere for each row
+        assert (len(flash), len(alone)) == (0, 3)
+    else:
+        assert (len(flash), len(alone)) == (4, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    positions=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    name=st.sampled_from(["plain", "window", "chunk", "sinks"]),
+)
+def test_rows_in_any_runs_equal_the_reference(positions, cuts, name):
+    """However the pages of a sequence fall into runs."""
+    pages = list(range(64))
+    for cut in cuts:
+        pages = pages[cut:] + pages[:cut][::-1]
+    spans, first = [], 0
+    for row, position in enumerate(positions):
+        need = position // PAGE + 1
+        spans.append(RowSpan(row, 1, position, pages[first : first + need]))
+        first += need
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention_plan, "_MIN_SHARED_KEYS", 0)
+        patch.setattr(cpu_paged_attention, "_MAX_GATHERED_BYTES", {"fused": 0, "by hand": 0})
+        batch = PagedBatch(spans, PAGE, CPU)
+        check(paged_attention_cpu, batch, make_form(6, **FORMS[name]), heads=6, kv_heads=3, width=8, value_width=8)
+
+
 def test_a_decode_row_in_place_is_bitwise_what_it_is_alone(monkeypatch):
     """Who else decodes in the same step changes no bit of a row's attention."""
     monkeypatch.setattr(cpu_paged_attention, "_MAX_GATHERED_BYTES", {"fused": 0, "by hand": 0})
@@ -100,7 +141,7 @@ def test_layers_of_several_forms_share_a_step():
 def count_calls(monkeypatch, module, name):
     """A list that grows with each call of `module.name`."""
     calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or function(*args))
+    monkeypatch.setattr(module, name, lambda *args, **options: calls.append(1) or function(*args, **options))
     return calls
 
 
