@@ -7,12 +7,12 @@ Knows nothing of how any of the three does its work.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from swarm.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve
 from swarm.client.cache import BlockService
+from swarm.client.config import SessionConfig
 from swarm.client.generation import DistributedModel
 from swarm.client.head import HeadFormat
 from swarm.client.model import distribute
@@ -43,7 +43,7 @@ class AutoDistributedModelForCausalLM:
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
-        session_config: Any = None,
+        session_config: SessionConfig | None = None,
     ) -> DistributedModel:
         """Load the embeddings, norms and head of a model and join the swarm that runs its blocks.
 
@@ -57,7 +57,7 @@ class AutoDistributedModelForCausalLM:
             revision: branch, tag or commit of a hub id.
             cache_dir: where converted and downloaded files are kept.
             token: for models on the hub that need one.
-            session_config: a `swarm.client.session.SessionConfig`, patience and wire encoding.
+            session_config: a `swarm.client.config.SessionConfig`: patience, wire encoding, whether servers push.
 
         Returns:
             A `transformers.GenerationMixin`, in eval mode; close it, or use it as a context manager.
@@ -80,7 +80,9 @@ class AutoDistributedModelForCausalLM:
             raise
 
 
-def _connect(checkpoint: Checkpoint, initial_peers: Sequence[str], session_config: Any) -> BlockService:
+def _connect(
+    checkpoint: Checkpoint, initial_peers: Sequence[str], session_config: SessionConfig | None
+) -> BlockService:
     from swarm.client.runtime import connect
 
     text = checkpoint.config().get_text_config(decoder=True)

@@ -49,12 +49,6 @@ class HopStream:
         self.is_open = False
         self.forward: tuple[int, int | None] = (-1, None)
         """Epoch and target link of the last Forward."""
-        self.fed_in_step = -1
-        """The last step of which the client sent tokens to this hop."""
-        self.received_in_step = -1
-        """The last step of which outputs came from here ..."""
-        self.num_received = 0
-        """... and how many tokens of it."""
         self.probe_sent_at: float | None = None
         """When a Probe was sent that is not answered yet."""
         self.doubts: list[tuple[int, int]] = []

@@ -17,8 +17,9 @@ from typing import Any, Self, TypeVar
 import torch
 
 from swarm.checkpoint.source import Checkpoint
+from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
-from swarm.client.session import HopTiming, RemoteSession, SessionConfig, WaitingFor
+from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
 from swarm.transport import Transport

@@ -1,0 +1,166 @@
+"""The streams of one session's hops: opened, told where to send, fed and asked as the session machine wants it.
+
+    Open, Connect, Send ─► Hops ─► HopStream per link in use ~~► servers
+
+It carries out, and decides nothing: who is lost, and what follows from that, is `swarm.client.session`'s business.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from swarm.client.config import SessionConfig
+from swarm.client.hop_stream import HopStream, Listener
+from swarm.codec import encode_tensor
+from swarm.network.tasks import TaskSet
+from swarm.protocol import Forward, OpenSession, Step
+from swarm.session import Connect, Send, Session
+from swarm.transport import Transport
+
+CLOSE_TIMEOUT_S = 2.0
+NO_KEY = bytes(16)
+
+
+class Hops:
+    """The hops of one session.
+
+    Args:
+        machine: says which links are in use.
+        transport: how to reach servers.
+        model: digest of the checkpoint.
+        config: deadlines and encoding.
+        listener: is told what comes from the hops.
+    """
+
+    def __init__(
+        self, machine: Session, transport: Transport, *, model: str, config: SessionConfig, listener: Listener
+    ):
+        self._machine, self._transport, self._model, self._config = machine, transport, model, config
+        self._listener = listener
+        self._session_id = os.urandom(16)
+        self._streams: dict[int, HopStream] = {}
+        self._tasks = TaskSet()
+        self._num_probes = 0
+
+    def __iter__(self) -> Iterator[HopStream]:
+        """The hops in use, in no order; they may be lost meanwhile."""
+        return iter(list(self._streams.values()))
+
+    def __getitem__(self, link: int) -> HopStream:
+        return self._streams[link]
+
+    def get(self, link: int) -> HopStream | None:
+        """The hop of a link; None when it is not in use any more."""
+        return self._streams.get(link)
+
+    # -- actions of the machine ---------------------------------------------------------------------------------
+
+    def open_all(self) -> None:
+        """Begin to open all sessions that are not open."""
+        for action in self._machine.pending_opens:
+            if action.link in self._streams:
+                continue
+            stream = HopStream(action.link, action.hop, listener=self._listener, tasks=self._tasks)
+            self._streams[action.link] = stream
+            request = OpenSession(
+                session_id=self._session_id,
+                push_key=stream.push_key,
+                model=self._model,
+                start=action.hop.blocks.start,
+                end=action.hop.blocks.end,
+                batch_size=self._machine.batch_size,
+                max_length=self._machine.max_length,
+                is_last=action.is_last,
+            )
+            stream.open(self._transport, request, timeout_s=self._config.open_timeout_s)
+
+    def connect(self, action: Connect) -> None:
+        """Tell a server where its outputs go."""
+        stream = self._streams[action.link]
+        target = self._streams[action.target] if action.target is not None else None
+        stream.forward = (action.epoch, action.target)
+        stream.post(
+            Forward(
+                epoch=action.epoch,
+                peer_id=target.hop.peer_id if target is not None else "",
+                push_key=target.push_key if target is not None else NO_KEY,
+                held=action.held,
+                as_of=action.as_of,
+                max_step_tokens=action.max_step_tokens,
+            )
+        )
+
+    def send(self, action: Send) -> None:
+        """Send a chunk of a step."""
+        chunk = action.chunk
+        spec, payload = encode_tensor(chunk.hidden_states, self._config.encoding)
+        step = Step(
+            step_id=chunk.step_id,
+            order=chunk.order,
+            base=chunk.base,
+            positions=chunk.positions,
+            num_tokens=chunk.num_tokens,
+            outputs_from=chunk.outputs_from,
+            hidden_states=spec,
+        )
+        self._streams[action.link].post(step, payload)
+
+    # -- asking -------------------------------------------------------------------------------------------------
+
+    def probe(self, now: float, only: HopStream | None = None) -> None:
+        """Ask one server, or all, how far they are."""
+        self._num_probes += 1
+        for stream in [only] if only is not None else self:
+            stream.probe(now, self._num_probes)
+
+    def silent(self, now: float) -> list[HopStream]:
+        """The hops that were asked and have not answered in time.
+
+        Where the question is still behind something that is being sent, the time begins anew: there the transport's
+        heartbeat tells whether the server lives.
+        """
+        found = []
+        for stream in self:
+            if stream.probe_sent_at is None or now < stream.probe_sent_at + self._config.probe_timeout_s:
+                continue
+            if stream.is_sending:
+                stream.probe_sent_at = now
+            else:
+                found.append(stream)
+        return found
+
+    @property
+    def next_deadline(self) -> float:
+        """When the first of those that were asked must have answered."""
+        asked = [stream.probe_sent_at for stream in self._streams.values() if stream.probe_sent_at is not None]
+        return min(asked) + self._config.probe_timeout_s if asked else float("inf")
+
+    # -- ends ---------------------------------------------------------------------------------------------------
+
+    def drop(self, stream: HopStream) -> bool:
+        """Close one hop's stream; False when it is none of ours any more."""
+        stream.close()
+        return self._streams.pop(stream.link, None) is not None
+
+    def close_stale(self) -> None:
+        """Close the streams of links that the machine no longer uses."""
+        used = self._machine.hops
+        for stream in self:
+            if stream.link not in used:
+                self.drop(stream)
+
+    def drop_unsettled(self) -> list[int]:
+        """Close streams that are not open yet, or are still sending; the links of the latter."""
+        unsettled = [stream for stream in self if not stream.is_open or stream.is_sending]
+        for stream in unsettled:
+            self.drop(stream)
+        return [stream.link for stream in unsettled if stream.is_open]
+
+    async def close(self) -> None:
+        """End all streams, without waiting for any server."""
+        for stream in self:
+            self.drop(stream)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._tasks.close()
