@@ -104,6 +104,10 @@ class Peers:
         """
         await self.refresh()
         try:
+            hops = find_route(self._offers(), blocks)
+            if not any(self._has_failed(hop.peer_id) for hop in hops):
+                return hops
+            await self.refresh(max_age_s=0.5)  # nobody better is known: perhaps there is news
             return find_route(self._offers(), blocks)
         except RouteNotFound:
             await self.refresh(max_age_s=0.5)
@@ -140,6 +144,11 @@ class Peers:
                 self.name_of(receiver),
             )
         self._no_push[sender, receiver] = time.monotonic()
+
+    def _has_failed(self, peer_id: str) -> bool:
+        """Whether a server failed after the records were read."""
+        behaviour = self._behaviour.get(peer_id)
+        return behaviour is not None and behaviour.penalty > 0 and behaviour.penalised_at > self._read_at
 
     def _offers(self) -> Sequence[Offer]:
         now = time.monotonic()
