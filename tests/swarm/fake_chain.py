@@ -1,6 +1,6 @@
 """A swarm without network or model, to shake the session machine: fake servers, wires between them, and trouble.
 
-    Session ──action──► FakeChain ──Wire──► FakeServer: Intake ─► jobs ─► cache ─► Link ──Wire──► the next, or the client
+    Session ──action──► FakeChain ──Wire──► FakeServer: Intake ─► jobs ─► cache ─► Link ──Wire──► next server, or client
        ▲                    │
        └──────event─────────┘       each tick one thing happens: a wire delivers a message, or a server computes
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
+from itertools import chain, pairwise
 
 import torch
 
@@ -191,15 +192,20 @@ class FakeChain:
         self.messages: Counter[tuple[int, int]] = Counter()
         """Steps and results sent, by sender and receiver."""
         self.happened: Counter[Trouble] = Counter()
+        self.targets: dict[int, int | None] = {}
+        """Where each epoch leads."""
+        self.epochs: dict[int, int] = {}
+        """The last epoch that each server was told of."""
         self.clock = 0
         self._rng = random.Random(seed)
         self._faults = deque(sorted(faults, key=lambda fault: fault.at))
-        self._find_route = find_route or self._random_route
+        self.find_route = find_route or self._random_route
         self._max_step_tokens, self._recurrent, self._duplicates = max_step_tokens, recurrent, duplicates
         self._wires: list[Wire] = []
         self._up: dict[int, Wire] = {}
         self._down: dict[int, Wire] = {}
-        self._targets: dict[int, int | None] = {}
+        self._held: dict[int, deque[Message]] = {}
+        self._outputs: torch.Tensor | None = None
         self._blocked: set[tuple[str, str]] = set()
         self._num_refusals = 0
 
@@ -209,26 +215,33 @@ class FakeChain:
         """Carry out the step that was begun; None when it took more than `max_ticks`, and was abandoned."""
         start = self.clock
         for _ in range(50_000):
+            if self._outputs is not None:
+                outputs, self._outputs = self._outputs, None
+                return outputs
             if max_ticks is not None and self.clock - start > max_ticks:
                 self.session.abandon()
                 self._close_unused()
                 return None
-            if self._rng.random() < 0.6 and self.tick():
-                continue
-            action = self.session.next_action()
-            self._close_unused()
-            if isinstance(action, Done):
-                return action.outputs
-            waits = not self._start_opens() if isinstance(action, Open) else self._carry_out(action)
-            if waits:
-                assert self.tick(), f"{action} with nothing under way"
+            self.advance()
         raise AssertionError("the step does not end")
+
+    def advance(self) -> None:
+        """Carry out one action of the session, or let one thing happen."""
+        if (self._outputs is not None or self._rng.random() < 0.6) and self.tick():
+            return
+        if self._outputs is not None:
+            return
+        action = self.session.next_action()
+        self._close_unused()
+        if isinstance(action, Done):
+            self._outputs = action.outputs
+        elif not self._carry_out(action):
+            assert self.tick() or self._held, f"{action} with nothing under way"
 
     def tick(self) -> bool:
         """Let one thing happen; False when nothing can."""
         self.clock += 1
-        while self._faults and self._faults[0].at <= self.clock:
-            self._cause(self._faults.popleft())
+        self._cause_trouble()
         self._wires = [wire for wire in self._wires if wire.messages or not wire.is_broken]
         happenings = [partial(self._deliver, wire) for wire in self._wires if wire.messages]
         happenings += [partial(self._compute, server) for server in self.servers.values() if server.jobs]
@@ -243,19 +256,23 @@ class FakeChain:
         while self.tick():
             pass
 
-    def _carry_out(self, action: FindRoute | Connect | Send | Wait) -> bool:
-        """Do what the machine wants; whether it wants to wait."""
+    def _carry_out(self, action: FindRoute | Open | Connect | Send | Wait) -> bool:
+        """Do what the machine wants; False when there is nothing to do but wait."""
         if isinstance(action, FindRoute):
-            self.session.routed(self._find_route(action.blocks))
+            self.session.routed(self.find_route(action.blocks))
+        elif isinstance(action, Open):
+            return self._start_opens()
         elif isinstance(action, Connect):
-            self._targets[action.epoch] = action.target
-            self._up[action.link].put(action)
+            self.targets[action.epoch] = action.target
+            self.epochs[action.link] = action.epoch
+            self._held.get(action.link, self._up[action.link].messages).append(action)
         elif isinstance(action, Send):
             assert self.servers[action.link].hop == action.hop
             self._send(self._up[action.link], action.chunk)
-        return isinstance(action, Wait)
+        return not isinstance(action, Wait)
 
     def _start_opens(self) -> bool:
+        self._cause_trouble()
         fresh = [opening for opening in self.session.pending_opens if opening.link not in self.servers]
         for opening in fresh:
             server = self.servers[opening.link] = FakeServer(
@@ -282,8 +299,7 @@ class FakeChain:
     def _random_route(self, blocks: BlockRange) -> list[Hop]:
         cuts = range(blocks.start + 1, blocks.end)
         edges = [blocks.start, *sorted(self._rng.sample(cuts, self._rng.randint(0, min(2, len(cuts))))), blocks.end]
-        pairs = zip(edges[:-1], edges[1:], strict=True)
-        return [Hop(peer_id=f"peer{self._rng.randrange(6)}", blocks=BlockRange(a, b)) for a, b in pairs]
+        return [Hop(peer_id=f"peer{self._rng.randrange(6)}", blocks=BlockRange(a, b)) for a, b in pairwise(edges)]
 
     # -- what happens -------------------------------------------------------------------------------------------
 
@@ -321,7 +337,7 @@ class FakeChain:
         elif isinstance(message, Ended):
             self.session.failed(source.link)
         elif isinstance(message, Down):
-            target = self._targets[message.epoch]
+            target = self.targets[message.epoch]
             if message.fault is LinkFault.UNREACHABLE and target is not None and not self.servers[target].is_up:
                 self.session.failed(target)  # it doesn't answer the driver either
             else:
@@ -380,6 +396,14 @@ class FakeChain:
 
     # -- trouble ------------------------------------------------------------------------------------------------
 
+    def hold(self, link: int) -> None:
+        """Words of where to send don't get through to this server."""
+        self._held[link] = deque()
+
+    def release(self, link: int) -> None:
+        """They do, at last."""
+        self._up[link].messages.extend(self._held.pop(link))
+
     def cut(self, source: int, target: int) -> None:
         """Break the push stream between two servers, by their links; nothing that is under way arrives."""
         push = self.servers[source].push
@@ -389,6 +413,10 @@ class FakeChain:
     def kill(self, link: int) -> None:
         """End a server; nothing that it has sent and that is under way arrives."""
         self._kill(self.servers[link], keeps_sent=False)
+
+    def _cause_trouble(self) -> None:
+        while self._faults and self._faults[0].at <= self.clock:
+            self._cause(self._faults.popleft())
 
     def _cause(self, fault: Fault) -> None:
         self.happened[fault.trouble] += 1
@@ -448,6 +476,12 @@ class Turn:
     max_ticks: int | None = None
     """When the caller loses patience."""
 
+    @staticmethod
+    def of(*num_tokens: int) -> "Turn":
+        """So many tokens per row, of which the last output is wanted."""
+        ones = tuple(min(1, count) for count in num_tokens)
+        return Turn(rolled_back=(0,) * len(ones), num_tokens=num_tokens, num_outputs=ones)
+
 
 class Caller:
     """Drives a session through a chain, and knows what must come out."""
@@ -456,11 +490,12 @@ class Caller:
         self.chain, self.session = chain, chain.session
         self.rows: list[list[int]] = [[] for _ in range(self.session.batch_size)]
         self._rng = random.Random(seed)
+        self._abandoned_rows = self.rows
+        self._wanted: list[int] = []
 
     def prompt(self, *num_tokens: int) -> None:
         """A step with so many tokens per row, of which the last output is wanted."""
-        none = (0,) * len(num_tokens)
-        self.take(Turn(rolled_back=none, num_tokens=num_tokens, num_outputs=tuple(min(1, n) for n in num_tokens)))
+        self.take(Turn.of(*num_tokens))
 
     def decode(self) -> None:
         """A step of one token per row."""
@@ -468,25 +503,35 @@ class Caller:
 
     def take(self, turn: Turn) -> bool:
         """Take a step and compare all that comes out; False when it was abandoned."""
+        self.begin(turn)
+        return self.finish(max_ticks=turn.max_ticks)
+
+    def begin(self, turn: Turn) -> None:
+        """Begin a step."""
         order = None if turn.order is None else [old % len(self.rows) for old in turn.order]
         old_rows = self.rows if order is None else [self.rows[old] for old in order]
         base = [max(0, len(row) - count) for row, count in zip(old_rows, turn.rolled_back, strict=True)]
-        num_tokens, wanted = list(turn.num_tokens), [min(pair) for pair in zip(turn.num_outputs, turn.num_tokens)]
+        num_tokens = list(turn.num_tokens)
         if not sum(num_tokens):
             num_tokens[0] = 1
+        wanted = list(map(min, turn.num_outputs, num_tokens))
         if not sum(wanted):
             wanted[num_tokens.index(max(num_tokens))] = 1
         new = [[self._rng.randrange(PRIME) for _ in range(count)] for count in num_tokens]
-        self.session.begin(
-            to_tensor(sum(new, [])), positions=base, num_tokens=num_tokens, num_outputs=wanted, order=order
-        )
-        outputs = self.chain.run(max_ticks=turn.max_ticks)
+        hidden_states = to_tensor(list(chain.from_iterable(new)))
+        self.session.begin(hidden_states, positions=base, num_tokens=num_tokens, num_outputs=wanted, order=order)
         kept = [row[:position] for row, position in zip(old_rows, base, strict=True)]
+        self._abandoned_rows = kept if order is None else [[] for _ in kept]
+        self.rows = [row + added for row, added in zip(kept, new, strict=True)]
+        self._wanted = wanted
+
+    def finish(self, *, max_ticks: int | None = None) -> bool:
+        """Carry the step out and compare all that comes out; False when it was abandoned."""
+        outputs = self.chain.run(max_ticks=max_ticks)
         if outputs is None:
-            self.rows = kept if order is None else [row[:0] for row in kept]
+            self.rows = self._abandoned_rows
         else:
-            self.rows = [row + added for row, added in zip(kept, new, strict=True)]
-            assert outputs.flatten().tolist() == self._expected(wanted)
+            assert outputs.flatten().tolist() == self._expected(self._wanted)
         assert self.session.lengths == tuple(map(len, self.rows))
         return outputs is not None
 
