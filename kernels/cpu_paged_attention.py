@@ -22,7 +22,7 @@ from torch import Tensor
 from swarm.kernels.cpu_attention_plan import Gathered, OneSequence, Plan, Row, Shared, make_plan
 from swarm.kernels.paged_attention import AttentionForm, PagedBatch, visible
 
-_MAX_GATHERED_BYTES = {"fused": 48 << 10, "by hand": 144 << 10}
+_MAX_GATHERED_BYTES = {"fused": 96 << 10, "by hand": 144 << 10}
 """Keys and values of one sequence and layer up to which it may be gathered; separate operators cost ~28 us a call."""
 _MAX_LOGITS_BYTES = 64 << 20
 """Logits that separate operators make at once."""

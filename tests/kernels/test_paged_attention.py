@@ -79,6 +79,7 @@ def test_a_shared_prefix_is_read_once_for_all_rows(monkeypatch, options, dtype):
     batch = PagedBatch(spans, PAGE, CPU)
     shape = {"heads": 4, "kv_heads": 2, "width": 64, "value_width": 64, "dtype": dtype}
     monkeypatch.setattr(cpu_attention_plan, "_MIN_SHARED_KEYS", 300)
+    monkeypatch.setattr(cpu_paged_attention, "_MAX_GATHERED_BYTES", {"fused": 0, "by hand": 0})
     check(paged_attention_cpu, batch, make_form(4, **options), **shape)
     if "window" in options:  # begins elsewhere for each row
         assert (len(flash), len(alone)) == (0, 3)
