@@ -8,8 +8,8 @@
 
 Measured on one core, which decides the form. A fused call costs ~5 us and reads keys that lie in one run where they
 are (at 10 GB/s; the memory gives 30). Gathering and padding reads them, writes them and reads them again, so that one
-call for all sequences pays only while their keys are few: 16 rows x 9 heads x 64, views / gathered, by keys: 24: 147 / 92 us,
-64: 189 / 174, 128: 253 / 286, 256: 406 / 633, 1024: 2290 / 4610.
+call for all sequences pays only while their keys are few: 16 rows x 9 heads x 64, views / gathered, by keys:
+24: 147 / 92 us, 64: 189 / 174, 128: 253 / 286, 256: 406 / 633, 1024: 2290 / 4610.
 
 Rows that share 512 keys and have 100 of their own: 2 rows 1.15, 8 rows 1.7 times as fast as gathered. Without a shared
 run, views of two or three runs are no faster than gathering (0.65 to 1.05 times), which keeps a row's bits, too.
