@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from common import judged, percentile, print_json
+from common import judged, percentile, print_report
 
 from tests.wan import Wan
 
@@ -49,7 +49,7 @@ def main() -> None:
         print(f"{row['delay_ms']:9}{row['spinning']:10}{row['median_ms']:18}{row['p99_ms']:8}{row['max_ms']:8}")
     worst = max(row["p99_ms"] for row in rows)
     targets = {"error_p99_ms": judged(worst, "<=", TARGET_P99_MS)}
-    print_json({"bench": "wan", "cores": cores, "seed": args.seed, "rows": rows, "targets": targets})
+    print_report("wan", targets, cores=cores, seed=args.seed, rows=rows)
 
 
 def measure(wan: Wan, delay_s: float, spinning: int, args: argparse.Namespace) -> dict[str, float]:

@@ -1,6 +1,4 @@
-"""What benchmarks share: the repository on the path, statistics, swarms of servers on the hosts of a network, reports.
-
-    start_swarm(network, spans) ─► bootstrap on host 0, a server on each of hosts 1, 2, ... ─► Swarm.connect ─► a model
+"""What benchmarks share: a way to the tests' packages, statistics, and the JSON report.
 
 Importing this first lets `from tests...` work in a script.
 """
@@ -10,10 +8,12 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
+# Not through sys.path, which must not have our root in it (see swarm/__init__.py).
+sys.modules.setdefault("tests", ModuleType("tests")).__path__ = [str(ROOT / "tests")]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -25,9 +25,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 def judged(value: float, relation: str, target: float) -> dict[str, Any]:
     """A value next to its target, for the JSON report."""
     good = {"<=": value <= target, ">=": value >= target, "==": value == target}[relation]
-    return {"value": value, "target": f"{relation} {target}", "pass": good}
+    return {"value": round(value, 4), "target": f"{relation} {target:g}", "pass": good}
 
 
-def print_json(report: dict[str, Any]) -> None:
-    """The last line of every benchmark."""
-    print(json.dumps(report))
+def print_report(bench: str, targets: dict[str, dict[str, Any]], **details: Any) -> None:
+    """A line per target, then the last line of every benchmark: one JSON object."""
+    for name, verdict in targets.items():
+        print(f"{'ok  ' if verdict['pass'] else 'MISS'} {name}: {verdict['value']} (target {verdict['target']})")
+    print(json.dumps({"bench": bench, **details, "targets": targets}))

@@ -66,6 +66,10 @@ class DelayProxies:
         """The address under which the others reach a host: that of its proxy."""
         return _proxy_address(host)
 
+    def local_address(self, host: int) -> str:
+        """The address to listen on for a host; who connects to it has no delay."""
+        return "127.0.0.1"
+
     def listen_args(self, host: int) -> list[str]:
         """Options that let a server on this host be reached from the others."""
         port, data_port = self._ports[host]

@@ -96,6 +96,10 @@ class Wan:
             raise ValueError(f"host {host} of {self.num_hosts}")
         return f"10.77.0.{host + 1}"
 
+    def local_address(self, host: int) -> str:
+        """The address to listen on for a host."""
+        return self.address(host)
+
     def listen_args(self, host: int) -> list[str]:
         """Options that let a peer on this host be reached from the others."""
         return ["--host", self.address(host)]
