@@ -151,6 +151,8 @@ class ServedSession:
             except EndOfStream:
                 return self.end()
             except PeerTimeout:
+                if self._stream.is_over:
+                    raise  # it has failed: the client did not keep up
                 if self._silence_left_s() > 0:
                     continue  # others have pushed meanwhile
                 raise PeerTimeout(f"session closed after {self._limits.idle_timeout_s:.0f} s of silence") from None

@@ -530,6 +530,12 @@ async def end_by_lost_connection(chain: Chain, hop) -> None:
         connection.transport.abort()
 
 
+async def end_by_a_stream_that_timed_out(chain: Chain, hop) -> None:
+    """As after a send for which the client made no room."""
+    session = chain.handlers[0]._desk._targets[hop.push_key]
+    await session._stream.abort(PeerTimeout("made no room"))
+
+
 async def end_by_executor(chain: Chain, hop) -> None:
     cache = next(c for c in chain.executors[0].sessions)
     cache.listener.failed(0, PeerError("the blocks failed on this batch"))
@@ -541,7 +547,9 @@ async def end_by_shutdown(chain: Chain, hop) -> None:
     assert isinstance(await failure_of(hop.stream), PeerDisconnected)
 
 
-@pytest.mark.parametrize("end", [end_by_fin, end_by_lost_connection, end_by_executor, end_by_shutdown])
+@pytest.mark.parametrize(
+    "end", [end_by_fin, end_by_lost_connection, end_by_a_stream_that_timed_out, end_by_executor, end_by_shutdown]
+)
 async def test_whatever_ends_a_session_frees_pages_history_and_push_streams(nodes: list[Node], end):
     """In the middle of a step, too."""
     async with chain_of(nodes, 2) as chain:
