@@ -310,7 +310,9 @@ class RemoteSession:
         logger.info("server %s can't send on: %s", self._peers.name_of(hop.hop.peer_id), message.text)
         if message.fault is LinkFault.HISTORY_LOST:
             self._link_down(hop.link, epoch, message.fault)
-        elif target is not None and (following := self._hops.get(target)) is not None:
+        elif target is None:
+            raise PeerMisbehaved("can't send to us, it says", peer_id=hop.hop.peer_id)
+        elif (following := self._hops.get(target)) is not None:
             following.doubts.append((hop.link, epoch))
             self._hops.probe(time.monotonic(), following)
 

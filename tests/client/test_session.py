@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -406,6 +407,63 @@ async def test_lost_history_is_replayed_from_further_up(make_swarm):
     swarm.servers[1].kill()
     await text.decode(3)
     assert 22 + 25 <= swarm.servers[0].num_tokens <= 23 + 25 and session.told["LinkDown"] >= 1
+
+
+class Chaos:
+    """A script for all servers: at random messages, random things go wrong."""
+
+    def __init__(self, swarm: Swarm, seed: int, *, probability: float):
+        self.swarm, self.random, self.probability = swarm, random.Random(seed), probability
+        self.num_messages = self.num_faults = 0
+        for server in swarm.servers:
+            server.script = self
+
+    async def __call__(self, session: FakeSession, message: Message) -> None:
+        server, dice = session.server, self.random
+        alive = [other for other in self.swarm.servers if other.script is self and other.blocks == server.blocks]
+        self.num_messages += 1
+        if dice.random() > self.probability and self.num_messages != 20:
+            return
+        self.num_faults += 1
+        match dice.randrange(4):
+            case 0 if len(alive) > 1:
+                dying(session)
+            case 1:
+                session.link.drop_history()
+            case 2 if session.forwarded:
+                await session.lose_link()
+            case 3:
+                server.unreachable = {dice.choice(self.swarm.servers).peer_id}
+
+    def mend(self) -> None:
+        """Those that died are back, without any memory."""
+        for server in self.swarm.servers:
+            server.script = self
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_goes_wrong_the_outputs_are_right(make_swarm, seed):
+    """Deaths, lost history, broken ways and cancellations at random messages, under beam search and rollback."""
+    swarm = await make_swarm(*CHAIN, *CHAIN, max_step_tokens=3 + seed % 4)
+    chaos = Chaos(swarm, seed, probability=0.06)
+    dice, rows = random.Random(seed), 1 + seed % 3
+    text = Text(swarm.session(rows, push=seed % 4 != 0), rows=rows, seed=seed)
+    await text.step(*[9] * rows)
+    for index in range(12):
+        order = [dice.randrange(rows) for _ in range(rows)] if dice.random() < 0.3 else None
+        before = [len(text.rows[old]) for old in order] if order else [len(row) for row in text.rows]
+        keep = [max(1, length - dice.choice([0, 0, 0, 3])) for length in before]
+        tokens = [dice.choice([1, 1, 1, 5]) for _ in range(rows)]
+        if order is None and index % 4 == 3:
+            running = asyncio.create_task(text.step(*tokens, keep=keep))
+            for _ in range(dice.randrange(12)):
+                await asyncio.sleep(0)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            text.rows = [row[:length] for row, length in zip(text.rows, text.session.machine.lengths, strict=True)]
+        await text.step(*tokens, keep=[min(*pair) for pair in zip(keep, before, strict=True)], order=order)
+        chaos.mend()
+    assert chaos.num_faults
 
 
 # -- whom to blame ------------------------------------------------------------------------------------------------
