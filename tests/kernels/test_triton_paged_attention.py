@@ -21,6 +21,7 @@ from tests.kernels.cases import (
     make_step,
     poisoned,
 )
+from tests.kernels.interpreter import mend_interpreter
 
 pytest.importorskip("triton")
 
@@ -36,6 +37,7 @@ def kernel():
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    mend_interpreter()
     name = "swarm.kernels.triton_paged_attention"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

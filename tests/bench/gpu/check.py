@@ -61,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
     """All parts in order; a part that fails is reported and doesn't keep the others from running."""
     from tests.bench.gpu import attention, block, report
     from tests.bench.gpu.timing import Bench
+    from tests.kernels.interpreter import mend_interpreter
 
+    if args.smoke:
+        mend_interpreter()
     bench = Bench(smoke=args.smoke, until=time.monotonic() + args.seconds)
     parts: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
         "cases": attention.cases,
