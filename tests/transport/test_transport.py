@@ -26,7 +26,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.network import Node, NodeConfig
-from swarm.protocol import Info, InfoRequest
+from swarm.protocol import PROTOCOL_VERSION, Info, InfoRequest
 from swarm.transport import EndOfStream, Limits, Stream, Transport
 from swarm.transport import transport as transport_module
 from swarm.transport.direct import Offer
@@ -124,8 +124,11 @@ async def test_messages_and_bodies_come_back_unchanged(nodes: tuple[Node, Node],
         await stream.close()
         with pytest.raises(EndOfStream):
             await stream.receive(1)
+        assert stream.is_over
         with pytest.raises(InvalidRequest, match="closed"):
             await stream.send(INFO)
+        with pytest.raises(InvalidRequest, match="closed"):
+            stream.send_now(INFO)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -311,6 +314,8 @@ async def test_a_slow_reader_holds_the_sender_back(nodes: tuple[Node, Node], car
             await other.receive(5)
         await asyncio.sleep(0.2)
         assert sent * 100_000 <= pair.client.limits.window_bytes + 100_000
+        assert not stream.send_now(INFO) and other.send_now(INFO) and not stream.is_over
+        await other.receive(5)
         impatient = await pair.open("slow", carrier)
         with pytest.raises(PeerTimeout, match="made no room"):
             await send_many(impatient, 200, timeout_s=0.1)
@@ -385,9 +390,9 @@ async def test_versions_that_differ_are_found_out_on_both_ends(
     """The caller gets ProtocolMismatch with both numbers, and the other side logs it."""
     caplog.set_level("INFO")
     async with connected(nodes, client={"version": 9}) as pair:
-        with pytest.raises(ProtocolMismatch, match=r"version 1, we speak 9"):
+        with pytest.raises(ProtocolMismatch, match=f"version {PROTOCOL_VERSION}, we speak 9"):
             await pair.open("echo", carrier)
-        assert "version 9, we speak 1" in caplog.text
+        assert f"version 9, we speak {PROTOCOL_VERSION}" in caplog.text
 
 
 async def test_auto_takes_the_direct_way_and_falls_back(nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch):
@@ -415,7 +420,7 @@ async def test_strangers_on_the_direct_port_are_dropped(nodes: tuple[Node, Node]
     """Silence, garbage and HELLO without a ticket end the connection; the server lives on."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    hello = encode_frame(Kind.HELLO, 0, b"swarm\0\1")
+    hello = encode_frame(Kind.HELLO, 0, b"swarm" + PROTOCOL_VERSION.to_bytes(2, "big"))
     async with connected(nodes, server={"limits": Limits(hello_timeout_s=0.5, ping_period_s=0.2)}) as pair:
         for data in (b"", hello[:9], os.urandom(100), hello, encode_frame(Kind.PING, 0, bytes(8))):
             reader, writer = await asyncio.open_connection("127.0.0.1", pair.server.direct_port, ssl=context)
@@ -443,7 +448,7 @@ async def test_a_p2p_connection_is_used_while_the_direct_way_is_tried(nodes: tup
 async def test_a_ticket_works_once_and_a_stranger_has_none(nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch):
     """A second connection with the same ticket is closed; the peer who was given it is who it proves."""
     async with connected(nodes) as pair:
-        offer = await ask_offer(nodes[1], nodes[0].peer_id, version=1, timeout_s=5)
+        offer = await ask_offer(nodes[1], nodes[0].peer_id, version=PROTOCOL_VERSION, timeout_s=5)
 
         async def reuse(*_: object, **__: object) -> Offer:
             return offer
