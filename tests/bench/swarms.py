@@ -62,9 +62,7 @@ def start_swarm(
     for host, span in enumerate(spans, first_host):
         options = [model, "--blocks", span, "--initial-peers", address, *network.listen_args(host), *args]
         with network.inside(host):
-            servers.append(
-                PeerProcess(module, options, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()})
-            )
+            servers.append(PeerProcess(module, options, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}))
     processes.extend(servers)
     for server in servers:
         server.wait_for(r"^ONLINE", START_TIMEOUT_S)
@@ -77,15 +75,18 @@ def _python_path() -> str:
 
 
 def connect(network: Wan | DelayProxies, swarm: Swarm, **config: Any) -> Any:
-    """A client's model on host 0 whose answers have no end of their own; `config` is that of its sessions."""
+    """A client's model on host 0; `config` is that of its sessions."""
     with network.inside(0):
-        model = AutoDistributedModelForCausalLM.from_pretrained(
-            swarm.model,
-            initial_peers=[swarm.address],
-            dtype=torch.float32,
-            session_config=SessionConfig(**config),
+        return connect_here(swarm.model, swarm.address, **config)
+
+
+def connect_here(model: str, address: str, **config: Any) -> Any:
+    """A client's model whose answers have no end of their own; `config` is that of its sessions."""
+    return endless(
+        AutoDistributedModelForCausalLM.from_pretrained(
+            model, initial_peers=[address], dtype=torch.float32, session_config=SessionConfig(**config)
         )
-    return endless(model)
+    )
 
 
 def endless(model: Any) -> Any:
@@ -132,8 +133,10 @@ class Answer:
     """Seconds of each step, as its caller saw it; the first is the prompt's."""
     timings: list[HopTiming] = field(default_factory=list)
     """What each server took of each step."""
+    route: list[str] = field(default_factory=list)
+    """The peers that it went through at the end."""
     replays: int = 0
-    repr: str = ""
+    """Servers that were replaced."""
 
     @property
     def gaps(self) -> list[float]:
@@ -152,31 +155,28 @@ class Answer:
         return [sum(timing.compute_s for timing in decode[i : i + hops]) for i in range(0, len(decode), hops or 1)]
 
 
-def answer(model: Any, tokens: Sequence[int], new_tokens: int, *, clock: Clock | None = None) -> Answer:
-    """The greedy answer of exactly so many tokens, in a session of its own."""
+def answer(
+    model: Any, tokens: Sequence[int], new_tokens: int, *, clock: Clock | None = None, cache: Any = None
+) -> Answer:
+    """The greedy answer of exactly so many tokens, in a session of its own or (`cache`) of the caller."""
+    if cache is None:
+        with model.inference_session(max_length=len(tokens) + new_tokens) as cache:
+            return answer(model, tokens, new_tokens, clock=clock, cache=cache)
     clock = clock or Clock()
     ids = torch.tensor([list(tokens)])
-    with model.inference_session(max_length=len(tokens) + new_tokens) as cache:
-        session = cache.session
-        steps = _time_steps(session)
-        started = time.perf_counter()
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            streamer=clock,
-            session=cache,
-        )
-        return Answer(
-            tokens=output[0].tolist(),
-            started=started,
-            times=clock.times,
-            steps=steps,
-            timings=list(session.timings),
-            replays=session.num_replays,
-            repr=repr(session),
-        )
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": clock}
+    steps = _time_steps(cache.session)
+    started = time.perf_counter()
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), session=cache, **settings)
+    return Answer(
+        tokens=output[0].tolist(),
+        started=started,
+        times=clock.times,
+        steps=steps,
+        timings=list(cache.session.timings),
+        route=[hop.peer_id for hop in cache.session.route],
+        replays=cache.session.num_replays,
+    )
 
 
 def _time_steps(session: Any) -> list[float]:
