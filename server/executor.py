@@ -1,11 +1,11 @@
 """The device thread: the only one that touches the device, the cache and the scheduler.
 
     loop thread                                   device thread
-    open/submit/close ──commands (queue)──►  schedule ─► run ─► finish
-    await future      ◄──call_soon_threadsafe──┘
+    open/submit/close ──commands (queue)──►  schedule ─► move ─► run ─► finish
+    SessionListener   ◄──call_soon_threadsafe, once per batch──────────────┘
 
-It knows nothing of messages on the wire or of peers. Errors of one batch fail the jobs of that batch; the thread lives
-on. Should it die all the same, every waiting step fails and `died` is set, for the server to leave.
+It knows nothing of messages on the wire or of peers. Errors of one batch fail the sessions of that batch; the thread
+lives on. Should it die all the same, every open session is told so and `died` is set, for the server to leave.
 """
 
 import asyncio
@@ -13,15 +13,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 
 import torch
 
 from swarm.errors import PeerBusy, PeerError, SwarmError
-from swarm.protocol import Step
 from swarm.server.blocks.span import BlockSpan
+from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
+from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
-from swarm.server.scheduler import Batch, CachedSequence, CachedSession, Job, Scheduler
+from swarm.server.prefix_cache import PrefixCache
+from swarm.server.scheduler import TOKEN_BUDGET, Batch, BatchRow, Failed, Notice, Scheduler, Waits
+from swarm.server.sequences import CachedSequence, CachedSession
+from swarm.server.work import Produced, SessionListener, Work
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
@@ -31,23 +36,35 @@ STOP_TIMEOUT_S = 2.0
 
 
 class Executor:
-    """Runs the steps of all sessions on one span of blocks.
+    """Runs the work of all sessions on one span of blocks.
 
     Args:
         span: the loaded blocks.
-        loop: the event loop on which futures are resolved.
-        token_budget: most tokens in one batch; None takes the scheduler's default.
+        loop: the event loop on which listeners are called.
+        token_budget: most tokens in one batch.
+        host_bytes: memory for sessions that were swapped out.
     """
 
-    def __init__(self, span: BlockSpan, loop: asyncio.AbstractEventLoop, *, token_budget: int | None = None):
+    def __init__(
+        self,
+        span: BlockSpan,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        host_bytes: int = HOST_BYTES,
+    ):
         self.span = span
         self._loop = loop
         self._allocator = PageAllocator(span.num_pages)
-        self._scheduler = Scheduler(self._allocator, **({} if token_budget is None else {"token_budget": token_budget}))
+        self._prefixes = PrefixCache(self._allocator) if span.shares_prefixes else None
+        memory = KvMemory(
+            self._allocator, page_bytes=span.page_bytes, host=HostBudget(host_bytes), prefixes=self._prefixes
+        )
+        self._scheduler = Scheduler(memory, token_budget=token_budget)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._futures: dict[int, asyncio.Future[Job]] = {}
+        self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
-        self._stopping = False
+        self._ending: SwarmError | None = None
         self.died = asyncio.Event()
         """Set when the device thread has failed; nothing can run any more."""
 
@@ -64,54 +81,56 @@ class Executor:
         return self._allocator.num_pages * PAGE_SIZE
 
     @property
-    def queue_length(self) -> int:
-        """Steps that wait or run (a snapshot)."""
-        return self._scheduler.num_jobs
+    def num_waiting(self) -> int:
+        """Sessions whose work waits for room in the cache (a snapshot)."""
+        return self._scheduler.num_waiting
 
     def start(self) -> None:
         """Start the device thread."""
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the device thread after the batch that runs now, if that is soon; waiting steps fail."""
-        self._stopping = True
+        """End the device thread after the batch that runs now, if that is soon; all work fails."""
         self._commands.put(None)
-        self._fail_all(PeerBusy("the server is stopping", retry_after_s=60.0))
+        self._end(PeerBusy("the server is stopping", retry_after_s=60.0))
         await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
 
-    def open(self, blocks: BlockRange, batch_size: int) -> CachedSession:
-        """A new session with empty rows."""
-        rows = [
-            CachedSequence(table=PageTable(self._allocator), state=self.span.new_state()) for _ in range(batch_size)
-        ]
-        return CachedSession(blocks=blocks, rows=rows)
-
-    async def run(self, session: CachedSession, step: Step, hidden_states: torch.Tensor) -> Job:
-        """Run one step and return its finished job.
+    def open(self, blocks: BlockRange, batch_size: int, *, client: str, listener: SessionListener) -> CachedSession:
+        """A new session with empty rows.
 
         Args:
-            session: one from `open`, with no other step under way.
-            step: checked against the session by the caller.
-            hidden_states: [sum(step.num_tokens), hidden] on the host.
-
-        Raises:
-            PeerBusy: the cache stayed full for PAGE_WAIT_S, or the server is stopping.
-            PeerError: the blocks failed on this batch.
+            blocks: which ones it runs through.
+            batch_size: its rows.
+            client: who is served with it, for fairness.
+            listener: is told what becomes of its work, on the loop, until the session is closed.
         """
-        if self._stopping:
-            raise PeerBusy("the server is stopping", retry_after_s=60.0)
-        job = Job(session=session, step=step, hidden_states=hidden_states, arrived=time.monotonic())
-        future: asyncio.Future[Job] = self._loop.create_future()
-        self._futures[id(job)] = future
-        self._commands.put(lambda: self._scheduler.submit(job))
-        try:
-            return await future
-        finally:
-            self._futures.pop(id(job), None)
+        session = CachedSession(
+            blocks=blocks,
+            client=client,
+            listener=listener,
+            rows=[self._new_row(blocks) for _ in range(batch_size)],
+            share=len(blocks) / len(self.span.blocks),
+        )
+        self._sessions.add(session)
+        return session
+
+    def submit(self, session: CachedSession, work: Work) -> None:
+        """Queue work; it runs after what the session has queued before. The caller has checked it."""
+        session.last_step = work.step_id
+        if self._ending is not None:
+            self._loop.call_soon(self._tell, session, Failed(step_id=work.step_id, error=self._ending))
+        else:
+            self._commands.put(lambda: self._submit(session, work))
+
+    def drop_queued(self, session: CachedSession) -> None:
+        """Forget the work that a session has queued; rows that run now finish."""
+        self._commands.put(lambda: self._scheduler.drop_queued(session))
 
     def close(self, session: CachedSession) -> None:
-        """Free a session's pages and drop its waiting steps."""
-        self._commands.put(lambda: self._scheduler.cancel(session))
+        """Forget a session, its work and what it holds; its listener hears nothing more."""
+        session.is_closed = True
+        self._sessions.discard(session)
+        self._commands.put(lambda: self._scheduler.close(session, time.monotonic()))
 
     async def pages_in_use(self) -> int:
         """Pages held by sessions, after all commands given so far."""
@@ -123,25 +142,77 @@ class Executor:
         self._commands.put(report)
         return await future
 
+    def _new_row(self, blocks: BlockRange) -> CachedSequence:
+        keys = None if self._prefixes is None else self._prefixes.keys(blocks.start, blocks.end)
+        return CachedSequence(table=PageTable(self._allocator), state=self.span.new_state(), keys=keys)
+
+    def _deliver(self, notices: list[Notice]) -> None:
+        for session, notice in notices:
+            self._loop.call_soon(self._tell, session, notice)  # one by one: a listener that raises harms no other
+
+    def _tell(self, session: CachedSession, notice: Produced | Failed | Waits) -> None:
+        if session.is_closed:
+            return
+        if isinstance(notice, Produced):
+            session.listener.produced(notice)
+        elif isinstance(notice, Failed):
+            session.listener.failed(notice.step_id, notice.error)
+        else:
+            session.listener.waiting(notice.step_id, notice.expected_s)
+
+    def _end(self, error: SwarmError) -> None:
+        """Nothing will run any more."""
+        self._ending = error
+        self._deliver([(session, Failed(step_id=session.last_step, error=error)) for session in self._sessions])
+
+    def _die(self) -> None:
+        self.died.set()
+        self._end(PeerError("the device thread of the server failed"))
+
     # -- device thread ------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
             while self._read_commands():
                 batch = self._scheduler.schedule(time.monotonic())
-                self._refuse(batch)
-                if batch.rows:
-                    self._run(batch)
+                self._notify(batch.notices)
+                if batch.rows or batch.moves:
+                    self._notify(self._run(batch))
         except Exception:  # the outermost loop of this thread
             logger.exception("the device thread failed")
             self._loop.call_soon_threadsafe(self._die)
 
+    def _run(self, batch: Batch) -> list[Notice]:
+        try:
+            carry_out(batch.moves, self.span)
+            started = time.monotonic()
+            outputs = to_host(batch.rows, self.span.run(batch.chunks)) if batch.rows else []
+        except SwarmError as error:
+            return self._scheduler.fail(batch, error)
+        except Exception:
+            logger.exception("a batch of %d rows failed", len(batch.rows))
+            return self._scheduler.fail(batch, PeerError("the blocks failed on this batch"))
+        now = time.monotonic()
+        return self._scheduler.finish(batch, outputs, now - started, now)
+
+    def _notify(self, notices: list[Notice]) -> None:
+        if notices:
+            self._loop.call_soon_threadsafe(self._deliver, notices)
+
+    def _submit(self, session: CachedSession, work: Work) -> None:
+        refusal = self._scheduler.submit(session, work, time.monotonic())
+        if refusal is not None:
+            self._notify([refusal])
+
     def _read_commands(self) -> bool:
-        """Carry out what the loop asked for, waiting for the first command when there is nothing to run."""
-        block, timeout = self._patience()
+        """Carry out what the loop asked for; where there is nothing to run, wait for that."""
+        timeout_s = None
+        block = not self._scheduler.can_progress
+        if block and (deadline := self._scheduler.next_deadline()) < inf:
+            timeout_s = max(0.0, deadline - time.monotonic())
         while True:
             try:
-                command = self._commands.get(block, timeout)
+                command = self._commands.get(block, timeout_s)
             except queue.Empty:
                 return True
             if command is None:
@@ -149,55 +220,13 @@ class Executor:
             command()
             block = False
 
-    def _patience(self) -> tuple[bool, float | None]:
-        """Whether to wait for a command, and how long: a job without pages is looked at again when one may be free."""
-        deadline = self._scheduler.next_deadline()
-        if deadline is None:
-            return True, None
-        if self._scheduler.can_progress:
-            return False, None
-        return True, max(0.0, deadline - time.monotonic())
 
-    def _run(self, batch: Batch) -> None:
-        started = time.monotonic()
-        try:
-            if batch.copies:
-                self.span.copy_pages(batch.copies)
-            outputs = self.span.run(batch.chunks)
-        except SwarmError as error:
-            self._fail(batch, error)
-        except Exception:
-            logger.exception("a batch of %d rows failed", len(batch.rows))
-            self._fail(batch, PeerError("the blocks failed on this batch"))
-        else:
-            done = self._scheduler.finish(batch, outputs, time.monotonic() - started)
-            for job in done:
-                self._resolve(job, None)
-
-    def _die(self) -> None:
-        """On the loop: nothing will run any more."""
-        self._stopping = True
-        self.died.set()
-        self._fail_all(PeerError("the device thread of the server failed"))
-
-    def _fail_all(self, error: SwarmError) -> None:
-        for future in self._futures.values():
-            if not future.done():
-                future.set_exception(error)
-
-    def _fail(self, batch: Batch, error: SwarmError) -> None:
-        for job in {id(row.job): row.job for row in batch.rows}.values():
-            self._scheduler.drop(job)
-            self._resolve(job, error)
-
-    def _refuse(self, batch: Batch) -> None:
-        for job, error in batch.refused:
-            self._resolve(job, error)
-
-    def _resolve(self, job: Job, error: SwarmError | None) -> None:
-        def resolve() -> None:
-            future = self._futures.get(id(job))
-            if future is not None and not future.done():
-                future.set_exception(error) if error is not None else future.set_result(job)
-
-        self._loop.call_soon_threadsafe(resolve)
+def to_host(rows: Sequence[BatchRow], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The wanted outputs of each row on the host, each in memory of its own; None where none are wanted."""
+    wanted = [output[row.skip :] if row.skip < len(output) else None for row, output in zip(rows, outputs, strict=True)]
+    present = [piece for piece in wanted if piece is not None]
+    if present and present[0].is_cuda:  # one copy for all
+        joined = (torch.cat(present) if len(present) > 1 else present[0]).cpu()
+        present = list(joined.split([len(piece) for piece in present]))
+    own = iter([piece.clone() if piece.nbytes < piece.untyped_storage().nbytes() else piece for piece in present])
+    return [None if piece is None else next(own) for piece in wanted]

@@ -3,16 +3,19 @@
 Pure bookkeeping over integers. It does not know tensors, layers, sessions or time: whoever owns the pools executes the
 (source, destination) copies that `PageTable.grow` returns, in order, before it writes the new tokens.
 
-    PageTable.grow(length) --allocate/share/free--> PageAllocator
-         |                                            pages [0, num_pages), refcounts, free runs
-         +--> copies [(src, dst), ...]  (copy-on-write: a page with several owners is never written)
+    PageTable.grow(length) --allocate/share/free--> PageAllocator <--keep/discard-- Keeper (prefix cache, ...)
+         |                                            pages [0, num_pages), refcounts, free runs, idle pages
+         +--> copies [(src, dst), ...]  (copy-on-write: no page is written that others own or keep)
 
-A sequence's pages are kept in one contiguous ascending run where possible: then the CPU attention reads the cache
-as a view instead of gathering it.
+A page without owners whose content somebody may want again is *idle*: it counts as free, and is taken back from its
+keeper, least recently used first, when free pages run out. A sequence's pages are kept in one contiguous ascending run
+where possible: then the CPU attention reads the cache as a view instead of gathering it.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from swarm.errors import InvalidRequest, PeerBusy
 
@@ -22,6 +25,13 @@ PAGE_SIZE = 16
 
 class OutOfPages(PeerBusy):
     """The pool has fewer free pages than a sequence needs; the message has both numbers."""
+
+
+class Keeper(Protocol):
+    """Who wants the content of pages that nobody owns, as long as there is room."""
+
+    def evicted(self, page: int) -> None:
+        """The page is needed and gone; its keeper may `discard` others that are worthless without it."""
 
 
 class PageAllocator:
@@ -40,7 +50,9 @@ class PageAllocator:
         self._references = [0] * num_pages
         self._starts = [0]
         self._ends = {0: num_pages}
-        self._num_free = num_pages
+        self._num_blank = num_pages
+        self._keepers: dict[int, Keeper] = {}
+        self._idle: OrderedDict[int, Keeper] = OrderedDict()
 
     @property
     def num_pages(self) -> int:
@@ -48,15 +60,25 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        return self._num_free
+        """Pages without owners, idle ones included."""
+        return self._num_blank + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        """Pages without owners whose content is kept."""
+        return len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return self.num_pages - self._num_free
+        return self.num_pages - self.num_free
 
     def references(self, page: int) -> int:
         """How many owners `page` has; 0 for a free page."""
         return self._references[page]
+
+    def must_stay(self, page: int) -> bool:
+        """Whether `page`, which has an owner, must not be written: others own it, or its content is kept."""
+        return self._references[page] > 1 or page in self._keepers
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Take `count` pages, each then owned once.
@@ -68,8 +90,10 @@ class PageAllocator:
         Raises:
             OutOfPages: nothing is taken then.
         """
-        if count > self._num_free:
-            raise OutOfPages(f"need {count} pages, {self._num_free} free")
+        if count > self.num_free:
+            raise OutOfPages(f"need {count} pages, {self.num_free} free")
+        while self._num_blank < count:
+            self._evict(next(iter(self._idle)))
         pages: list[int] = []
         while len(pages) < count:
             behind = pages[-1] if pages else after
@@ -79,20 +103,46 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add one owner to each of `pages`, all of which must be in use."""
+        """Add one owner to each of `pages`, all of which must be in use or idle."""
         for page in pages:
-            if self._references[page] == 0:
+            if self._references[page] == 0 and self._idle.pop(page, None) is None:
                 raise ValueError(f"page {page} is free and cannot be shared")
             self._references[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
-        """Remove one owner from each of `pages`; a page without owners returns to the pool."""
+        """Remove one owner from each of `pages`; a page without owners becomes idle or returns to the pool."""
         for page in pages:
             if self._references[page] == 0:
                 raise ValueError(f"page {page} is freed more often than it was taken")
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._release(page)
+                keeper = self._keepers.get(page)
+                if keeper is not None:
+                    self._idle[page] = keeper
+                else:
+                    self._release(page)
+
+    def keep(self, page: int, keeper: Keeper) -> None:
+        """Let a page in use become idle, and not blank, when its last owner has gone."""
+        if self._references[page] == 0:
+            raise ValueError(f"page {page} is free and cannot be kept")
+        self._keepers[page] = keeper
+
+    def discard(self, page: int) -> None:
+        """Nobody wants the content of this page any more, but for its owners."""
+        del self._keepers[page]
+        if self._idle.pop(page, None) is not None:
+            self._release(page)
+
+    def trim(self, max_idle: int) -> None:
+        """Take back the least recently used idle pages until no more than `max_idle` are left."""
+        while len(self._idle) > max_idle:
+            self._evict(next(iter(self._idle)))
+
+    def _evict(self, page: int) -> None:
+        keeper = self._keepers[page]
+        self.discard(page)
+        keeper.evicted(page)
 
     def _place(self, count: int, behind: int | None) -> tuple[int, int]:
         """(first page, length <= count) of the best place for a run of `count` pages."""
@@ -116,7 +166,7 @@ class PageAllocator:
                 self._ends[piece_start] = piece_end
         for page in range(first, first + length):
             self._references[page] = 1
-        self._num_free -= length
+        self._num_blank -= length
 
     def _release(self, page: int) -> None:
         """Give one page back, merged with the free runs on both sides of it."""
@@ -128,7 +178,7 @@ class PageAllocator:
             start = self._starts.pop(index - 1)
         insort(self._starts, start)
         self._ends[start] = end
-        self._num_free += 1
+        self._num_blank += 1
 
 
 class PageTable:
@@ -199,14 +249,36 @@ class PageTable:
         other._length = self._length
         return other
 
+    def adopt(self, pages: Sequence[int]) -> None:
+        """Add full pages that hold the next tokens of this sequence already, each then with one owner more.
+
+        Raises:
+            InvalidRequest: the last page of the sequence is not full.
+        """
+        if self._length % PAGE_SIZE:
+            raise InvalidRequest(f"a sequence of {self._length} tokens ends within a page")
+        self._allocator.share(pages)
+        self._pages += pages
+        self._length += len(pages) * PAGE_SIZE
+
     def free(self) -> None:
         """Give all pages back; the table is empty afterwards."""
         self.truncate(0)
 
+    def evacuate(self) -> None:
+        """Give all pages back but remember the length; until `restore` the table can only be freed."""
+        self._allocator.free(reversed(self._pages))
+        self._pages = []
+
+    def restore(self, pages: Sequence[int]) -> None:
+        """Hold these pages, each then with one owner more, in place of those given back."""
+        self._allocator.share(pages)
+        self._pages = list(pages)
+
     def _must_copy(self, length: int) -> bool:
-        """Whether growing to `length` writes into a last page that others own too."""
+        """Whether growing to `length` writes into a last page that others own or want, too."""
         writes_last = length > self._length and self._length % PAGE_SIZE != 0
-        return writes_last and self._allocator.references(self._pages[-1]) > 1
+        return writes_last and self._allocator.must_stay(self._pages[-1])
 
     def _own_last_page(self) -> tuple[int, int]:
         shared = self._pages[-1]

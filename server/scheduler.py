@@ -1,275 +1,437 @@
-"""Which rows of which sessions run next: iteration-level batching with decode first and prompts in chunks.
+"""Which rows of which sessions run next: iteration-level batching, fair between clients, with prompts in chunks.
+
+    submit(session, work) ─► jobs ─schedule(now)─► Batch(moves, rows, notices) ─run─► finish(batch, outputs) ─► notices
+                              ▲     │ memory.admit: who has pages                       │
+                              │     └ _Chooser: whose turn it is                        │
+                              └──────────────── rest of a long prompt ──────────────────┘
 
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 
-    submit(job) ─► waiting ─schedule(now)─► Batch(rows, copies, refused) ─run─► finish(batch, outputs) ─► jobs done
-                      ▲                                                            │
-                      └──────────────── rest of a long prompt ─────────────────────┘
+Within a client decode rows go before prompts, and both in order of arrival. Between clients the least served goes
+first (`server.fairness`): decode rows still go before prompts, unless their client is more than `lead` ahead of one who
+is left out. Next to decode rows, prompts get as many tokens as prolong the batch by STALL (`server.step_cost`).
 
-A job is one step of one session. It first takes its place in the cache (beam order, rollback), then its rows run in one
-or more batches, as the token budget and the free pages allow. Decode rows go first, but leave a share of the budget to
-the oldest prompt. A job that finds no page for PAGE_WAIT_S is refused.
+Bound: for two clients that both have ready work left out of every batch of an interval, service in it differs by at
+most 2 * max(w_p * L_in, w_q * M), where L_in is the most prompt tokens of a batch and M the most decode rows of one;
+both are `token_budget`. For no counter ever gets further from one left behind than lead + token_budget * w_p, which
+with lead = w_q * token_budget / 2 is w_q * M. Who waits for pages may wait for the turn of another session, besides,
+which is as many tokens as `server.memory` says.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
+from math import inf
+from typing import NamedTuple
 
 import torch
 
-from swarm.errors import PeerBusy, PeerError, SwarmError
-from swarm.protocol import Step
-from swarm.server.blocks.internals import SequenceState
+from swarm.errors import PeerBusy, SwarmError
 from swarm.server.blocks.step import Chunk
-from swarm.server.pages import OutOfPages, PageAllocator, PageTable
-from swarm.types import BlockRange
+from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
+from swarm.server.host_pages import CopyPage, Move
+from swarm.server.memory import Hit, KvMemory
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.sequences import CachedSession, Job
+from swarm.server.step_cost import StepCost
+from swarm.server.work import Produced, ProducedRow, Work
 
 TOKEN_BUDGET = 512
 """Tokens in one batch; a longer prompt runs in chunks, so that it stalls nobody's decode for longer than one chunk."""
 PROMPT_SHARE = 0.25
 """Part of the budget that decode rows leave to a prompt that waits."""
 PAGE_WAIT_S = 30.0
-"""How long a step may find no free page before its session is told that the server is busy."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class CachedSequence:
-    """One row of a session on this server: its pages and, for recurrent layers, its state."""
-
-    table: PageTable
-    state: SequenceState | None
-
-    def fork(self) -> "CachedSequence":
-        """A second sequence with the same tokens."""
-        state = None if self.state is None else self.state.fork()  # first: there may be no memory for it
-        return CachedSequence(table=self.table.fork(), state=state)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class CachedSession:
-    """The cache of one session: the rows, and which blocks they run through."""
-
-    blocks: BlockRange
-    rows: list[CachedSequence]
-
-    def reorder(self, order: Sequence[int]) -> None:
-        """Row i becomes what row `order[i]` was."""
-        kept: set[int] = set()
-        rows: list[CachedSequence] = []
-        forks: list[CachedSequence] = []
-        try:
-            for old in order:
-                if old in kept:
-                    forks.append(self.rows[old].fork())
-                rows.append(forks[-1] if old in kept else self.rows[old])
-                kept.add(old)
-        except BaseException:  # out of memory for a recurrent state
-            for fork in forks:
-                fork.table.free()
-            raise
-        for index, row in enumerate(self.rows):
-            if index not in kept:
-                row.table.free()
-        self.rows = rows
-
-    def free(self) -> None:
-        """Give all pages back."""
-        for row in self.rows:
-            row.table.free()
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Job:
-    """One step of one session, validated, with the progress it has made."""
-
-    session: CachedSession
-    step: Step
-    hidden_states: torch.Tensor
-    """[sum(step.num_tokens), hidden] on the host."""
-    arrived: float
-    starved_since: float | None = None
-    """Since when it has wanted a page and found none."""
-    started: float | None = None
-    compute_s: float = 0.0
-    batch_tokens: int = 0
-    num_done: list[int] = field(default_factory=list)
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    outputs: list[list[torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def is_done(self) -> bool:
-        return self.started is not None and tuple(self.num_done) == self.step.num_tokens
-
-    @property
-    def is_decode(self) -> bool:
-        return max(self.step.num_tokens) <= 1
-
-    def is_starved_at(self, now: float) -> bool:
-        """Whether it has waited too long for a page."""
-        return self.starved_since is not None and now >= self.starved_since + PAGE_WAIT_S
-
-    def start(self, now: float) -> None:
-        """Take the step's place in the cache: reorder, then roll back."""
-        self.started = now
-        self.num_done = [0] * len(self.step.num_tokens)
-        self.inputs = list(self.hidden_states.split(list(self.step.num_tokens)))
-        self.outputs = [[] for _ in self.step.num_tokens]
-        if self.step.order is not None:
-            self.session.reorder(self.step.order)
-        for row, position in zip(self.session.rows, self.step.positions, strict=True):
-            row.table.truncate(position)
-
-    def result(self) -> torch.Tensor:
-        """The wanted outputs [sum(num_outputs), hidden], row after row."""
-        pieces = [piece for row in self.outputs for piece in row]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+"""How long work may find no free page before its session is told that the server is busy."""
+TELL_PERIOD_S = 1.0
+"""How often a session that waits for pages is told so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchRow:
-    """`chunk` of row `row` of `job`."""
+class Failed:
+    """The work of a session can't be done."""
 
+    step_id: int
+    error: SwarmError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waits:
+    """The work of a session waits for pages."""
+
+    step_id: int
+    expected_s: float
+
+
+Notice = tuple[CachedSession, Produced | Failed | Waits]
+"""What a session's listener is to be told."""
+
+
+class BatchRow(NamedTuple):
+    """`chunk` of row `row` of a session."""
+
+    session: CachedSession
     job: Job
     row: int
     chunk: Chunk
+    skip: int
+    """Leading outputs that nobody wants."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Batch:
-    """What to run now, the page copies that come first, and the jobs that waited too long."""
+    """What to do now: tell `notices`, move pages, run rows."""
 
-    rows: tuple[BatchRow, ...]
-    copies: tuple[tuple[int, int], ...]
-    refused: tuple[tuple[Job, SwarmError], ...]
+    notices: list[Notice]
+    moves: list[Move]
+    rows: list[BatchRow]
+    num_tokens: int
+    num_decode: int
+    started: float
 
     @property
     def chunks(self) -> list[Chunk]:
         return [row.chunk for row in self.rows]
 
     @property
-    def num_tokens(self) -> int:
-        return sum(len(row.chunk.hidden_states) for row in self.rows)
+    def sessions(self) -> list[CachedSession]:
+        """All whose cache it touches."""
+        moved = (move.session for move in self.moves if not isinstance(move, CopyPage))
+        return list(dict.fromkeys([*(row.session for row in self.rows), *moved]))
 
 
 class Scheduler:
-    """Jobs that wait or run, in order of arrival.
+    """Work that waits or runs.
 
     Args:
-        allocator: the pages of the cache.
+        memory: the pages of the cache.
         token_budget: most tokens in one batch.
+        counters: service of each client.
+        costs: what batches cost.
     """
 
-    def __init__(self, allocator: PageAllocator, *, token_budget: int = TOKEN_BUDGET):
-        self.allocator = allocator
+    def __init__(
+        self,
+        memory: KvMemory,
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        counters: VirtualCounters | None = None,
+        costs: StepCost | None = None,
+    ):
+        self.memory = memory
+        self.counters = counters or VirtualCounters()
+        self.costs = costs or StepCost()
         self.token_budget = token_budget
         self.can_progress = False
-        """Whether the last batch was not empty, or something changed since: if not, wait for a command."""
-        self._jobs: list[Job] = []
+        """Whether the last batch did something, or something changed since: if not, wait for a command."""
+        self.num_waiting = 0
+        """Sessions whose work waits for pages."""
+        self._ready: dict[CachedSession, None] = {}
 
     @property
-    def num_jobs(self) -> int:
-        return len(self._jobs)
+    def num_ready(self) -> int:
+        """Sessions with work."""
+        return len(self._ready)
 
-    def next_deadline(self) -> float | None:
-        """When the first waiting job must be refused."""
-        starved = (job.starved_since for job in self._jobs if job.starved_since is not None)
-        first = min(starved, default=None)
-        return None if first is None else first + PAGE_WAIT_S
+    def next_deadline(self) -> float:
+        """When to look again although nothing happened."""
+        starved = [(it.starved_since, it.told_at) for it in self._ready if it.starved_since is not None]
+        return min((min(since + PAGE_WAIT_S, told + TELL_PERIOD_S) for since, told in starved), default=inf)
 
-    def submit(self, job: Job) -> None:
-        """Add a step."""
-        self._jobs.append(job)
+    # -- commands -----------------------------------------------------------------------------------------------
+
+    def submit(self, session: CachedSession, work: Work, now: float) -> Notice | None:
+        """Add work; returns what to tell where the session can do none any more."""
+        if session.error is not None:
+            return session, Failed(step_id=work.step_id, error=session.error)
+        session.jobs.append(Job(work, now))
+        if len(session.jobs) == 1:
+            self._ready[session] = None
+            self.counters.arrive(session.client)
+        self.memory.add(session)
+        self.can_progress = True
+        return None
+
+    def drop_queued(self, session: CachedSession) -> None:
+        """Forget the work of a session."""
+        session.jobs.clear()
+        self._rest(session)
+
+    def close(self, session: CachedSession, now: float) -> None:
+        """Forget a session: its work and all that it holds."""
+        self.drop_queued(session)
+        self.memory.free(session, now)
+
+    def _rest(self, session: CachedSession) -> None:
+        """The session has no work any more."""
+        self._ready.pop(session, None)
+        if session.starved_since is not None:
+            session.starved_since = None
+            self.num_waiting -= 1
         self.can_progress = True
 
-    def drop(self, job: Job) -> None:
-        """Forget a job that failed."""
-        self._jobs = [other for other in self._jobs if other is not job]
-
-    def cancel(self, session: CachedSession) -> None:
-        """Drop the jobs of a session that is gone and free its pages."""
-        self._jobs = [job for job in self._jobs if job.session is not session]
-        session.free()
-        self.can_progress = True
+    # -- batches ------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Batch:
-        """Choose the next batch; it is empty when nothing can run for want of pages."""
-        rows: list[BatchRow] = []
-        copies: list[tuple[int, int]] = []
-        refused: list[tuple[Job, SwarmError]] = []
-        prompts = [job for job in self._jobs if not job.is_decode]
-        budget = self.token_budget - (int(self.token_budget * PROMPT_SHARE) if prompts else 0)
-        for job in (job for job in self._jobs if job.is_decode):
-            budget -= self._take(job, budget, now, rows, copies, refused)
-        budget = self.token_budget - len(rows)
-        for job in prompts:
-            budget -= self._take(job, budget, now, rows, copies, refused)
-        refused += [(job, self._refusal(job)) for job in self._jobs if job.is_starved_at(now)]
-        gone = {id(job) for job, _ in refused}
-        self._jobs = [job for job in self._jobs if id(job) not in gone]
-        self.can_progress = bool(rows)
-        return Batch(rows=tuple(rows), copies=tuple(copies), refused=tuple(refused))
+        """Choose the next batch; it has no rows when nothing can run for want of pages."""
+        self.can_progress = False
+        notices = self._refuse_starved(now)
+        sessions = self.memory.admit(list(self._ready), self.counters, self.token_budget, now)
+        notices += self._told_by_memory(now)
+        chooser = _Chooser(self, sessions)
+        chooser.run()
+        self.counters.settle({session.client for session in self._ready if session.job.num_left})
+        notices += self._starving(now)
+        moves, self.memory.moves = self.memory.moves, []
+        self.can_progress |= bool(chooser.rows or moves)
+        return Batch(
+            notices=notices,
+            moves=moves,
+            rows=chooser.rows,
+            num_tokens=chooser.num_tokens,
+            num_decode=chooser.num_decode,
+            started=now,
+        )
 
-    def finish(self, batch: Batch, outputs: Sequence[torch.Tensor], compute_s: float) -> list[Job]:
-        """Hand the outputs of a batch to its jobs and return those that are complete."""
-        for row, output in zip(batch.rows, outputs, strict=True):
-            job, wanted_from = row.job, row.job.step.num_tokens[row.row] - row.job.step.num_outputs[row.row]
-            skip = max(0, wanted_from - job.num_done[row.row])
-            if skip < len(output):
-                job.outputs[row.row].append(output[skip:])
-            job.num_done[row.row] += len(output)
-        for job in {id(row.job): row.job for row in batch.rows}.values():
-            job.compute_s += compute_s
-            job.batch_tokens = max(job.batch_tokens, batch.num_tokens)
-        done = [job for job in self._jobs if job.is_done]
-        self._jobs = [job for job in self._jobs if not job.is_done]
-        return done
+    def finish(
+        self, batch: Batch, outputs: Sequence[torch.Tensor | None], compute_s: float, now: float
+    ) -> list[Notice]:
+        """Hand out the outputs of a batch.
 
-    def _take(
-        self,
-        job: Job,
-        budget: int,
-        now: float,
-        rows: list[BatchRow],
-        copies: list[tuple[int, int]],
-        refused: list[tuple[Job, SwarmError]],
-    ) -> int:
-        """Add to the batch what the budget and the free pages allow of a job; returns the tokens added."""
-        if budget <= 0:
-            return 0
-        if job.started is None:
-            try:
-                job.start(now)
-            except (RuntimeError, MemoryError) as error:  # no memory for the copies of a recurrent state
-                refused.append((job, PeerError(f"the step's rows can't be set up: {error}")))
-                return 0
-        taken, is_starved = 0, False
-        for index, (total, done) in enumerate(zip(job.step.num_tokens, job.num_done, strict=True)):
-            count = min(total - done, budget - taken)
-            if count <= 0:
+        Args:
+            batch: has run.
+            outputs: for each of its rows the wanted ones [chunk's tokens - skip, hidden] on the host, None where skip
+                leaves none.
+            compute_s: how long it took.
+            now: the time.
+        """
+        if batch.rows:
+            self.costs.observe(batch.num_decode, batch.num_tokens - batch.num_decode, compute_s)
+        notices: list[Notice] = []
+        produced: list[ProducedRow] = []
+        count, last = 0, len(batch.rows) - 1
+        for number, (row, output) in enumerate(zip(batch.rows, outputs, strict=True)):
+            session, chunk = row.session, row.chunk
+            count += chunk.num_tokens
+            if output is not None:
+                position = chunk.position + row.skip
+                produced.append(ProducedRow(row=row.row, position=position, hidden_states=output))
+            if not row.job.is_decode:
+                whole = output if row.skip == 0 else None
+                self.memory.remember(session.rows[row.row], chunk.position, chunk.num_tokens, whole)
+            if number == last or batch.rows[number + 1].session is not session:
+                told = Produced(
+                    step_id=row.job.work.step_id,
+                    rows=tuple(produced),
+                    num_tokens=count,
+                    queue_s=max(0.0, batch.started - row.job.ready_since),
+                    compute_s=compute_s,
+                    batch_tokens=batch.num_tokens,
+                )
+                notices.append((session, told))
+                self._advance(session, row.job, count, now)
+                produced, count = [], 0
+        return notices
+
+    def fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
+        """A batch has failed: what its sessions have in the cache can't be trusted any more."""
+        return [self._fail(session, error) for session in batch.sessions]
+
+    # -- details ------------------------------------------------------------------------------------------------
+
+    def _advance(self, session: CachedSession, job: Job, count: int, now: float) -> None:
+        session.last_used = now
+        session.turn_tokens += count
+        if job.num_left:
+            job.ready_since = now
+            return
+        del self._ready[session]
+        session.jobs.popleft()
+        if session.jobs:
+            self._ready[session] = None  # behind all others
+            session.job.ready_since = max(now, session.job.ready_since)
+            self.counters.arrive(session.client)
+
+    def _fail(self, session: CachedSession, error: SwarmError) -> Notice:
+        session.error = error
+        step_id = session.job.work.step_id if session.jobs else 0
+        self.drop_queued(session)
+        return session, Failed(step_id=step_id, error=error)
+
+    def _told_by_memory(self, now: float) -> list[Notice]:
+        """Sessions whose work was known already, or could not begin."""
+        if not self.memory.hits and not self.memory.failures:
+            return []
+        self.can_progress = True
+        notices: list[Notice] = [(hit.session, _known(hit, now)) for hit in self.memory.hits]
+        for session, job in {hit.session: hit.job for hit in self.memory.hits}.items():
+            self._advance(session, job, 0, now)
+        notices += [self._fail(session, error) for session, error in self.memory.failures]
+        self.memory.hits, self.memory.failures = [], []
+        return notices
+
+    def _refuse_starved(self, now: float) -> list[Notice]:
+        if not self.num_waiting:
+            return []
+        late = [it for it in self._ready if it.starved_since is not None and now >= it.starved_since + PAGE_WAIT_S]
+        return [self._fail(session, self._refusal(session, now)) for session in late]
+
+    def _refusal(self, session: CachedSession, now: float) -> PeerBusy:
+        needed, free = self.memory.pages_wanted(session), self.memory.allocator.num_free
+        expected = self.memory.rate.expected_s(now, max(1, needed - free))
+        return PeerBusy(
+            f"KV cache is full: need {needed} pages, {free} free", retry_after_s=min(max(expected, 1.0), 600.0)
+        )
+
+    def _starving(self, now: float) -> list[Notice]:
+        """Tell those who wait for pages, now and then, how long it may take."""
+        waiting = [session for session in self._ready if session.starved_since is not None]
+        self.num_waiting = len(waiting)
+        notices: list[Notice] = []
+        for session in waiting:
+            if now >= session.told_at + TELL_PERIOD_S:
+                session.told_at = now
+                missing = self.memory.pages_wanted(session) - self.memory.allocator.num_free
+                expected = self.memory.rate.expected_s(now, max(1, missing))
+                notices.append((session, Waits(step_id=session.job.work.step_id, expected_s=expected)))
+        return notices
+
+
+class _Turns:
+    """Sessions to choose from: those of the least served client first, and within a client in order of arrival."""
+
+    def __init__(self, counters: VirtualCounters):
+        self._counters = counters
+        self._queues: dict[str, deque[CachedSession]] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def add(self, session: CachedSession) -> None:
+        queue = self._queues.get(session.client)
+        if queue is None:
+            queue = self._queues[session.client] = deque()
+        queue.append(session)
+
+    def order(self) -> None:
+        """All have been added."""
+        self._heap = [(self._counters.of(client), client) for client in self._queues]
+        heapify(self._heap)
+
+    @property
+    def least(self) -> float:
+        """The least counter of their clients; infinite when there are none."""
+        heap = self._heap
+        while heap:
+            counter, client = heap[0]
+            if not self._queues[client]:
+                heappop(heap)
                 continue
-            row = job.session.rows[index]
-            position = job.step.positions[index] + done
-            try:
-                copies += row.table.grow(position + count)
-            except OutOfPages:
-                is_starved = True
+            present = self._counters.of(client)
+            if present == counter:
+                return counter
+            heapreplace(heap, (present, client))
+        return inf
+
+    def pop(self) -> CachedSession:
+        """The next session, after `least` was asked."""
+        return self._queues[self._heap[0][1]].popleft()
+
+
+class _Chooser:
+    """Fills one batch from sessions that have their pages; see the module for the rules."""
+
+    def __init__(self, scheduler: Scheduler, sessions: Sequence[CachedSession]):
+        self.rows: list[BatchRow] = []
+        self.num_tokens = 0
+        self.num_decode = 0
+        self._memory, self._counters, self._costs = scheduler.memory, scheduler.counters, scheduler.costs
+        self._budget = scheduler.token_budget
+        self._lead = W_DECODE * scheduler.token_budget / 2
+        self._decode, self._prompts = _Turns(self._counters), _Turns(self._counters)
+        for session in sessions:
+            (self._decode if session.job.is_decode else self._prompts).add(session)
+        self._decode.order()
+        self._prompts.order()
+        self._cut = inf
+        """Counter of the client whose prompt was cut."""
+
+    def run(self) -> None:
+        """Decode rows, then prompts, then decode rows that were held back for prompts that didn't need the room."""
+        has_prompts = self._prompts.least < inf
+        self._take_decode(self._budget - (int(self._budget * PROMPT_SHARE) if has_prompts else 0))
+        if has_prompts:
+            self._take_prompts()
+            self._take_decode(self._budget - self.num_tokens)
+
+    def _take_decode(self, room: int) -> None:
+        """Rows of clients that are not too far ahead of one whose prompt waits."""
+        while room > 0 and (least := self._decode.least) < inf:
+            ahead = least - min(self._prompts.least, self._cut)
+            if ahead > self._lead:
+                return
+            most = room if ahead == -inf else min(room, int((self._lead - ahead) / W_DECODE) + 1)
+            room -= self._take(self._decode.pop(), most, W_DECODE)
+
+    def _take_prompts(self) -> None:
+        """Chunks of clients that are not too far ahead of one whose decode rows were left out."""
+        room = self._costs.prompt_limit(self.num_decode, self._budget - self.num_tokens)
+        while room > 0 and (least := self._prompts.least) < inf and least - self._decode.least <= self._lead:
+            session = self._prompts.pop()
+            most = room
+            room -= self._take(session, most, W_PROMPT)
+            if session.job.num_left and most <= session.job.allowance:
+                self._cut = min(self._cut, self._counters.of(session.client))
+
+    def _take(self, session: CachedSession, most: int, price: float) -> int:
+        """Add at most so many tokens of a session's first job; returns how many."""
+        job = session.job
+        most, taken = min(most, job.allowance), 0
+        for index, left in enumerate(job.left):
+            if not left:
+                continue
+            if taken == most:
                 break
-            taken += count
-            chunk = Chunk(
-                hidden_states=job.inputs[index][done : done + count],
-                position=position,
-                pages=row.table.pages,
-                entry=job.session.blocks.start,
-                exit=job.session.blocks.end,
-                state=row.state,
-            )
-            rows.append(BatchRow(job=job, row=index, chunk=chunk))
-        if taken or not is_starved:
-            job.starved_since = None
-        elif job.starved_since is None:
-            job.starved_since = now
+            taken += self._take_row(session, job, index, min(left, most - taken))
+        self.num_tokens += taken
+        if job.is_decode:
+            self.num_decode += taken
+        self._counters.charge(session.client, price * session.share * taken)
         return taken
 
-    def _refusal(self, job: Job) -> PeerBusy:
-        lengths = [sum(pair) for pair in zip(job.step.positions, job.step.num_tokens, strict=True)]
-        needed = sum(row.table.pages_needed(length) for row, length in zip(job.session.rows, lengths, strict=True))
-        return PeerBusy(f"KV cache is full: need {needed} pages, {self.allocator.num_free} free", retry_after_s=5.0)
+    def _take_row(self, session: CachedSession, job: Job, index: int, count: int) -> int:
+        row = session.rows[index]
+        position = row.table.length
+        if count > 1 and count < job.left[index]:  # end with a full page, for others to find
+            rest = (position + count) % PAGE_SIZE
+            count -= rest if rest < count else 0
+        self._memory.grow(session, index, count)
+        chunk = Chunk(
+            hidden_states=job.take(index, count),
+            position=position,
+            pages=row.table.pages,
+            entry=session.blocks.start,
+            exit=session.blocks.end,
+            state=row.state,
+        )
+        skip = max(0, job.work.outputs_from[index] - position)
+        self.rows.append(BatchRow(session, job, index, chunk, skip))
+        return count
+
+
+def _known(hit: Hit, now: float) -> Produced:
+    """What a session is told about pages that need no computing."""
+    wanted_from = hit.job.work.outputs_from[hit.row]
+    end = hit.position + len(hit.outputs) * PAGE_SIZE
+    rows: tuple[ProducedRow, ...] = ()
+    if wanted_from < end:
+        first = max(hit.position, wanted_from)
+        pages = [it for it in hit.outputs[(first - hit.position) // PAGE_SIZE :] if it is not None]
+        outputs = torch.cat(pages)[(first - hit.position) % PAGE_SIZE :]
+        rows = (ProducedRow(row=hit.row, position=first, hidden_states=outputs),)
+    return Produced(
+        step_id=hit.job.work.step_id,
+        rows=rows,
+        num_tokens=len(hit.outputs) * PAGE_SIZE,
+        queue_s=max(0.0, now - hit.job.ready_since),
+        compute_s=0.0,
+        batch_tokens=0,
+    )

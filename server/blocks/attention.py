@@ -61,6 +61,19 @@ class LayerAttention:
             old, new = source * PAGE_SIZE, destination * PAGE_SIZE
             pool[:, new : new + PAGE_SIZE] = pool[:, old : old + PAGE_SIZE]
 
+    def read_pages(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of these pages on the host, [kv heads, pages, PAGE_SIZE * width]."""
+        return self._by_page(self.k_pool)[:, pages].cpu(), self._by_page(self.v_pool)[:, pages].cpu()
+
+    def write_pages(self, pages: Tensor, saved: tuple[Tensor, Tensor]) -> None:
+        """Put what `read_pages` gave into these pages."""
+        for pool, content in zip((self.k_pool, self.v_pool), saved, strict=True):
+            self._by_page(pool).index_copy_(1, pages, content.to(pool.device))
+
+    @staticmethod
+    def _by_page(pool: Tensor) -> Tensor:
+        return pool.view(pool.shape[0], -1, PAGE_SIZE * pool.shape[2])
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, options: Any) -> Tensor:
         """Cache the new rows' keys and values and attend.
 

@@ -285,6 +285,11 @@ class Ropes:
             module = modules[root].get_submodule(rest) if rest else modules[root]
             self._calls.append((call, module, _depends_on_length(module)))
 
+    @property
+    def depend_on_length(self) -> bool:
+        """Whether some frequencies depend on how many tokens are in the call."""
+        return any(by_sequence for _, _, by_sequence in self._calls)
+
     def compute(self, hidden_1TH: Tensor, positions_1T: Tensor, lengths: list[int]) -> list[Any]:
         """The result of each call, for rows of sequences with `lengths` new tokens each."""
         results = []
@@ -356,6 +361,14 @@ class SequenceState(DynamicCache):
     def fork(self) -> "SequenceState":
         """An independent copy, for a beam."""
         return copy.deepcopy(self)
+
+    def move_to(self, device: torch.device) -> None:
+        """Move it to host memory or back."""
+        for entry in self.layers:
+            if isinstance(entry, LinearAttentionCacheLayerMixin):
+                for states in (entry.conv_states, entry.recurrent_states):
+                    for name, state in states.items():
+                        states[name] = None if state is None else state.to(device)
 
     @property
     def num_bytes(self) -> int:

@@ -144,6 +144,11 @@ class BlockSpan:
         return not self.stateful
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether what a page holds depends on nothing but the tokens up to its end."""
+        return not self.stateful and not self._ropes.depend_on_length
+
+    @property
     def max_positions(self) -> int:
         """Positions that the model was built for; 2**31 - 1 where its config names no limit."""
         text = self.config.get_text_config(decoder=True)
@@ -171,6 +176,36 @@ class BlockSpan:
                 for block in self._loaded:
                     if block.attention is not None:
                         block.attention.copy_page(source, destination)
+
+    @torch.inference_mode()
+    def read_pages(self, pages: Sequence[int], blocks: BlockRange) -> list[tuple[Tensor, Tensor]]:
+        """What these pages hold in the blocks of a session, on the host."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        return [attention.read_pages(index) for attention in self._attentions(blocks)]
+
+    @torch.inference_mode()
+    def write_pages(self, pages: Sequence[int], blocks: BlockRange, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Put what `read_pages` gave for the same blocks into these pages."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for attention, content in zip(self._attentions(blocks), saved, strict=True):
+            attention.write_pages(index, content)
+
+    @torch.inference_mode()
+    def park_states(self, states: Iterable[SequenceState]) -> None:
+        """Move recurrent states to host memory."""
+        for state in states:
+            state.move_to(torch.device("cpu"))
+
+    @torch.inference_mode()
+    def unpark_states(self, states: Iterable[SequenceState]) -> None:
+        """Move recurrent states back to the device."""
+        for state in states:
+            state.move_to(self.device)
+
+    def _attentions(self, blocks: BlockRange) -> list[LayerAttention]:
+        first = self.blocks.start
+        loaded = self._loaded[blocks.start - first : blocks.end - first]
+        return [block.attention for block in loaded if block.attention is not None]
 
     @torch.inference_mode()
     def run(self, batch: Sequence[Chunk]) -> list[Tensor]:

@@ -1,0 +1,95 @@
+"""Pages on the move: copies within the cache, and sessions that lie in host memory for a while.
+
+    scheduler ─► CopyPage | SwapOut | SwapIn, in order ─► executor: carry_out ─► span.copy/read/write_pages
+                                                                      Swapped.content: the bytes in between
+
+The scheduler decides and counts, `carry_out` moves the bytes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+HOST_BYTES = 1 << 30
+"""Host memory for swapped sessions."""
+
+
+class HostBudget:
+    """Bytes of host memory that swapped sessions may take.
+
+    Args:
+        capacity: all of it; 0 swaps nothing.
+    """
+
+    def __init__(self, capacity: int = HOST_BYTES):
+        self.capacity = capacity
+        self.used = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Reserve so much; False, and nothing is reserved, where there is not enough."""
+        if self.used + num_bytes > self.capacity:
+            return False
+        self.used += num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """What `take` reserved is free again."""
+        self.used -= num_bytes
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Swapped:
+    """The cache of a session in host memory."""
+
+    num_pages: int
+    """Different pages that it had."""
+    layouts: tuple[tuple[int, ...], ...]
+    """For each row, which of these its pages were, in token order."""
+    num_bytes: int
+    content: Any = None
+    """What `BlockSpan.read_pages` gave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPage:
+    """Copy-on-write: `destination` becomes what `source` is."""
+
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapOut:
+    """Save these pages, which others will write, and the session's recurrent states."""
+
+    session: Any
+    swapped: Swapped
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapIn:
+    """Put what was saved into these pages, and the session's recurrent states back."""
+
+    session: Any
+    swapped: Swapped
+    pages: tuple[int, ...]
+
+
+Move = CopyPage | SwapOut | SwapIn
+
+
+def carry_out(moves: Iterable[Move], span: Any) -> None:
+    """Move the bytes of a `swarm.server.blocks.BlockSpan`, in order: a page may be saved and then written."""
+    for move in moves:
+        if isinstance(move, CopyPage):
+            span.copy_pages([(move.source, move.destination)])
+            continue
+        states = [row.state for row in move.session.rows if row.state is not None]
+        if isinstance(move, SwapOut):
+            move.swapped.content = span.read_pages(move.pages, move.session.blocks)
+            span.park_states(states)
+        else:
+            span.write_pages(move.pages, move.session.blocks, move.swapped.content)
+            span.unpark_states(states)
+            move.swapped.content = None

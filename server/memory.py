@@ -1,0 +1,370 @@
+"""Who gets pages: everybody while there are enough, else by turns, least served client first.
+
+    admit(ready sessions) ─► enough for all ─────────────► start their jobs, share prefixes
+                         └─► in order of service, for each:
+                               free and idle pages ─► preempt: idle sessions, then those whose client had more
+                               still not enough ─► it starves, and nobody behind it gets pages before it
+
+A session that has got pages keeps them for a turn, some tokens long, before another may have them, so that moving pages
+takes a small part of the time. What is decided here is executed by `server.host_pages.carry_out`. Pure.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from swarm.errors import PeerError, SwarmError
+from swarm.server.fairness import VirtualCounters
+from swarm.server.host_pages import CopyPage, HostBudget, Move, SwapIn, SwapOut
+from swarm.server.pages import PAGE_SIZE, PageAllocator
+from swarm.server.prefix_cache import PrefixCache
+from swarm.server.sequences import CachedSequence, CachedSession, Job, pages_to_grow, tokens_within
+
+IDLE_S = 1.0
+"""A session without work for so long gives up its pages before any other."""
+MIN_TURN_TOKENS = 32
+"""Shortest turn; a session with more tokens has a longer one, since moving it takes longer."""
+TURN_PART = 8
+"""A turn lasts for one token per so many that the session holds."""
+RELEASE_WINDOW_S = 30.0
+"""Pages freed so long ago count 1/e in the rate at which pages become free."""
+UNKNOWN_WAIT_S = 10.0
+"""Wait that is expected as long as no page has ever been freed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """Consecutive pages of one row of a job that need no computing: they were known."""
+
+    session: CachedSession
+    job: Job
+    row: int
+    position: int
+    outputs: tuple[torch.Tensor | None, ...]
+    """Per page, [PAGE_SIZE, hidden] on the host; None where nobody wants them."""
+
+
+class ReleaseRate:
+    """At which rate sessions give pages back, from which a wait is estimated."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._pages = 0.0
+
+    def record(self, now: float, num_pages: int) -> None:
+        """So many pages became free."""
+        self._fade(now)
+        self._pages += num_pages
+
+    def expected_s(self, now: float, num_pages: int) -> float:
+        """How long until so many are free."""
+        self._fade(now)
+        return num_pages * RELEASE_WINDOW_S / self._pages if self._pages > 1e-3 else UNKNOWN_WAIT_S
+
+    def _fade(self, now: float) -> None:
+        self._pages *= math.exp(min(0.0, self._now - now) / RELEASE_WINDOW_S)
+        self._now = max(self._now, now)
+
+
+class KvMemory:
+    """The pages of one span and the sessions that hold them.
+
+    Args:
+        allocator: of the pages.
+        page_bytes: memory of one page in all blocks of the span.
+        host: memory for swapped sessions.
+        prefixes: pages that are found by content; None where prefixes can't be shared.
+        min_turn_tokens: shortest turn.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        *,
+        page_bytes: int,
+        host: HostBudget,
+        prefixes: PrefixCache | None,
+        min_turn_tokens: int = MIN_TURN_TOKENS,
+    ):
+        self.allocator = allocator
+        self.prefixes = prefixes
+        self.host = host
+        self.moves: list[Move] = []
+        """What is to be moved before the next batch runs, in order."""
+        self.hits: list[Hit] = []
+        """What was found in the cache since the last batch."""
+        self.failures: list[tuple[CachedSession, SwarmError]] = []
+        """Sessions whose job could not begin."""
+        self.rate = ReleaseRate()
+        self._page_bytes = page_bytes
+        self._min_turn_tokens = min_turn_tokens
+        self._sessions: dict[CachedSession, None] = {}
+
+    # -- sessions -----------------------------------------------------------------------------------------------
+
+    @property
+    def sessions(self) -> Iterable[CachedSession]:
+        """All that may hold pages."""
+        return self._sessions
+
+    def add(self, session: CachedSession) -> None:
+        """This session may want pages from now on."""
+        self._sessions[session] = None
+
+    def free(self, session: CachedSession, now: float) -> None:
+        """Free all that a session holds."""
+        self._sessions.pop(session, None)
+        if session.swapped is not None:
+            self.host.give_back(session.swapped.num_bytes)
+        before = self.allocator.num_free
+        session.free()
+        self.rate.record(now, self.allocator.num_free - before)
+        if self.prefixes is not None:
+            self.prefixes.trim()
+
+    def pages_wanted(self, session: CachedSession) -> int:
+        """Pages that a session needs for the rest of its first job, and to be back in the cache."""
+        if session.swapped is not None:
+            return session.swapped.num_pages + -(-session.job.num_left // PAGE_SIZE)
+        return sum(pages_to_grow(row, left) for row, left in zip(session.rows, session.job.left, strict=True))
+
+    def grow(self, session: CachedSession, row: int, count: int) -> None:
+        """Make room for `count` more tokens of a row, within what `admit` allowed."""
+        table = session.rows[row].table
+        if copies := table.grow(table.length + count):
+            self.moves += [CopyPage(source=source, destination=destination) for source, destination in copies]
+
+    # -- admission ----------------------------------------------------------------------------------------------
+
+    def admit(
+        self, ready: Sequence[CachedSession], counters: VirtualCounters, budget: int, now: float
+    ) -> list[CachedSession]:
+        """Those that may run now, with pages for `job.allowance` tokens; their jobs have begun.
+
+        Args:
+            ready: sessions with work, in order of arrival.
+            counters: who has been served least.
+            budget: most tokens of a batch.
+        """
+        if sum(_most_pages(session, budget) for session in ready) <= self.allocator.num_free:
+            for session in ready:
+                if session.swapped is not None:
+                    self.swap_in(session)
+            return [session for session in ready if self.begin(session, budget, self.allocator.num_pages)]
+        order = sorted(ready, key=lambda session: (counters.of(session.client), not session.job.is_decode))
+        return _Admission(self, order, counters, budget, now).run()
+
+    def begin(self, session: CachedSession, budget: int, room: int) -> bool:
+        """Begin the first job and skip what is known already; whether there is something of it left to be run."""
+        job = session.job
+        try:
+            session.start()
+        except (RuntimeError, MemoryError) as error:  # no memory for the copies of a recurrent state
+            self.failures.append((session, PeerError(f"the step's rows can't be set up: {error}")))
+            return False
+        if self.prefixes is not None and not job.is_decode:
+            self._share_prefix(session, job, room)
+        job.allowance = budget
+        session.starved_since = None
+        return job.num_left > 0
+
+    def _share_prefix(self, session: CachedSession, job: Job, room: int) -> None:
+        """Let rows whose next full pages are known take them, but no more than `room` idle ones."""
+        for index, row in enumerate(session.rows):
+            first = row.table.length
+            outputs: list[torch.Tensor | None] = []
+            while (found := self._known_page(row, job, index)) is not None:
+                page, page_outputs = found
+                if not self.allocator.references(page):
+                    if not room:
+                        break
+                    room -= 1
+                row.table.adopt([page])
+                row.tail = None
+                job.take(index, PAGE_SIZE)
+                outputs.append(page_outputs)
+            if outputs:
+                self.hits.append(Hit(session=session, job=job, row=index, position=first, outputs=tuple(outputs)))
+
+    def _known_page(self, row: CachedSequence, job: Job, index: int) -> tuple[int, torch.Tensor | None] | None:
+        number, rest = divmod(row.table.length, PAGE_SIZE)
+        if rest or row.keys is None or number >= len(row.keys) or job.left[index] < PAGE_SIZE:
+            return None
+        assert self.prefixes is not None
+        is_wanted = job.work.outputs_from[index] < row.table.length + PAGE_SIZE
+        return self.prefixes.find(row.keys[number], with_outputs=is_wanted)
+
+    def remember(self, row: CachedSequence, position: int, count: int, outputs: torch.Tensor | None) -> None:
+        """Tokens [position, position + count) of a row were run; let others find the pages that they filled.
+
+        Args:
+            outputs: theirs [count, hidden] on the host; None where they were not wanted.
+        """
+        keys, first = row.keys, position // PAGE_SIZE
+        if self.prefixes is None or keys is None or first >= len(keys):
+            row.tail = None
+            return
+        if outputs is not None and position % PAGE_SIZE:
+            has_rest = row.tail is not None and len(row.tail) == position % PAGE_SIZE
+            outputs = torch.cat([row.tail, outputs]) if row.tail is not None and has_rest else None
+        last = (position + count) // PAGE_SIZE
+        for number in range(first, min(last, len(keys))):
+            start = (number - first) * PAGE_SIZE
+            own = None if outputs is None else outputs[start : start + PAGE_SIZE].clone()
+            self.prefixes.insert(keys[number], row.table.pages[number], own)
+        rest = None if outputs is None else outputs[(last - first) * PAGE_SIZE :]
+        row.tail = rest.clone() if rest is not None and len(rest) else None
+
+    # -- preemption ---------------------------------------------------------------------------------------------
+
+    def is_in_turn(self, session: CachedSession) -> bool:
+        """Whether its pages are its own for some tokens more."""
+        turn = max(self._min_turn_tokens, session.num_tokens // TURN_PART)
+        return session.has_pages and session.starved_since is None and session.turn_tokens < turn
+
+    def swap_in(self, session: CachedSession) -> None:
+        """Give a session its pages back."""
+        swapped = session.swapped
+        assert swapped is not None
+        pages = session.swap_in(self.allocator)
+        self.host.give_back(swapped.num_bytes)
+        self.moves.append(SwapIn(session=session, swapped=swapped, pages=tuple(pages)))
+
+    def preempt(self, victims: Iterable[CachedSession], *, target: int, least: int) -> None:
+        """Swap out victims until `target` pages are free; none if not even `least` would be."""
+        chosen: list[tuple[CachedSession, int]] = []
+        expected, num_bytes = self.allocator.num_free, 0
+        for victim in victims:
+            if expected >= target:
+                break
+            own, size = victim.num_own_pages(self.allocator), self._num_bytes(victim)
+            if own and self.host.used + num_bytes + size <= self.host.capacity:
+                chosen.append((victim, size))
+                expected += own
+                num_bytes += size
+        if expected < least:
+            return
+        for victim, size in chosen:
+            self.host.take(size)
+            pages = victim.swap_out(size)
+            assert victim.swapped is not None
+            self.moves.append(SwapOut(session=victim, swapped=victim.swapped, pages=tuple(pages)))
+
+    def _num_bytes(self, session: CachedSession) -> int:
+        states: int = sum(row.state.num_bytes for row in session.rows if row.state is not None)
+        return int(len(session.pages()) * self._page_bytes * session.share) + states
+
+
+class _Gate(Enum):
+    """Who may take pages after somebody has starved."""
+
+    OPEN = 1
+    """Anybody: nobody has starved."""
+    TURNS = 2
+    """Those in their turn; when it ends, who starves gets their pages."""
+    CLOSED = 3
+    """Nobody."""
+
+
+class _Admission:
+    """Pages by turns, in one batch; `order` has the least served first."""
+
+    def __init__(
+        self, memory: KvMemory, order: list[CachedSession], counters: VirtualCounters, budget: int, now: float
+    ):
+        self._memory, self._order, self._counters, self._budget, self._now = memory, order, counters, budget, now
+        self._admitted: dict[CachedSession, None] = {}
+        self._promised = 0
+        """Pages that those admitted may take."""
+        self._gate = _Gate.OPEN
+
+    def run(self) -> list[CachedSession]:
+        prompt_budget = self._budget
+        for place, session in enumerate(self._order):
+            is_decode = session.job.is_decode
+            budget = self._budget if is_decode else prompt_budget
+            if budget:
+                tokens = self._admit(session, place, budget)
+                prompt_budget -= 0 if is_decode else tokens
+            else:
+                session.job.allowance = 0  # it will be somebody else's batch
+        return list(self._admitted)
+
+    @property
+    def _num_free(self) -> int:
+        return self._memory.allocator.num_free - self._promised
+
+    def _admit(self, session: CachedSession, place: int, budget: int) -> int:
+        """Let a session run as many tokens as there are pages for; returns how many."""
+        memory = self._memory
+        wanted, least = _most_pages(session, budget), 1 if session.swapped is None else session.swapped.num_pages
+        if self._gate is not _Gate.CLOSED and wanted > self._num_free:
+            victims = self._victims(session, set(self._order[place + 1 :]))
+            memory.preempt(victims, target=self._promised + wanted, least=self._promised + least)
+        may_take = self._gate is _Gate.OPEN or (self._gate is _Gate.TURNS and memory.is_in_turn(session))
+        if session.swapped is not None:
+            if not may_take or least > self._num_free:
+                return self._starve(session)
+            memory.swap_in(session)
+        was_starved = session.starved_since
+        if not memory.begin(session, budget, self._num_free if may_take else 0):
+            return 0
+        tokens, pages = _fit(session, self._num_free if may_take else 0, budget)
+        if not tokens:
+            session.starved_since = was_starved
+            return self._starve(session)
+        session.job.allowance = tokens
+        self._promised += pages
+        self._admitted[session] = None
+        return tokens
+
+    def _starve(self, session: CachedSession) -> int:
+        session.job.allowance = 0
+        if session.starved_since is None:
+            session.starved_since = self._now
+        if self._gate is _Gate.OPEN:
+            others = (other for other in self._memory.sessions if other not in self._admitted)
+            self._gate = _Gate.TURNS if any(map(self._memory.is_in_turn, others)) else _Gate.CLOSED
+        return 0
+
+    def _victims(self, session: CachedSession, later: set[CachedSession]) -> list[CachedSession]:
+        """Whose pages this session may have: first of the idle, then of those whose client had more."""
+        own = self._counters.of(session.client)
+        idle: list[CachedSession] = []
+        others: list[CachedSession] = []
+        for other in self._memory.sessions:
+            if other is session or other in self._admitted or not other.has_pages or other.error is not None:
+                continue
+            if not other.jobs and self._now - other.last_used >= IDLE_S:
+                idle.append(other)
+            elif (other in later if other.jobs else self._counters.of(other.client) >= own) and (
+                not self._memory.is_in_turn(other)
+            ):
+                others.append(other)
+        idle.sort(key=lambda other: other.last_used)
+        others.sort(key=lambda other: (self._counters.of(other.client), other.last_used), reverse=True)
+        return idle + others
+
+
+def _most_pages(session: CachedSession, budget: int) -> int:
+    """Pages that the first job may take in a batch, at most."""
+    rows = len(session.rows)
+    most = 0 if session.swapped is None else session.swapped.num_pages
+    job = session.job
+    return most + (rows if job.is_decode else 2 * rows + min(job.num_left, budget) // PAGE_SIZE)
+
+
+def _fit(session: CachedSession, room: int, budget: int) -> tuple[int, int]:
+    """Tokens of the first job, row after row, for which `room` pages suffice, and the pages that they take."""
+    tokens = pages = 0
+    for row, left in zip(session.rows, session.job.left, strict=True):
+        count = min(left, budget - tokens, tokens_within(row, room - pages))
+        if count > 0:
+            pages += pages_to_grow(row, count)
+            tokens += count
+        if count < left:
+            break
+    return tokens, pages
