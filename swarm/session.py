@@ -422,8 +422,7 @@ class Session:
         self._committed = tuple(map(min, self._committed, kept))
         for part in self._parts:
             part.held = tuple(map(min, part.held, kept))
-        if step.order is not None or any(not part.can_rollback for part in self._parts):
-            self._lose_each(self._parts)
+        self._lose_each([part for part in self._parts if not part.can_rollback])
         self._lose_each([before for before, part in pairwise(self._parts) if self._lacks_history(part)])
         self._lengths = list(self._committed)
 

@@ -320,6 +320,19 @@ def test_link_down_of_an_older_epoch_means_nothing() -> None:
     assert user.session.num_pushes == 2 and not user.session.fallbacks and FIRST in user.session.hops
 
 
+def test_link_down_about_a_server_that_is_gone_does_not_blame_its_replacement() -> None:
+    """The complaint is about the old receiver, though the server was told of no other yet."""
+    user = ready_to_decode()
+    user.session.failed(MIDDLE)
+    user.begin(Turn.of(1))
+    user.session.next_action()
+    user.session.routed(three_hops(BlockRange(2, 4)))
+    user.session.link_down(FIRST, user.chain.epochs[FIRST], LinkFault.UNREACHABLE)
+    assert not user.session.fallbacks
+    user.finish()
+    assert user.session.num_pushes == 2
+
+
 def test_a_forward_that_steps_overtook_costs_a_replay_and_nothing_else() -> None:
     """Steps that were pushed reach a server before the word of the client, twice, since the first was given up."""
     user = ready_to_decode()
@@ -387,6 +400,33 @@ def test_an_abandoned_step_counts_as_never_begun(order: tuple[int, ...] | None) 
         if order is not None:
             assert user.session.lengths == (0, 0)
         user.prompt(2, 2)
+
+
+@pytest.mark.parametrize("broken", [None, MIDDLE])
+@pytest.mark.parametrize("lost", [FIRST, MIDDLE])
+def test_giving_up_a_rollback_with_trouble_before_or_after(lost: int, broken: int | None) -> None:
+    """What servers hold after it is what it kept, and history that was on its way to the client comes again."""
+    for ticks in range(4, 60, 2):
+        user = caller(max_step_tokens=(1,), seed=ticks)
+        user.prompt(6)
+        if broken is not None:
+            user.chain.cut(broken, broken + 1)
+            user.chain.settle()
+        turn = Turn(rolled_back=(4,), num_tokens=(9,), num_outputs=(1,), max_ticks=ticks)
+        if not user.take(turn):
+            user.session.failed(lost)
+        user.decode()
+
+
+def test_giving_up_while_the_client_takes_a_history_over() -> None:
+    """What had not come of it yet is ignored when it comes, and must be asked for again."""
+    for ticks in range(4, 60, 2):
+        user = caller(max_step_tokens=(1,), seed=ticks)
+        user.prompt(12)
+        user.chain.cut(FIRST, MIDDLE)
+        user.chain.settle()
+        user.take(Turn(rolled_back=(0,), num_tokens=(1,), num_outputs=(1,), max_ticks=ticks))
+        user.decode()
 
 
 def test_abandoning_twice_or_between_steps_does_nothing() -> None:
