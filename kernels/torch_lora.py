@@ -1,0 +1,326 @@
+"""Adapters with torch's own operators: what a CPU runs, and the fallback of a GPU. Maths, legend, flow: `lora`.
+
+    rows of a step --plan, once per layout of ranks--> sparse: adapters with few rows of the step
+                                                         h   = sampled product of x with just the row's own ranks
+                                                         y  += embedding bag of these ranks, weighted by h
+                                                       dense: adapters with many rows, two matrix products each
+
+In the sparse part a step is a sparse matrix [T, R] whose row t has an entry for every rank of t's adapter: shrink
+evaluates x . A^T at these entries only, and expand multiplies by B^T. Each reads exactly the rank rows that it needs,
+where they lie in the pool, for any mix of ranks; a row's result is to the bit what it is alone.
+
+Measured on one core, which decides the form: 7 linears of 30 layers of SmolLM2-135M in fp32, 32 rows, ms. The base
+linears, packed, take 41; reading the weights of 32 adapters of rank 16 just once takes 17:
+
+    distinct adapters of rank 16                    1      4      8     32
+    sparse (sampled product + embedding bag)      8.1   10.4   ~12   22-26
+    dense, adapter by adapter                     6.2   20.3   21.4   > 68
+    masked product with all resident ranks        5.0   24.3   50.5   > 135
+    gathered and batched, equal ranks only                            35.4
+
+The masked product (one dense [T, all ranks], others' entries zeroed, one expand) is not among the forms: it loses from
+two adapters on, and lets a NaN of one adapter into everybody's rows.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swarm.kernels.lora import AdapterRanks, LoraBatch, LoraTarget, Side
+
+_MIN_DENSE_ROWS = 16
+"""Rows of an adapter from which two matrix products beat reading its ranks once per row."""
+
+
+class _Entries(NamedTuple):
+    """One side of a sparse part's entries, which are (row, rank) pairs in order of rows."""
+
+    in_pool: Tensor
+    """[entries]: the rank row."""
+    used: Tensor
+    """The rank rows of all adapters of the part, one adapter after the other."""
+    among_used: Tensor
+    """[entries]: where the rank row is in `used`."""
+
+
+class _Sparse(NamedTuple):
+    """The adapters with few rows each."""
+
+    rows: Tensor | None
+    """Rows of the step; None if all are here (one without an adapter has no entries)."""
+    num_rows: int
+    offsets: Tensor
+    """[rows + 1]: first entry of each row."""
+    a: _Entries
+    b: _Entries
+    scale: float
+    """Of all entries, or 1."""
+    scales: Tensor | None
+    """[entries], when they differ."""
+    members: list[tuple[AdapterRanks, Tensor, Tensor]]
+    """Each adapter, its rows of the step, and the entries [n, r] of these."""
+
+
+class _Numbers(NamedTuple):
+    """Numbers of rows, which are a slice where they ascend by one."""
+
+    first: int
+    count: int
+    listed: Tensor | None
+    """All of them, where they are no run."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor: a view if they are a run."""
+        if self.listed is not None:
+            return tensor.index_select(0, self.listed)
+        return tensor if self.count == len(tensor) else tensor.narrow(0, self.first, self.count)
+
+
+class _Dense(NamedTuple):
+    """An adapter with many rows."""
+
+    adapter: AdapterRanks
+    rows: _Numbers
+    a: _Numbers
+    b: _Numbers
+
+    def ranks(self, pool: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+        """[r, width]: a view of the pool, if it can be."""
+        return (self.a if side == "a" else self.b).of(pool).to(dtype)
+
+
+class _Plan(NamedTuple):
+    """What the rows of a step do in the targets of one layout of ranks."""
+
+    sparse: _Sparse | None
+    dense: list[_Dense]
+    ranks: object
+    """Keeps the mapping alive whose id is the key of this plan."""
+
+
+class _H(NamedTuple):
+    """The h of one target."""
+
+    plan: _Plan
+    sparse_E: Tensor
+    """Of the sparse part's entries."""
+    dense: list[Tensor]
+    """[n, r] of each dense adapter."""
+
+
+def add(y_TO: Tensor, x_TI: Tensor, targets: Sequence[LoraTarget], batch: LoraBatch) -> None:
+    """See `LoraForm`."""
+    plain = _plain(targets, batch) if batch.homogeneous is not None else None
+    if plain is None or not plain.dtype == x_TI.dtype == y_TO.dtype:
+        expand(y_TO, shrink(x_TI, targets, "a", batch), targets, "b", batch)
+        return
+    whole = y_TO.shape[1]
+    for a_Ir, b_rO, scale, column, width in plain.parts:
+        into = y_TO if width == whole else y_TO.narrow(1, column, width)
+        into.addmm_(x_TI.mm(a_Ir), b_rO, alpha=scale)
+
+
+def shrink(source: Tensor, targets: Sequence[LoraTarget], side: Side, batch: LoraBatch) -> list[_H]:
+    """See `LoraForm`."""
+    source = source.to(_exact(source.dtype))
+    h = []
+    for target in targets:
+        plan = _plan(target, batch, source)
+        columns, pool = target.of(source, side), target.pool(side)
+        sparse_E = source.new_empty(0)
+        if plan.sparse is not None:
+            sparse_E = _shrink_sparse(columns, pool, plan.sparse, side)
+        h.append(_H(plan, sparse_E, [_shrink_dense(columns, pool, dense, side) for dense in plan.dense]))
+    return h
+
+
+def expand(into: Tensor, h: list[_H], targets: Sequence[LoraTarget], side: Side, batch: LoraBatch) -> None:
+    """See `LoraForm`."""
+    for target, (plan, sparse_E, dense) in zip(targets, h, strict=True):
+        columns, pool = target.of(into, side), target.pool(side)
+        if plan.sparse is not None:
+            _expand_sparse(columns, sparse_E, pool, plan.sparse, side)
+        for part, h_nr in zip(plan.dense, dense, strict=True):
+            _expand_dense(columns, h_nr, pool, part, side)
+
+
+def pool_gradients(
+    h: list[_H], source: Tensor, targets: Sequence[LoraTarget], side: Side, batch: LoraBatch
+) -> list[tuple[Tensor, Tensor]]:
+    """See `LoraForm`."""
+    source = source.to(_exact(source.dtype))
+    results = []
+    for target, (plan, sparse_E, dense) in zip(targets, h, strict=True):
+        columns = target.of(source, side)
+        ranks: list[int] = []
+        sums = [source.new_empty(0, columns.shape[1])]
+        for adapter, rows, entries_nr in plan.sparse.members if plan.sparse is not None else ():
+            ranks += adapter.rows(side)
+            sums.append(sparse_E[entries_nr].t() @ columns[rows])
+        for part, h_nr in zip(plan.dense, dense, strict=True):
+            ranks += part.adapter.rows(side)
+            sums.append(h_nr.t() @ part.rows.of(columns))
+        results.append((torch.tensor(ranks, dtype=torch.int64, device=source.device), torch.cat(sums)))
+    return results
+
+
+class _Plain(NamedTuple):
+    """The matrices of the one adapter that all rows of a batch use."""
+
+    parts: list[tuple[Tensor, Tensor, float, int, int]]
+    """Of each target that has it: A^T, B^T, scale, first column of y, number of columns."""
+    dtype: torch.dtype | None
+    """Of all of them."""
+    targets: object
+    """Keeps alive whose id is the key of this."""
+
+
+def _plain(targets: Sequence[LoraTarget], batch: LoraBatch) -> _Plain:
+    plain: _Plain | None = batch.memo.get(id(targets))
+    if plain is None:
+        parts = []
+        for target in targets:
+            ranks = target.ranks.get(batch.adapters[0])
+            if ranks is None or not ranks.rank:
+                continue
+            a_rI, b_rO = (
+                _numbers(ranks.rows(side), target.pool(side).device).of(target.pool(side)) for side in ("a", "b")
+            )
+            parts.append((a_rI.t(), b_rO, ranks.scale, target.column, b_rO.shape[1]))
+        dtypes = {matrix.dtype for part in parts for matrix in part[:2]}
+        plain = _Plain(parts, dtypes.pop() if len(dtypes) == 1 else None, targets)
+        batch.memo[id(targets)] = plain
+    return plain
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _shrink_sparse(columns: Tensor, pool: Tensor, part: _Sparse, side: Side) -> Tensor:
+    """[entries]."""
+    weights, entries = _weights(pool, part, side, columns.dtype)
+    if part.rows is not None:
+        columns = columns.index_select(0, part.rows)
+    h_E = torch.zeros(entries.shape, dtype=columns.dtype)
+    wanted = _csr(part.offsets, entries, h_E, (part.num_rows, weights.shape[0]))
+    torch.sparse.sampled_addmm(wanted, columns, weights.t(), beta=0.0, alpha=part.scale, out=wanted)
+    return h_E if part.scales is None else h_E.mul_(part.scales)
+
+
+def _expand_sparse(columns: Tensor, h_E: Tensor, pool: Tensor, part: _Sparse, side: Side) -> None:
+    weights, entries = _weights(pool, part, side, h_E.dtype)
+    sums = F.embedding_bag(entries, weights, part.offsets, mode="sum", per_sample_weights=h_E, include_last_offset=True)
+    if part.rows is None:
+        columns.add_(sums)
+    else:
+        columns.index_add_(0, part.rows, sums.to(columns.dtype))
+
+
+def _weights(pool: Tensor, part: _Sparse, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rank rows of `dtype`, and which of them the entries are: the pool itself, or what is used of it, converted."""
+    entries = part.a if side == "a" else part.b
+    if pool.dtype == dtype and pool.is_contiguous():
+        return pool, entries.in_pool
+    return pool.index_select(0, entries.used).to(dtype), entries.among_used
+
+
+def _shrink_dense(columns: Tensor, pool: Tensor, part: _Dense, side: Side) -> Tensor:
+    """[n, r]."""
+    h_nr = part.rows.of(columns) @ part.ranks(pool, side, columns.dtype).t()
+    return h_nr if part.adapter.scale == 1.0 else h_nr.mul_(part.adapter.scale)
+
+
+def _expand_dense(columns: Tensor, h_nr: Tensor, pool: Tensor, part: _Dense, side: Side) -> None:
+    weights_rO = part.ranks(pool, side, h_nr.dtype)
+    if part.rows.listed is not None:
+        columns.index_add_(0, part.rows.listed, (h_nr @ weights_rO).to(columns.dtype))
+    elif columns.dtype == h_nr.dtype:
+        part.rows.of(columns).addmm_(h_nr, weights_rO)
+    else:
+        part.rows.of(columns).add_(h_nr @ weights_rO)
+
+
+def _plan(target: LoraTarget, batch: LoraBatch, source: Tensor) -> _Plan:
+    key = ("plan", id(target.ranks), source.dtype, source.device)
+    plan: _Plan | None = batch.memo.get(key)
+    if plan is None:
+        plan = batch.memo[key] = _make_plan(target, batch, source.dtype, source.device)
+    return plan
+
+
+def _make_plan(target: LoraTarget, batch: LoraBatch, dtype: torch.dtype, device: torch.device) -> _Plan:
+    sparse_runs = device.type == "cpu"
+    mine = {adapter: ranks for adapter in batch.adapters if (ranks := target.ranks.get(adapter)) and ranks.rank}
+    few = {
+        adapter: ranks
+        for adapter, ranks in mine.items()
+        if sparse_runs and adapter != batch.homogeneous and len(batch.rows_of[adapter]) < _MIN_DENSE_ROWS
+    }
+    dense = [
+        _Dense(ranks, *(_numbers(it, device) for it in (batch.rows_of[adapter], ranks.a_rows, ranks.b_rows)))
+        for adapter, ranks in mine.items()
+        if adapter not in few
+    ]
+    return _Plan(_sparse(few, batch, dtype) if few else None, dense, target.ranks)
+
+
+def _sparse(adapters: dict[int, AdapterRanks], batch: LoraBatch, dtype: torch.dtype) -> _Sparse:
+    adapter_of = {row: adapter for adapter in adapters for row in batch.rows_of[adapter]}
+    rows = sorted(adapter_of)
+    every = 2 * len(rows) > batch.num_rows
+    listed = range(batch.num_rows) if every else rows
+    lengths = [adapters[adapter_of[row]].rank if row in adapter_of else 0 for row in listed]
+    offsets = list(itertools.accumulate(lengths, initial=0))
+    starts = dict(zip(listed, offsets, strict=False))
+    scales = {ranks.scale for ranks in adapters.values()}
+    uniform = scales.pop() if len(scales) == 1 else None
+    each = [adapters[adapter_of[row]].scale for row in rows for _ in adapters[adapter_of[row]].a_rows]
+    members = [
+        (ranks, torch.tensor(mine), torch.tensor([starts[row] for row in mine])[:, None] + torch.arange(ranks.rank))
+        for adapter, ranks in adapters.items()
+        if (mine := batch.rows_of[adapter])
+    ]
+    return _Sparse(
+        rows=None if every else torch.tensor(rows),
+        num_rows=len(listed),
+        offsets=torch.tensor(offsets),
+        a=_entries(adapters, [adapter_of[row] for row in rows], "a"),
+        b=_entries(adapters, [adapter_of[row] for row in rows], "b"),
+        scale=1.0 if uniform is None else uniform,
+        scales=torch.tensor(each, dtype=dtype) if uniform is None else None,
+        members=members,
+    )
+
+
+def _entries(adapters: dict[int, AdapterRanks], order: list[int], side: Side) -> _Entries:
+    starts = dict(zip(adapters, itertools.accumulate((it.rank for it in adapters.values()), initial=0), strict=False))
+    in_pool = [rank for adapter in order for rank in adapters[adapter].rows(side)]
+    used = [rank for ranks in adapters.values() for rank in ranks.rows(side)]
+    among_used = [starts[adapter] + j for adapter in order for j in range(adapters[adapter].rank)]
+    return _Entries(torch.tensor(in_pool), torch.tensor(used), torch.tensor(among_used))
+
+
+def _numbers(numbers: Sequence[int], device: torch.device) -> _Numbers:
+    first, count = numbers[0], len(numbers)
+    run = numbers == range(first, first + count) or list(numbers) == list(range(first, first + count))
+    return _Numbers(first, count, None if run else torch.tensor(list(numbers), device=device))
+
+
+def _csr(offsets: Tensor, entries: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _accept_sparse_tensors()
+    return torch.sparse_csr_tensor(offsets, entries, values, shape, check_invariants=False)
+
+
+@functools.cache
+def _accept_sparse_tensors() -> None:
+    """Have torch say, once and to nobody, that its sparse tensors may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1))
