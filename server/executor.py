@@ -20,11 +20,12 @@ import torch
 
 from swarm.errors import PeerBusy, PeerError, SwarmError
 from swarm.server.blocks.span import BlockSpan
+from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.prefix_cache import PrefixCache
-from swarm.server.scheduler import TOKEN_BUDGET, Batch, BatchRow, Failed, Notice, Scheduler, Waits
+from swarm.server.scheduler import TOKEN_BUDGET, Batch, Failed, Notice, Scheduler, Waits
 from swarm.server.sequences import CachedSequence, CachedSession
 from swarm.server.work import Produced, SessionListener, Work
 from swarm.types import BlockRange

@@ -55,7 +55,7 @@ class PageKeys:
         joined = torch.cat([*self._tail, inputs]) if self._tail else inputs
         kind = str(joined.dtype).removeprefix("torch.").encode()
         full = len(joined) // PAGE_SIZE * PAGE_SIZE
-        data = memoryview(joined[:full].contiguous().view(torch.uint8).numpy().reshape(-1))
+        data: memoryview = joined[:full].contiguous().view(torch.uint8).numpy().reshape(-1).data
         page_bytes = len(data) // max(1, full // PAGE_SIZE)
         for start in range(0, len(data), page_bytes or 1):
             last = self._keys[-1] if self._keys else self._seed

@@ -1,35 +1,24 @@
 """Which rows of which sessions run next: iteration-level batching, fair between clients, with prompts in chunks.
 
     submit(session, work) ─► jobs ─schedule(now)─► Batch(moves, rows, notices) ─run─► finish(batch, outputs) ─► notices
-                              ▲     │ memory.admit: who has pages                       │
-                              │     └ _Chooser: whose turn it is                        │
+                              ▲     │ admit: who has pages                              │
+                              │     └ Chooser: whose turn it is                         │
                               └──────────────── rest of a long prompt ──────────────────┘
 
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
-
-Within a client decode rows go before prompts, and both in order of arrival. Between clients the least served goes
-first (`server.fairness`): decode rows still go before prompts, unless their client is more than `lead` ahead of one who
-is left out. Next to decode rows, prompts get as many tokens as prolong the batch by STALL (`server.step_cost`).
-
-Bound: for two clients that both have ready work left out of every batch of an interval, service in it differs by at
-most 2 * max(w_p * L_in, w_q * M), where L_in is the most prompt tokens of a batch and M the most decode rows of one;
-both are `token_budget`. For no counter ever gets further from one left behind than lead + token_budget * w_p, which
-with lead = w_q * token_budget / 2 is w_q * M. Who waits for pages may wait for the turn of another session, besides,
-which is as many tokens as `server.memory` says.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heapreplace
 from math import inf
-from typing import NamedTuple
 
 import torch
 
 from swarm.errors import PeerBusy, SwarmError
+from swarm.server.admission import admit
 from swarm.server.blocks.step import Chunk
-from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
+from swarm.server.chooser import BatchRow, Chooser
+from swarm.server.fairness import VirtualCounters
 from swarm.server.host_pages import CopyPage, Move
 from swarm.server.memory import Hit, KvMemory
 from swarm.server.pages import PAGE_SIZE
@@ -39,10 +28,10 @@ from swarm.server.work import Produced, ProducedRow, Work
 
 TOKEN_BUDGET = 512
 """Tokens in one batch; a longer prompt runs in chunks, so that it stalls nobody's decode for longer than one chunk."""
-PROMPT_SHARE = 0.25
-"""Part of the budget that decode rows leave to a prompt that waits."""
 PAGE_WAIT_S = 30.0
 """How long work may find no free page before its session is told that the server is busy."""
+DECODING_S = 1.0
+"""A session that has decoded so recently is about to send its next token."""
 TELL_PERIOD_S = 1.0
 """How often a session that waits for pages is told so."""
 
@@ -65,17 +54,6 @@ class Waits:
 
 Notice = tuple[CachedSession, Produced | Failed | Waits]
 """What a session's listener is to be told."""
-
-
-class BatchRow(NamedTuple):
-    """`chunk` of row `row` of a session."""
-
-    session: CachedSession
-    job: Job
-    row: int
-    chunk: Chunk
-    skip: int
-    """Leading outputs that nobody wants."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,6 +105,8 @@ class Scheduler:
         self.num_waiting = 0
         """Sessions whose work waits for pages."""
         self._ready: dict[CachedSession, None] = {}
+        self._decoding: dict[CachedSession, float] = {}
+        """When sessions decoded last, the latest at the end."""
 
     @property
     def num_ready(self) -> int:
@@ -160,6 +140,7 @@ class Scheduler:
     def close(self, session: CachedSession, now: float) -> None:
         """Forget a session: its work and all that it holds."""
         self.drop_queued(session)
+        self._decoding.pop(session, None)
         self.memory.free(session, now)
 
     def _rest(self, session: CachedSession) -> None:
@@ -176,9 +157,9 @@ class Scheduler:
         """Choose the next batch; it has no rows when nothing can run for want of pages."""
         self.can_progress = False
         notices = self._refuse_starved(now)
-        sessions = self.memory.admit(list(self._ready), self.counters, self.token_budget, now)
+        sessions = admit(self.memory, list(self._ready), self.counters, self.token_budget, now)
         notices += self._told_by_memory(now)
-        chooser = _Chooser(self, sessions)
+        chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, self._num_expected(now))
         chooser.run()
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
@@ -239,9 +220,21 @@ class Scheduler:
 
     # -- details ------------------------------------------------------------------------------------------------
 
+    def _num_expected(self, now: float) -> int:
+        """Decode rows that are to be expected in a moment."""
+        while self._decoding:
+            session, last = next(iter(self._decoding.items()))
+            if now - last <= DECODING_S:
+                break
+            del self._decoding[session]
+        return sum(len(session.rows) for session in self._decoding)
+
     def _advance(self, session: CachedSession, job: Job, count: int, now: float) -> None:
         session.last_used = now
         session.turn_tokens += count
+        if job.is_decode:
+            self._decoding.pop(session, None)
+            self._decoding[session] = now
         if job.num_left:
             job.ready_since = now
             return
@@ -295,126 +288,6 @@ class Scheduler:
                 expected = self.memory.rate.expected_s(now, max(1, missing))
                 notices.append((session, Waits(step_id=session.job.work.step_id, expected_s=expected)))
         return notices
-
-
-class _Turns:
-    """Sessions to choose from: those of the least served client first, and within a client in order of arrival."""
-
-    def __init__(self, counters: VirtualCounters):
-        self._counters = counters
-        self._queues: dict[str, deque[CachedSession]] = {}
-        self._heap: list[tuple[float, str]] = []
-
-    def add(self, session: CachedSession) -> None:
-        queue = self._queues.get(session.client)
-        if queue is None:
-            queue = self._queues[session.client] = deque()
-        queue.append(session)
-
-    def order(self) -> None:
-        """All have been added."""
-        self._heap = [(self._counters.of(client), client) for client in self._queues]
-        heapify(self._heap)
-
-    @property
-    def least(self) -> float:
-        """The least counter of their clients; infinite when there are none."""
-        heap = self._heap
-        while heap:
-            counter, client = heap[0]
-            if not self._queues[client]:
-                heappop(heap)
-                continue
-            present = self._counters.of(client)
-            if present == counter:
-                return counter
-            heapreplace(heap, (present, client))
-        return inf
-
-    def pop(self) -> CachedSession:
-        """The next session, after `least` was asked."""
-        return self._queues[self._heap[0][1]].popleft()
-
-
-class _Chooser:
-    """Fills one batch from sessions that have their pages; see the module for the rules."""
-
-    def __init__(self, scheduler: Scheduler, sessions: Sequence[CachedSession]):
-        self.rows: list[BatchRow] = []
-        self.num_tokens = 0
-        self.num_decode = 0
-        self._memory, self._counters, self._costs = scheduler.memory, scheduler.counters, scheduler.costs
-        self._budget = scheduler.token_budget
-        self._lead = W_DECODE * scheduler.token_budget / 2
-        self._decode, self._prompts = _Turns(self._counters), _Turns(self._counters)
-        for session in sessions:
-            (self._decode if session.job.is_decode else self._prompts).add(session)
-        self._decode.order()
-        self._prompts.order()
-        self._cut = inf
-        """Counter of the client whose prompt was cut."""
-
-    def run(self) -> None:
-        """Decode rows, then prompts, then decode rows that were held back for prompts that didn't need the room."""
-        has_prompts = self._prompts.least < inf
-        self._take_decode(self._budget - (int(self._budget * PROMPT_SHARE) if has_prompts else 0))
-        if has_prompts:
-            self._take_prompts()
-            self._take_decode(self._budget - self.num_tokens)
-
-    def _take_decode(self, room: int) -> None:
-        """Rows of clients that are not too far ahead of one whose prompt waits."""
-        while room > 0 and (least := self._decode.least) < inf:
-            ahead = least - min(self._prompts.least, self._cut)
-            if ahead > self._lead:
-                return
-            most = room if ahead == -inf else min(room, int((self._lead - ahead) / W_DECODE) + 1)
-            room -= self._take(self._decode.pop(), most, W_DECODE)
-
-    def _take_prompts(self) -> None:
-        """Chunks of clients that are not too far ahead of one whose decode rows were left out."""
-        room = self._costs.prompt_limit(self.num_decode, self._budget - self.num_tokens)
-        while room > 0 and (least := self._prompts.least) < inf and least - self._decode.least <= self._lead:
-            session = self._prompts.pop()
-            most = room
-            room -= self._take(session, most, W_PROMPT)
-            if session.job.num_left and most <= session.job.allowance:
-                self._cut = min(self._cut, self._counters.of(session.client))
-
-    def _take(self, session: CachedSession, most: int, price: float) -> int:
-        """Add at most so many tokens of a session's first job; returns how many."""
-        job = session.job
-        most, taken = min(most, job.allowance), 0
-        for index, left in enumerate(job.left):
-            if not left:
-                continue
-            if taken == most:
-                break
-            taken += self._take_row(session, job, index, min(left, most - taken))
-        self.num_tokens += taken
-        if job.is_decode:
-            self.num_decode += taken
-        self._counters.charge(session.client, price * session.share * taken)
-        return taken
-
-    def _take_row(self, session: CachedSession, job: Job, index: int, count: int) -> int:
-        row = session.rows[index]
-        position = row.table.length
-        if count > 1 and count < job.left[index]:  # end with a full page, for others to find
-            rest = (position + count) % PAGE_SIZE
-            count -= rest if rest < count else 0
-        self._memory.grow(session, index, count)
-        chunk = Chunk(
-            hidden_states=job.take(index, count),
-            position=position,
-            pages=row.table.pages,
-            entry=session.blocks.start,
-            exit=session.blocks.end,
-            state=row.state,
-        )
-        skip = max(0, job.work.outputs_from[index] - position)
-        self.rows.append(BatchRow(session, job, index, chunk, skip))
-        return count
 
 
 def _known(hit: Hit, now: float) -> Produced:

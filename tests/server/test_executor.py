@@ -218,7 +218,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing():
 
 async def test_an_idle_session_makes_room_and_is_back_when_it_is_needed(monkeypatch):
     """Two sessions, each as large as the cache, run by turns through host memory, as if each were alone."""
-    monkeypatch.setattr("swarm.server.memory.IDLE_S", 0.0)
+    monkeypatch.setattr("swarm.server.admission.IDLE_S", 0.0)
     async with running(FakeSpan(4)) as executor:
         pairs = [open_session(executor, client) for client in "ab"]
         tokens = [torch.arange(64.0) + 7 * number for number in range(2)]

@@ -1,0 +1,153 @@
+"""Who gets pages for the next batch: everybody while there are enough, else by turns, least served client first.
+
+    admit(ready sessions) ─► enough for all ──► all
+                         └─► in order of service, for each:
+                               free and idle pages ─► preempt: idle sessions, then those whose client had more
+                               still not enough ─► it starves, and nobody behind it gets pages before it
+
+Pure; the pages are in `server.memory`.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from swarm.server.fairness import VirtualCounters
+from swarm.server.memory import KvMemory
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.sequences import CachedSession, pages_to_grow, tokens_within
+
+IDLE_S = 1.0
+"""A session without work for so long gives up its pages before any other."""
+
+
+def admit(
+    memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters, budget: int, now: float
+) -> list[CachedSession]:
+    """Those that may run now, with pages for `job.allowance` tokens; their jobs have begun.
+
+    Args:
+        memory: the pages.
+        ready: sessions with work, in order of arrival.
+        counters: who has been served least.
+        budget: most tokens of a batch.
+        now: the time.
+    """
+    if sum(_most_pages(session, budget) for session in ready) <= memory.allocator.num_free:
+        for session in ready:
+            if session.swapped is not None:
+                memory.swap_in(session)
+        return [session for session in ready if memory.begin(session, budget, memory.allocator.num_pages)]
+    order = sorted(ready, key=lambda session: (counters.of(session.client), not session.job.is_decode))
+    return _Admission(memory, order, counters, budget, now).run()
+
+
+class _Gate(Enum):
+    """Who may take pages after somebody has starved."""
+
+    OPEN = 1
+    """Anybody: nobody has starved."""
+    TURNS = 2
+    """Those in their turn; when it ends, who starves gets their pages."""
+    CLOSED = 3
+    """Nobody."""
+
+
+class _Admission:
+    """Pages by turns, in one batch; `order` has the least served first."""
+
+    def __init__(
+        self, memory: KvMemory, order: list[CachedSession], counters: VirtualCounters, budget: int, now: float
+    ):
+        self._memory, self._order, self._counters, self._budget, self._now = memory, order, counters, budget, now
+        self._admitted: dict[CachedSession, None] = {}
+        self._promised = 0
+        """Pages that those admitted may take."""
+        self._gate = _Gate.OPEN
+
+    def run(self) -> list[CachedSession]:
+        prompt_budget = self._budget
+        for place, session in enumerate(self._order):
+            is_decode = session.job.is_decode
+            budget = self._budget if is_decode else prompt_budget
+            if budget:
+                tokens = self._admit(session, place, budget)
+                prompt_budget -= 0 if is_decode else tokens
+            else:
+                session.job.allowance = 0  # it will be somebody else's batch
+        return list(self._admitted)
+
+    @property
+    def _num_free(self) -> int:
+        return self._memory.allocator.num_free - self._promised
+
+    def _admit(self, session: CachedSession, place: int, budget: int) -> int:
+        """Let a session run as many tokens as there are pages for; returns how many."""
+        memory = self._memory
+        wanted, least = _most_pages(session, budget), 1 if session.swapped is None else session.swapped.num_pages
+        may_take = self._gate is _Gate.OPEN or (self._gate is _Gate.TURNS and memory.is_in_turn(session))
+        if may_take and wanted > self._num_free:
+            victims = self._victims(session, set(self._order[place + 1 :]))
+            memory.preempt(victims, target=self._promised + wanted, least=self._promised + least)
+        if session.swapped is not None:
+            if not may_take or least > self._num_free:
+                return self._starve(session)
+            memory.swap_in(session)
+        was_starved = session.starved_since
+        if not memory.begin(session, budget, self._num_free if may_take else 0):
+            return 0
+        tokens, pages = _fit(session, self._num_free if may_take else 0, budget)
+        if not tokens:
+            session.starved_since = was_starved
+            return self._starve(session)
+        session.job.allowance = tokens
+        self._promised += pages
+        self._admitted[session] = None
+        return tokens
+
+    def _starve(self, session: CachedSession) -> int:
+        session.job.allowance = 0
+        if session.starved_since is None:
+            session.starved_since = self._now
+        if self._gate is _Gate.OPEN:
+            others = (other for other in self._memory.sessions if other not in self._admitted)
+            self._gate = _Gate.TURNS if any(map(self._memory.is_in_turn, others)) else _Gate.CLOSED
+        return 0
+
+    def _victims(self, session: CachedSession, later: set[CachedSession]) -> list[CachedSession]:
+        """Whose pages this session may have: first of the idle, then of those whose client had more."""
+        own = self._counters.of(session.client)
+        idle: list[CachedSession] = []
+        others: list[CachedSession] = []
+        for other in self._memory.sessions:
+            if other is session or other in self._admitted or not other.has_pages or other.error is not None:
+                continue
+            if not other.jobs and self._now - other.last_used >= IDLE_S:
+                idle.append(other)
+            elif (other in later if other.jobs else self._counters.of(other.client) >= own) and (
+                not self._memory.is_in_turn(other)
+            ):
+                others.append(other)
+        idle.sort(key=lambda other: other.last_used)
+        others.sort(key=lambda other: (self._counters.of(other.client), other.last_used), reverse=True)
+        return idle + others
+
+
+def _most_pages(session: CachedSession, budget: int) -> int:
+    """Pages that the first job may take in a batch, at most."""
+    rows = len(session.rows)
+    most = 0 if session.swapped is None else session.swapped.num_pages
+    job = session.job
+    return most + (rows if job.is_decode else 2 * rows + min(job.num_left, budget) // PAGE_SIZE)
+
+
+def _fit(session: CachedSession, room: int, budget: int) -> tuple[int, int]:
+    """Tokens of the first job, row after row, for which `room` pages suffice, and the pages that they take."""
+    tokens = pages = 0
+    for row, left in zip(session.rows, session.job.left, strict=True):
+        count = min(left, budget - tokens, tokens_within(row, room - pages))
+        if count > 0:
+            pages += pages_to_grow(row, count)
+            tokens += count
+        if count < left:
+            break
+    return tokens, pages
