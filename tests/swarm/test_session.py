@@ -367,6 +367,15 @@ def test_rows_without_new_tokens_or_wanted_outputs_are_carried_along() -> None:
     user.decode()
 
 
+def test_a_step_is_done_when_every_server_holds_all_of_it_wanted_or_not() -> None:
+    """A row whose outputs nobody wants may be last to arrive; a stream that breaks right after loses nothing of it."""
+    for seed in range(20):
+        user = caller(num_rows=2, max_step_tokens=(2,), seed=seed)
+        user.take(Turn(rolled_back=(0, 0), num_tokens=(1, 12), num_outputs=(1, 0)))
+        user.chain.cut(FIRST, MIDDLE)
+        user.decode()
+
+
 def test_a_server_that_cannot_roll_back_is_replaced_and_one_that_can_is_not() -> None:
     """A rollback costs recurrent servers their session; what is kept is replayed from the start."""
     user = ready_to_decode(recurrent=1.0)
