@@ -8,6 +8,7 @@ answer(model, tokens, n)    ─► Answer: its tokens, when each came, what each
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -37,32 +38,53 @@ class Swarm:
     processes: list[PeerProcess]
 
 
+class Loopback:
+    """No network between hosts: everything on 127.0.0.1."""
+
+    def inside(self, host: int) -> AbstractContextManager[None]:
+        """Nothing to enter."""
+        return nullcontext()
+
+    def local_address(self, host: int) -> str:
+        """The address to listen on."""
+        return "127.0.0.1"
+
+    def listen_args(self, host: int) -> list[str]:
+        """Options of a server."""
+        return ["--host", "127.0.0.1"]
+
+
+Network = Wan | DelayProxies | Loopback
+
+
 def start_swarm(
-    network: Wan | DelayProxies,
+    network: Network,
     spans: Sequence[str],
     processes: list[PeerProcess],
     *args: str,
     model: str = MODEL,
-    first_host: int = 1,
     module: str = "swarm.server",
+    env: dict[str, str] | None = None,
 ) -> Swarm:
-    """A swarm of its own: the bootstrap on host 0, one server per span on the hosts from `first_host` on.
+    """A swarm of its own: the bootstrap on host 0, one server per span on the hosts from 1 on.
 
     Args:
         network: where, entered.
         processes: all that is started is added here, for the caller to stop.
         args: further options of each server.
         module: what to run in place of a server.
+        env: more environment of the servers.
     """
     with network.inside(0):
         bootstrap = PeerProcess("swarm.bootstrap", ["--host", network.local_address(0)])
     processes.append(bootstrap)
     address = bootstrap.wait_for(r"--initial-peers (\S+)", START_TIMEOUT_S)[1]
     servers = []
-    for host, span in enumerate(spans, first_host):
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **(env or {})}
+    for host, span in enumerate(spans, 1):
         options = [model, "--blocks", span, "--initial-peers", address, *network.listen_args(host), *args]
         with network.inside(host):
-            servers.append(PeerProcess(module, options, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}))
+            servers.append(PeerProcess(module, options, env=env))
     processes.extend(servers)
     for server in servers:
         server.wait_for(r"^ONLINE", START_TIMEOUT_S)
@@ -74,7 +96,7 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT / "tests" / "bench"), os.environ.get("PYTHONPATH"))))
 
 
-def connect(network: Wan | DelayProxies, swarm: Swarm, **config: Any) -> Any:
+def connect(network: Network, swarm: Swarm, **config: Any) -> Any:
     """A client's model on host 0; `config` is that of its sessions."""
     with network.inside(0):
         return connect_here(swarm.model, swarm.address, **config)
