@@ -196,7 +196,7 @@ class _AddLora(torch.autograd.Function):
         return out_TO
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = gradients
         x_TI, *pools = ctx.saved_tensors  # looked at first: it is this that notices pools changed since

@@ -7,11 +7,12 @@ of 128 columns gives NaN on Hopper. Memory is filled with NaN first, so that wha
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swarm.kernels.lora import AdapterRanks, LoraBatch, LoraForm, LoraTarget, add_lora_reference
+from swarm.kernels.lora import AdapterRanks, LoraBatch, LoraForm, LoraTarget, Side, add_lora_reference
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of the largest magnitude of the expected."""
@@ -92,7 +93,8 @@ def _by_form(
     form.expand(dx, dh, targets, "a", batch)
     results = {"y": y, "dx": dx}
     h = form.shrink(x, targets, "a", batch)
-    for side, factor, source in (("a", dh, x), ("b", h, dy)):
+    sides: tuple[tuple[Side, Any, Tensor], ...] = (("a", dh, x), ("b", h, dy))
+    for side, factor, source in sides:
         gradients = form.pool_gradients(factor, source, targets, side, batch)
         for index, (target, (rows, gradient)) in enumerate(zip(targets, gradients, strict=True)):
             total = torch.zeros_like(target.pool(side), dtype=torch.float32)

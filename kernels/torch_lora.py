@@ -71,7 +71,7 @@ class _Numbers(NamedTuple):
     """Numbers of rows, which are a slice where they ascend by one."""
 
     first: int
-    count: int
+    num: int
     listed: Tensor | None
     """All of them, where they are no run."""
 
@@ -79,7 +79,7 @@ class _Numbers(NamedTuple):
         """These rows of a tensor: a view if they are a run."""
         if self.listed is not None:
             return tensor.index_select(0, self.listed)
-        return tensor if self.count == len(tensor) else tensor.narrow(0, self.first, self.count)
+        return tensor if self.num == len(tensor) else tensor.narrow(0, self.first, self.num)
 
 
 class _Dense(NamedTuple):
