@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 WRITE_BUFFER_BYTES = 1 << 19
 """Senders wait while more than this is queued at the carrier."""
+GOODBYE_S = 1.0
+"""How long a peer may take to let go of a connection that we close."""
 _JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
 
 
@@ -72,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._transport: asyncio.Transport | None = None
         self._is_started = False
+        self._gone = asyncio.Event()
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._corked: list[bytes] = []
         self._is_corked = False
@@ -145,8 +148,19 @@ class Connection(asyncio.Protocol):
                 self._corked.append(self._mux.take_output())
                 self._uncork()
             self._transport.close()
-            self._loop.call_later(1.0, self._transport.abort)  # a peer that does not read must not keep it open
+            self._loop.call_later(GOODBYE_S, self._transport.abort)  # a peer that does not read must not keep it open
         self._end(error)
+
+    async def wait_gone(self) -> None:
+        """Wait until the carrier of a closed connection is gone; one whose peer is silent is cut off in the end."""
+        if self._transport is None:
+            return
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._gone.wait()
+        except TimeoutError:
+            self._transport.abort()
+            await self._gone.wait()
 
     # --- the streams' side ---
 
@@ -263,6 +277,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        self._gone.set()
         if not self.is_closed:
             self.is_closed = True
             reason = f": {exc}" if exc else ""

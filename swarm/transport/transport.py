@@ -11,6 +11,7 @@ messages.
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Self
 
@@ -78,6 +79,7 @@ class Transport:
         self._services: dict[str, Handler] = {}
         self._reachability = Reachability()
         self._connections: set[Connection] = set()
+        self._leaving: weakref.WeakSet[Connection] = weakref.WeakSet()  # over, but perhaps not let go by the peer yet
         self._by_peer: dict[str, list[Connection]] = {}
         self._dial_locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._handling: dict[str, int] = {}
@@ -179,6 +181,7 @@ class Transport:
         await self._tasks.close()
         for connection in list(self._connections):
             connection.close(PeerDisconnected(f"{self.node.peer_id} is shutting down"))
+        await asyncio.gather(*(connection.wait_gone() for connection in list(self._leaving)))
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -347,6 +350,7 @@ class Transport:
     def on_closed(self, connection: Connection) -> None:
         """A connection is over."""
         self._connections.discard(connection)
+        self._leaving.add(connection)
         connections = self._by_peer.get(connection.peer_id, [])
         if connection in connections:
             connections.remove(connection)
