@@ -222,6 +222,8 @@ class Intake:
         self.step_id = -1
         self.lengths = [0] * num_rows
         self._max_length = max_length
+        self._outputs_from = (0,) * num_rows
+        """As the first message of the step said, for all of it: a gap between outputs could not be sent on."""
         self._begun: tuple[tuple[int, ...] | None, tuple[int, ...]] | None = None
         """Order and base of the step, until its first new tokens are handed out with them."""
 
@@ -237,6 +239,8 @@ class Intake:
             raise InvalidRequest(f"the session has {rows} rows, the step speaks of {sorted(counts)}")
         if chunk.order is not None and max(chunk.order) >= rows:
             raise InvalidRequest(f"order names row {max(chunk.order)} of {rows}")
+        if any(first < base for first, base in zip(chunk.outputs_from, chunk.base, strict=True)):
+            raise InvalidRequest(f"outputs wanted from {chunk.outputs_from}, but the step begins at {chunk.base}")
         if len(chunk.hidden_states) != sum(chunk.num_tokens) or not sum(chunk.num_tokens):
             raise InvalidRequest(f"{len(chunk.hidden_states)} hidden states for {sum(chunk.num_tokens)} tokens")
         for row, (held, position, count) in enumerate(
@@ -264,7 +268,7 @@ class Intake:
         ]
         num_tokens = tuple(count - skip for count, skip in zip(chunk.num_tokens, skipped, strict=True))
         if is_new:
-            self.step_id, self.lengths = chunk.step_id, lengths
+            self.step_id, self.lengths, self._outputs_from = chunk.step_id, lengths, chunk.outputs_from
             self._begun = _then(self._begun, chunk)
         if not any(num_tokens):
             return None
@@ -280,7 +284,7 @@ class Intake:
             order=order,
             base=base,
             num_tokens=num_tokens,
-            outputs_from=chunk.outputs_from,
+            outputs_from=self._outputs_from,
             hidden_states=hidden_states,
         )
 

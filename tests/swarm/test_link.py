@@ -190,6 +190,7 @@ def chunk(
     positions: tuple[int, ...],
     *rows: Sequence[float],
     order: tuple[int, ...] | None = None,
+    outputs_from: tuple[int, ...] | None = None,
 ) -> StepChunk:
     return StepChunk(
         step_id=step_id,
@@ -197,7 +198,7 @@ def chunk(
         base=base,
         positions=positions,
         num_tokens=tuple(len(row) for row in rows),
-        outputs_from=base,
+        outputs_from=base if outputs_from is None else outputs_from,
         hidden_states=numbers(*(value for row in rows for value in row)),
     )
 
@@ -287,6 +288,14 @@ def deliver(intake: Intake, message: StepChunk, rows: list[list[float]]) -> list
     return [row + piece.flatten().tolist() for row, piece in zip(rows, pieces, strict=True)]
 
 
+def test_what_a_step_wants_is_settled_by_its_first_message() -> None:
+    """Or there could be a gap between outputs, which a link can't send."""
+    intake = Intake(1, max_length=10)
+    intake.accept(chunk(0, (0,), (0,), [1, 2], outputs_from=(1,)))
+    accepted = intake.accept(chunk(0, (0,), (2,), [3, 4, 5], outputs_from=(4,)))
+    assert accepted is not None and accepted.outputs_from == (1,)
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -297,6 +306,7 @@ def deliver(intake: Intake, message: StepChunk, rows: list[list[float]]) -> list
         (chunk(1, (2, 2), (2, 2), [1], [1], order=(0,)), "has 2 rows"),
         (chunk(1, (2, 2), (2, 2), [1], [1], order=(0, 2)), "order names row 2 of 2"),
         (chunk(1, (2, 2), (2, 2), [], []), "0 hidden states for 0 tokens"),
+        (chunk(1, (2, 2), (2, 2), [1], [], outputs_from=(2, 1)), "outputs wanted"),
     ],
 )
 def test_a_chunk_that_does_not_fit_is_refused_and_changes_nothing(message: StepChunk, words: str) -> None:
