@@ -7,6 +7,7 @@ Stream ──InfoRequest──► info ─► Info
 
 import time
 from collections import Counter
+from functools import partial
 
 from swarm import __version__
 from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy
@@ -138,7 +139,7 @@ class Handler:
             budget=self.history,
             pending=self._pending,
             load=self._load,
-            open_push=self._desk.open,
+            open_push=partial(self._desk.open, client=stream.peer_id),
         )
         self._count(stream.peer_id, 1, message.batch_size)
         self._sessions.add(session)

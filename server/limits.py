@@ -25,6 +25,10 @@ class HandlerLimits:
     """Peers that push into one session at once; one more ends the oldest."""
     max_early_pushes: int = 256
     """Push streams of one peer that wait for a session which is not there yet."""
+    max_forwards: int = 512
+    """Push streams that one client may make this server open in one go ..."""
+    forwards_per_s: float = 16.0
+    """... and how many more each second."""
     history_bytes: int = 1 << 30
     """Memory for what was sent to next servers and is kept for their replacements; 0 keeps nothing."""
     open_timeout_s: float = 10.0
@@ -33,6 +37,8 @@ class HandlerLimits:
     """How long opening a stream to the next server may take."""
     early_push_timeout_s: float = 5.0
     """How long a push stream waits for its session."""
+    forward_timeout_s: float = 30.0
+    """How long outputs without a receiver may hold a session up while the memory for histories is full."""
     idle_timeout_s: float = 900.0
     """How long a session may be silent before its cache is freed."""
     send_timeout_s: float = 30.0

@@ -7,6 +7,7 @@ Whoever knows a session's key, which its client chose, may push into it. A strea
 """
 
 import asyncio
+import time
 from collections import Counter
 from typing import Protocol, Self
 
@@ -16,6 +17,9 @@ from swarm.protocol import PUSH_SERVICE, Message, PushHello
 from swarm.server.limits import HandlerLimits
 from swarm.server.loopback import LocalStream
 from swarm.transport import EndOfStream, Transport
+
+MAX_KNOWN_CLIENTS = 4096
+"""Clients for whom it is remembered how many streams they had us open; beyond, the least recent is forgotten."""
 
 
 class PushStream(Protocol):
@@ -71,6 +75,8 @@ class PushDesk:
         self._targets: dict[bytes, PushTarget] = {}
         self._awaited: dict[bytes, set[asyncio.Event]] = {}
         self._num_early: Counter[str] = Counter()
+        self._opened: dict[str, tuple[float, float]] = {}
+        """Of each client: streams opened for it lately, and as of when."""
         self._tasks = TaskSet()
 
     def check(self, push_key: bytes) -> None:
@@ -100,12 +106,14 @@ class PushDesk:
         target = self._targets.get(hello.push_key) or await self._wait_for(hello.push_key, stream.peer_id)
         await target.receive_pushes(stream)
 
-    async def open(self, peer_id: str) -> PushStream:
-        """A stream to the push service of a peer, which may be ourselves.
+    async def open(self, peer_id: str, *, client: str) -> PushStream:
+        """A stream to the push service of a peer, which may be ourselves, for a client that named it.
 
         Raises:
+            PeerBusy: this client has made us open too many.
             PeerError: it can't be reached.
         """
+        self._charge(client)
         if peer_id != self._transport.node.peer_id:
             return await self._transport.open(peer_id, PUSH_SERVICE, timeout_s=self._limits.push_open_timeout_s)
         near, far = LocalStream.pair(peer_id)
@@ -115,6 +123,18 @@ class PushDesk:
     async def close(self) -> None:
         """End the streams to ourselves; the transport ends all others."""
         await self._tasks.close()
+
+    def _charge(self, client: str) -> None:
+        """Count a stream that a client makes us open: whom we call is the client's choice, so how often is bounded."""
+        now, limits = time.monotonic(), self._limits
+        level, at = self._opened.get(client, (0.0, now))
+        level = max(0.0, level - (now - at) * limits.forwards_per_s)
+        if level + 1 > limits.max_forwards:
+            raise PeerBusy(f"you had this server open {limits.max_forwards} push streams lately: too many Forwards")
+        self._opened[client] = level + 1, now
+        if len(self._opened) > MAX_KNOWN_CLIENTS:
+            oldest = min(self._opened, key=lambda known: self._opened[known][1])
+            del self._opened[oldest]
 
     async def _wait_for(self, push_key: bytes, peer_id: str) -> PushTarget:
         """A session that isn't there yet.

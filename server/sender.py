@@ -49,7 +49,7 @@ class Sender:
         max_tokens: most tokens in one message that we send.
         open_push: opens a stream to a peer's push service.
         limits: patience, and whether history is kept.
-        on_progress: called when something was sent that had to wait.
+        on_progress: called when something was sent that had to wait, or there is a new receiver.
         on_client_lost: called when the client can't be sent to.
     """
 
@@ -109,6 +109,11 @@ class Sender:
     def is_blocked(self) -> bool:
         """Whether the receiver makes no room at present."""
         return self._waiting is not None
+
+    @property
+    def has_receiver(self) -> bool:
+        """Whether there is anybody to send to."""
+        return self._target is not None
 
     def pump(self) -> None:
         """Send what the receiver lacks, as far as there is room; the task of `run` does the rest."""
@@ -220,6 +225,7 @@ class Sender:
         self._target = self._client
         self._control.tell(Forwarding(epoch=message.epoch))
         self.pump()
+        self._on_progress()
 
     async def _keep_open(self, message: Forward) -> None:
         """Open a push stream, and watch over it until it ends or a newer Forward cancels this task."""
@@ -229,6 +235,7 @@ class Sender:
                 self._target = stream
                 self._control.tell(Forwarding(epoch=message.epoch))
                 self.pump()
+                self._on_progress()
                 answer, _ = await stream.receive()
                 raise PeerMisbehaved(f"{type(answer).__name__} on a push stream", peer_id=stream.peer_id)
         except (SwarmError, EndOfStream) as error:

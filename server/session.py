@@ -91,6 +91,7 @@ class ServedSession:
         self._pushes: deque[PushStream] = deque()
         self._room = asyncio.Event()
         self._over = asyncio.Event()
+        self._stalled: asyncio.TimerHandle | None = None
         self._error: SwarmError | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -134,6 +135,8 @@ class ServedSession:
     async def _free(self) -> None:
         self._over.set()
         self._room.set()
+        if self._stalled is not None:
+            self._stalled.cancel()
         self._executor.close(self._cached)
         self._budget.forget(self, self._stream.peer_id)
         self._pending.clear()
@@ -174,6 +177,8 @@ class ServedSession:
         """
         if len(self._pushes) >= self._limits.max_pushes:
             await self._pushes[0].abort(PeerBusy(f"{len(self._pushes)} peers push into this session"))
+        if self._over.is_set():
+            raise PeerDisconnected("the session has ended")
         self._pushes.append(stream)
         try:
             await stream.send(PushAccepted(), timeout_s=self._limits.send_timeout_s)
@@ -246,6 +251,11 @@ class ServedSession:
     def _on_room(self) -> None:
         """Something was done or sent: take what waits, and let readers read on."""
         self._room.set()
+        if self._stalled is None and self._is_stalled:
+            self._stalled = asyncio.get_running_loop().call_later(self._limits.forward_timeout_s, self._end_stalled)
+        elif self._stalled is not None and not self._is_stalled:
+            self._stalled.cancel()
+            self._stalled = None
         try:
             while self._pending and self._has_room and not self._over.is_set():
                 step, body = self._pending.popleft()
@@ -253,6 +263,17 @@ class ServedSession:
                 self._take(step, body)
         except SwarmError as error:
             self.end(error)
+
+    @property
+    def _is_stalled(self) -> bool:
+        """Whether only a new Forward can set the session going: it may keep no more outputs, and nobody takes them."""
+        return not self._sender.has_receiver and self._budget.is_full and not self._has_room
+
+    def _end_stalled(self) -> None:
+        if self._is_stalled:
+            waited_s = self._limits.forward_timeout_s
+            self.end(PeerBusy(f"no receiver for {waited_s:g} s, no memory to keep more: no Forward came"))
+        self._stalled = None
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -315,6 +336,7 @@ class ServedSession:
             kept = self._backlog.take_back(accepted.step_id, accepted.order, base)
             if kept is not None:
                 self._executor.drop_queued(self._cached)
+                self._is_waiting = False
                 base = kept
             start = StepStart(
                 step_id=accepted.step_id,
