@@ -89,7 +89,8 @@ class LoraTarget:
 
     def of(self, tensor: Tensor, side: Side) -> Tensor:
         """The columns that are this target's: all of x or dx, its own of y or dy."""
-        return tensor if side == "a" else tensor.narrow(1, self.column, self.b_pool_RO.shape[1])
+        width = self.b_pool_RO.shape[1]
+        return tensor if side == "a" or width == tensor.shape[1] else tensor.narrow(1, self.column, width)
 
 
 class LoraBatch:

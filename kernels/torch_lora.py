@@ -18,6 +18,9 @@ linears, packed, take 41; reading the weights of 32 adapters of rank 16 just onc
     masked product with all resident ranks        5.0   24.3   50.5   > 135
     gathered and batched, equal ranks only                            35.4
 
+That is near the bound of 32 adapters: their weights are 1.5 times the base's. Pools of half precision are converted on
+the way, which takes 1.5 times as long and keeps half as many bytes.
+
 The masked product (one dense [T, all ranks], others' entries zeroed, one expand) is not among the forms: it loses from
 two adapters on, and lets a NaN of one adapter into everybody's rows.
 """
@@ -38,12 +41,27 @@ _MIN_DENSE_ROWS = 16
 """Rows of an adapter from which two matrix products beat reading its ranks once per row."""
 
 
+class _Numbers(NamedTuple):
+    """Numbers of rows, which are a slice where they ascend by one."""
+
+    first: int
+    num: int
+    listed: Tensor | None
+    """All of them, where they are no run."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor: a view if they are a run."""
+        if self.listed is not None:
+            return tensor.index_select(0, self.listed)
+        return tensor if self.num == len(tensor) else tensor.narrow(0, self.first, self.num)
+
+
 class _Entries(NamedTuple):
     """One side of a sparse part's entries, which are (row, rank) pairs in order of rows."""
 
     in_pool: Tensor
     """[entries]: the rank row."""
-    used: Tensor
+    used: _Numbers
     """The rank rows of all adapters of the part, one adapter after the other."""
     among_used: Tensor
     """[entries]: where the rank row is in `used`."""
@@ -65,21 +83,6 @@ class _Sparse(NamedTuple):
     """[entries], when they differ."""
     members: list[tuple[AdapterRanks, Tensor, Tensor]]
     """Each adapter, its rows of the step, and the entries [n, r] of these."""
-
-
-class _Numbers(NamedTuple):
-    """Numbers of rows, which are a slice where they ascend by one."""
-
-    first: int
-    num: int
-    listed: Tensor | None
-    """All of them, where they are no run."""
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """These rows of a tensor: a view if they are a run."""
-        if self.listed is not None:
-            return tensor.index_select(0, self.listed)
-        return tensor if self.num == len(tensor) else tensor.narrow(0, self.first, self.num)
 
 
 class _Dense(NamedTuple):
@@ -228,7 +231,7 @@ def _weights(pool: Tensor, part: _Sparse, side: Side, dtype: torch.dtype) -> tup
     entries = part.a if side == "a" else part.b
     if pool.dtype == dtype and pool.is_contiguous():
         return pool, entries.in_pool
-    return pool.index_select(0, entries.used).to(dtype), entries.among_used
+    return entries.used.of(pool).to(dtype), entries.among_used
 
 
 def _shrink_dense(columns: Tensor, pool: Tensor, part: _Dense, side: Side) -> Tensor:
@@ -304,7 +307,7 @@ def _entries(adapters: dict[int, AdapterRanks], order: list[int], side: Side) ->
     in_pool = [rank for adapter in order for rank in adapters[adapter].rows(side)]
     used = [rank for ranks in adapters.values() for rank in ranks.rows(side)]
     among_used = [starts[adapter] + j for adapter in order for j in range(adapters[adapter].rank)]
-    return _Entries(torch.tensor(in_pool), torch.tensor(used), torch.tensor(among_used))
+    return _Entries(torch.tensor(in_pool), _numbers(used, torch.device("cpu")), torch.tensor(among_used))
 
 
 def _numbers(numbers: Sequence[int], device: torch.device) -> _Numbers:

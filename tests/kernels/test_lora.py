@@ -62,6 +62,34 @@ def test_any_batch_equals_reference(ranks, rows, outs, width, absent, scattered,
     check_gradients(torch_lora, step)
 
 
+@pytest.mark.parametrize("name", BATCHES)
+def test_rows_and_pools_may_be_views(name):
+    """x, y and the pools are columns of wider tensors."""
+    step = make_step(BATCHES[name], RANKS)
+    y, x = (torch.stack([tensor, tensor], 2)[:, :, 0] for tensor in (step.y, step.x))
+    targets = tuple(
+        LoraTarget(a_pool_RI=torch.cat([it.a_pool_RI] * 2, 1)[:, :20], b_pool_RO=it.b_pool_RO, ranks=it.ranks,
+                   column=it.column)
+        for it in step.targets
+    )  # fmt: skip
+    expected = add_lora_reference(*step)
+    torch.testing.assert_close(add_lora(y, x, targets, step.batch), expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_of_no_rank_adds_nothing():
+    """One whose ranks were all pruned, alone and among others."""
+    for adapters in ([0, 0], [0, 1, 0]):
+        check_forward(torch_lora, make_step(adapters, [0, 4]))
+
+
+def test_rows_of_one_dtype_may_add_to_another():
+    """fp32 rows into an fp16 result and the other way round, as mixed precision has it."""
+    for dtypes in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
+        for name in ("mixed", "one adapter"):
+            step = make_step(BATCHES[name], RANKS)
+            check_forward(torch_lora, step._replace(x=step.x.to(dtypes[0]), y=step.y.to(dtypes[1])))
+
+
 def test_gradients_by_finite_differences():
     """The autograd function is right by itself, not only like the reference."""
     step = make_step([0, 1, 1, -1], [1, 3], width=4, outs=(3, 2), dtype=torch.float64)

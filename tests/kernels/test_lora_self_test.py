@@ -17,6 +17,14 @@ def test_a_right_form_passes():
     assert lora_self_test.self_test(torch_lora, CPU) == []
 
 
+@pytest.mark.gpu
+def test_compiled_kernels_pass_on_this_device():
+    """In bf16, too."""
+    from swarm.kernels import triton_lora
+
+    assert lora_self_test.self_test(triton_lora, torch.device("cuda", 0)) == []
+
+
 def faulty(**parts):
     """torch's form with some functions replaced."""
     names = ("add", "shrink", "expand", "pool_gradients")

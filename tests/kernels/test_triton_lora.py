@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.kernels import torch_lora
-from swarm.kernels.lora import add_lora
+from swarm.kernels.lora import add_lora, add_lora_reference
 from tests.kernels.cases import poisoned
 from tests.kernels.interpreting import interpreted
 from tests.kernels.lora_cases import MIXED, RANKS, check_forward, check_gradients, make_step, using
@@ -75,6 +75,21 @@ def test_aligned_pools_of_one_allocation_and_of_several(kernels):
         step = make_step([0, 1, 2, 0], [8, 16, 24], width=width, outs=outs)
         for targets in (step.targets, step.targets[::-1]):
             check_forward(kernels, step._replace(targets=targets))
+
+
+def test_rows_may_be_views(kernels):
+    """x and y are columns of wider tensors."""
+    step = make_step(BATCHES["decode rows"], RANKS)
+    y, x = (torch.stack([tensor, tensor], 2)[:, :, 0] for tensor in (step.y, step.x))
+    expected = add_lora_reference(*step)
+    kernels.add(y, x, step.targets, step.batch)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_of_no_rank_adds_nothing(kernels):
+    """One whose ranks were all pruned, alone and among others."""
+    for adapters in ([0, 0], [0, 1, 0]):
+        check_forward(kernels, make_step(adapters, [0, 4]))
 
 
 def test_a_row_is_bitwise_what_it_is_in_any_other_company(kernels):

@@ -57,16 +57,17 @@ def compile_step(monkeypatch):
         kernel.device_caches.clear()  # what was compiled for the named device must not be launched on a real one
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("adapters", "dtype", "pool_dtype", "outs"),
+    ("capability", "adapters", "dtype", "pool_dtype", "outs"),
     [
-        (DECODE, torch.bfloat16, torch.bfloat16, (4096, 1024, 1024)),
-        (PREFILL, torch.bfloat16, torch.bfloat16, (4096, 1024, 1024)),
-        (PREFILL, torch.float16, torch.bfloat16, (1024, 1024)),
-        (DECODE, torch.float32, torch.float32, (1000,)),
+        (80, DECODE, torch.bfloat16, torch.bfloat16, (4096, 1024, 1024)),
+        (80, PREFILL, torch.float16, torch.float16, (4096,)),
+        (90, DECODE, torch.bfloat16, torch.bfloat16, (4096, 1024, 1024)),
+        (90, PREFILL, torch.bfloat16, torch.bfloat16, (4096, 1024, 1024)),
+        (90, PREFILL, torch.float16, torch.bfloat16, (1024, 1024)),
+        (90, DECODE, torch.float32, torch.float32, (1000,)),
     ],
-    ids=["decode", "prefill", "two dtypes", "fp32, unaligned"],
+    ids=["sm_80 decode", "sm_80 prefill", "sm_90 decode", "sm_90 prefill", "two dtypes", "fp32, unaligned"],
 )
 def test_every_launch_compiles(compile_step, capability, adapters, dtype, pool_dtype, outs):
     """Types and tl.dot sizes are right, a program fits the device, and registers hardly spill; products of half
