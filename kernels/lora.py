@@ -96,6 +96,8 @@ class LoraTarget:
 class LoraBatch:
     """Which adapter each row of a step uses. Every layer of the step uses it, and so may later steps of the same rows.
 
+    It keeps what was derived for the targets it has seen, and these: they should be the same objects at every step.
+
     Args:
         adapters: of each row, keys of the targets' `ranks`; -1 for none.
     """
