@@ -92,7 +92,8 @@ class Watch:
 class Patience:
     """How long to go on without progress: `max_wait_s` from the first trouble on.
 
-    Work that takes long is no trouble; failures, missing blocks and waiting for room are.
+    Work that takes long is no trouble; failures, missing blocks and waiting for room are. While a server catches up
+    with what another had, the time stands still.
     """
 
     def __init__(self, max_wait_s: float):
@@ -100,13 +101,25 @@ class Patience:
         self.progressed()
 
     def progressed(self) -> None:
-        """Outputs came."""
+        """New outputs came."""
         self._since: float | None = None
+        self._advanced_at: float | None = None
         self._attempts = self._refusals = 0
 
     def waits(self, now: float) -> None:
         """A server waits for room: trouble, but nobody's failure."""
         self._since = now if self._since is None else self._since
+        self._advanced_at = None
+
+    def advanced(self, now: float) -> None:
+        """A server got further, if only with what is known already: the time since the last such word doesn't count.
+
+        The failures do, and what lies between one and the next such word: a server that fails at the same place again
+        and again is given up.
+        """
+        if self._since is not None and self._advanced_at is not None:
+            self._since += now - self._advanced_at
+        self._advanced_at = now
 
     def failed(self, now: float, error: SwarmError) -> SwarmError | None:
         """Another attempt failed; returns the error when it was the last that may."""

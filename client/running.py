@@ -74,15 +74,22 @@ class RunningStep:
             raise PeerMisbehaved(f"outputs in {outputs.dtype}, expected {self._dtype}", peer_id=peer_id)
         return outputs
 
-    def answered(self, link: int, message: StepResult, now: float) -> bool:
-        """Outputs came; whether that counts as progress, which more tokens than there are don't."""
+    def answered(self, link: int, message: StepResult, now: float, *, num_new: int) -> bool:
+        """Outputs came; whether that counts as progress, which more tokens than there are don't.
+
+        Outputs that are known already are progress of a server that catches up, but forgive no failures: one that fails
+        at the same token again and again sends those before it each time.
+        """
         self._answers[link] = message.trace, now
         count = sum(message.num_tokens)
         total = self._num_received[link] = self._num_received.get(link, 0) + count
         if not count or total > sum(self.shape.base) + self.num_tokens:
             return False
         self.watch.heard(now)
-        self.patience.progressed()
+        if num_new:
+            self.patience.progressed()
+        else:
+            self.patience.advanced(now)
         return True
 
     def redirected(self, link: int) -> None:
@@ -96,9 +103,14 @@ class RunningStep:
             PeerMisbehaved: about something else than this session.
         """
         progress = progress_of(message, self.shape)
-        if message.is_waiting or progress.is_beyond(self.progress(link)):
+        is_beyond = progress.is_beyond(self.progress(link))
+        if message.is_waiting or is_beyond:
             self._progress[link] = progress
             self.watch.advanced(now)
+        if message.is_waiting:
+            self.patience.waits(now)
+        elif is_beyond:
+            self.patience.advanced(now)
 
     def progress(self, link: int) -> Progress:
         """The furthest that a server has said it is."""

@@ -182,6 +182,7 @@ class RemoteSession:
             self.machine.fallbacks |= self._peers.pairs_without_push
             self.machine.routed(hops)
             step.watch = self._watch(sum(self.machine.lengths))  # somebody has to catch up with everything
+            step.watch.asked(time.monotonic())  # ask often from now on: catching up counts as progress
 
     async def _wait(self, step: RunningStep, *, is_opening: bool = False) -> None:
         """Wait until something happens, and look after the servers while nothing does."""
@@ -194,7 +195,8 @@ class RemoteSession:
             reason = f"does not answer within {self._config.probe_timeout_s:g} s"
             self.on_failure(hop, PeerTimeout(reason, peer_id=hop.hop.peer_id))
         if is_opening:
-            step.watch.heard(now)
+            step.watch.asked(now)
+            step.watch.advanced(now)
         elif step.watch.is_stuck(now):
             self._lose_stuck(step, now)
         elif step.watch.is_late(now):
@@ -267,14 +269,14 @@ class RemoteSession:
         if step is None or message.step_id < step.shape.step_id:
             return
         outputs = step.outputs(message, body, hop.hop.peer_id)
-        self.machine.received(
+        num_new = self.machine.received(
             hop.link,
             step_id=message.step_id,
             positions=message.positions,
             num_tokens=message.num_tokens,
             hidden_states=outputs,
         )
-        if step.answered(hop.link, message, time.monotonic()):
+        if step.answered(hop.link, message, time.monotonic(), num_new=num_new):
             self.waiting = None
 
     def _on_progress(self, hop: HopStream, message: ProbeResult) -> None:
@@ -284,8 +286,11 @@ class RemoteSession:
         doubts, hop.doubts = hop.doubts, []
         for link, epoch in doubts:
             self._link_down(link, epoch, LinkFault.UNREACHABLE)
-        if self._step is not None:
-            self._step.probed(hop.link, message, time.monotonic())
+        step, now = self._step, time.monotonic()
+        if step is not None:
+            step.probed(hop.link, message, now)
+            if message.is_waiting:
+                self._end_if_over(step, hop, now)
 
     def _on_waiting(self, hop: HopStream, message: Waiting) -> None:
         step = self._step
@@ -296,11 +301,10 @@ class RemoteSession:
         if now - self._logged_waiting_at >= 1.0:
             self._logged_waiting_at = now
             logger.info("server %s has no room yet, expected in %.0f s", self._peers.name_of(peer_id), expected_s)
-        step.watch.heard(now)
+        step.watch.asked(now)
+        step.watch.advanced(now)
         step.patience.waits(now)
-        if step.patience.is_over(now):
-            reason = f"no room within {self._config.max_wait_s:g} s, expected in {expected_s:.0f} s"
-            self._end_step(PeerBusy(reason, peer_id=peer_id, retry_after_s=expected_s))
+        self._end_if_over(step, hop, now)
 
     def _on_link_down(self, hop: HopStream, message: LinkDown) -> None:
         """A server can't send on. If the next one is lost, it is replaced; if it lives, we stand between the two."""
@@ -313,7 +317,8 @@ class RemoteSession:
         elif target is None:
             raise PeerMisbehaved("can't send to us, it says", peer_id=hop.hop.peer_id)
         elif (following := self._hops.get(target)) is not None:
-            following.doubts.append((hop.link, epoch))
+            if (hop.link, epoch) not in following.doubts:
+                following.doubts.append((hop.link, epoch))
             self._hops.probe(time.monotonic(), following)
 
     # -- policy -------------------------------------------------------------------------------------------------
@@ -324,6 +329,13 @@ class RemoteSession:
         for pair in self.machine.fallbacks - known:
             self._peers.cannot_push(*pair)
         self._hops.close_stale()
+
+    def _end_if_over(self, step: RunningStep, hop: HopStream, now: float) -> None:
+        """A server waits for room: end the step when that has taken as long as the caller wants to wait."""
+        if step.patience.is_over(now):
+            expected_s = self.waiting.expected_s if self.waiting is not None else 0.0
+            reason = f"no room within {self._config.max_wait_s:g} s, expected in {expected_s:.0f} s"
+            self._end_step(PeerBusy(reason, peer_id=hop.hop.peer_id, retry_after_s=expected_s))
 
     def _lose_stuck(self, step: RunningStep, now: float) -> None:
         """All servers live, yet the step does not advance: replace one of them, or the way between two."""

@@ -357,19 +357,22 @@ class Session:
         positions: Sequence[int],
         num_tokens: Sequence[int],
         hidden_states: torch.Tensor,
-    ) -> None:
+    ) -> int:
         """The server of `link` sent outputs [sum(num_tokens), hidden]; those known already are skipped.
+
+        Returns:
+            How many tokens were new.
 
         Raises:
             PeerMisbehaved: nobody asked for them.
         """
         part, step = self._find(link), self._step
         if part is None or step is None or step_id != self._step_id:
-            return
+            return 0
         following = self._parts.index(part) + 1
         target = self._parts[following].feed if following < len(self._parts) else None
         if following < len(self._parts) and target is None:
-            return  # sent before the server was told to push
+            return 0  # sent before the server was told to push
         lengths = target.lengths if target is not None else [row.length for row in step.results]
         peer_id = part.hop.peer_id if part.hop is not None else None
         shape, rows = tuple(hidden_states.shape), (len(positions), len(num_tokens))
@@ -386,6 +389,8 @@ class Session:
                 target.append(row, positions[row], piece)
             elif num_tokens[row]:
                 step.results[row].append(piece[step.results[row].length - positions[row] :])
+        ends = [position + count if count else 0 for position, count in zip(positions, num_tokens, strict=True)]
+        return sum(max(0, end - length) for end, length in zip(ends, lengths, strict=True))
 
     def failed(self, link: int) -> None:
         """The server of `link` is lost: its blocks need another, and a replay."""

@@ -96,6 +96,33 @@ def test_patience_counts_from_the_first_trouble_since_the_last_progress():
     assert not patience.is_over(1e9) and patience.failed(1e9, GONE) is None
 
 
+def test_time_stands_still_for_patience_while_a_server_catches_up():
+    """But not from a failure to the next word of progress, and not while a server waits for room."""
+    patience = Patience(10.0)
+    patience.advanced(0.0)
+    assert patience.failed(100.0, GONE) is None
+    for now in range(103, 200):
+        patience.advanced(float(now))
+    assert patience.failed(200.0, GONE) is None  # 3 s, and 1 s
+    patience.advanced(203.0)
+    patience.waits(204.0)
+    patience.advanced(205.9)
+    assert not patience.is_over(205.9) and patience.failed(206.1, GONE) is GONE
+
+
+@given(st.lists(st.floats(0.1, 5.0), min_size=40, max_size=40))
+def test_a_server_that_gets_as_far_again_and_again_is_given_up(times):
+    """However far it gets each time."""
+    patience, now = Patience(1.0), 0.0
+    for seconds in times:
+        if patience.failed(now, GONE) is GONE:
+            return
+        patience.advanced(now + 0.1)
+        patience.advanced(now + 0.1 + seconds)
+        now += 0.1 + seconds
+    raise AssertionError("patient for ever")
+
+
 def test_refusals_that_blame_the_request_are_believed_in_the_end():
     """A stale record explains one or two of them."""
     patience, refusal = Patience(1000.0), InvalidRequest("no")

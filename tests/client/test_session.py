@@ -28,6 +28,7 @@ from swarm.protocol import (
     Message,
     OpenSession,
     Probe,
+    ProbeResult,
     PushHello,
     SessionOpened,
     Step,
@@ -585,6 +586,57 @@ async def test_patience_ends_with_the_last_error(make_swarm):
     swarm.servers[0].script = fail
     with pytest.raises(PeerDisconnected, match="gone"):
         await Text(swarm.session(max_wait_s=0.3)).step(1)
+
+
+async def test_catching_up_takes_as_long_as_it_takes(make_swarm):
+    """A second failure, after a replay that took longer than max_wait_s and got ahead, does not end the step."""
+    swarm = await make_swarm(*CHAIN, CHAIN[1], CHAIN[1], max_step_tokens=4)
+    first, slow = swarm.servers[1], swarm.servers[3]
+    session = swarm.session(max_wait_s=0.5, late_s=0.02, probe_timeout_s=PATIENT)
+    text = Text(session)
+    await text.step(60)
+
+    async def crawl(session: FakeSession, message: Message) -> None:
+        if isinstance(message, Step):
+            await asyncio.sleep(0.1)
+            if slow.received["push:Step"] > 12:
+                dying(session)
+
+    slow.script = crawl
+    first.kill()
+    await text.decode(2)
+    assert {first.peer_id, slow.peer_id} == set(swarm.peers.failures) and slow.received["push:Step"] == 13
+
+
+async def test_a_server_that_fails_at_the_same_token_every_time_is_given_up(make_swarm):
+    """The outputs before that token come each time, but only the first time are they new."""
+    swarm = await make_swarm("0:6", max_step_tokens=4)
+
+    async def fail(session: FakeSession, message: Message) -> None:
+        if isinstance(message, Step) and message.positions[0] >= 8:
+            raise PeerBusy("full")
+
+    swarm.servers[0].script = fail
+    async with asyncio.timeout(20):
+        with pytest.raises(PeerBusy, match="full"):
+            await Text(swarm.session(max_wait_s=0.3)).step(16)
+
+
+async def test_a_server_that_only_says_when_asked_that_it_waits_is_not_waited_for_without_end(make_swarm):
+    """Its word holds off the search for who is stuck, but not the caller's limit."""
+    swarm = await make_swarm("0:6")
+
+    async def wait(session: FakeSession, message: Message) -> bool:
+        if isinstance(message, Probe):
+            await session.stream.send(
+                ProbeResult(nonce=message.nonce, step_id=0, received=(2,), produced=(0,), is_waiting=True)
+            )
+        return isinstance(message, Probe | Step)
+
+    swarm.servers[0].script = wait
+    async with asyncio.timeout(20):
+        with pytest.raises(PeerBusy, match="no room"):
+            await Text(swarm.session(max_wait_s=0.3, late_s=0.02)).step(2)
 
 
 async def test_a_session_outlives_the_last_replica(make_swarm):
