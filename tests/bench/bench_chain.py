@@ -109,21 +109,20 @@ def make_row(hops: int, delay_ms: float, answers: dict[str, list[Answer]]) -> di
 
 
 def summary(answers: list[Answer], *, ways_ms: float) -> dict[str, float]:
-    """Medians over all tokens: time per token, servers' and client's compute, and the ratio to the ideal."""
+    """Medians over all tokens: time, servers' and client's compute, the ideal, and each token's ratio to its ideal."""
     gaps, servers, client = [], [], []
     for one in answers:
         gaps += one.gaps[SETTLE_TOKENS:]
         servers += one.server_seconds()[SETTLE_TOKENS:]
         client += [gap - step for gap, step in zip(one.gaps, one.steps[1:], strict=True)][SETTLE_TOKENS:]
-    token_ms = 1000 * statistics.median(gaps)
-    server_ms, client_ms = 1000 * statistics.median(servers), 1000 * statistics.median(client)
-    ideal_ms = ways_ms + server_ms + client_ms
+    ideals = [ways_ms / 1000 + sum(parts) for parts in zip(servers, client, strict=True)]
+    ratios = [gap / ideal for gap, ideal in zip(gaps, ideals, strict=True)]
     return {
-        "token_ms": round(token_ms, 2),
-        "ideal_ms": round(ideal_ms, 2),
-        "over_ideal": round(token_ms / ideal_ms, 3),
-        "server_compute_ms": round(server_ms, 2),
-        "client_compute_ms": round(client_ms, 2),
+        "token_ms": round(1000 * statistics.median(gaps), 2),
+        "ideal_ms": round(1000 * statistics.median(ideals), 2),
+        "over_ideal": round(statistics.median(ratios), 3),
+        "server_compute_ms": round(1000 * statistics.median(servers), 2),
+        "client_compute_ms": round(1000 * statistics.median(client), 2),
     }
 
 

@@ -3,7 +3,7 @@
     python tests/bench/bench_prefill.py [--prompt-tokens 2048] [--rounds 3] [--token-ms 0.5]
 
 pipelined   as servers do it: chunks of the prompt, so that all hops work at the same time
-sequential  servers that take the prompt whole (see bench_server.py): a hop begins when the one before is done
+sequential  servers that take the prompt whole (see altered_server.py): a hop begins when the one before is done
 local       transformers in this process, with one thread, and with as many as the servers can use at a time
 
 Three servers with one thread each need three cores to show what they can; with fewer the real run shows less. So the
@@ -72,7 +72,7 @@ def swarm_way(
     processes: list[PeerProcess] = []
     stack.enter_context(all_stopped(processes))
     options = ("--quantization", "none", "--threads", "1", "--kv-cache", str(2 * args.prompt_tokens))
-    swarm = start_swarm(Loopback(), SPANS, processes, *options, module="bench_server", env=env)
+    swarm = start_swarm(Loopback(), SPANS, processes, *options, module="altered_server", env=env)
     model = stack.enter_context(connect(Loopback(), swarm, **config))
 
     def ask(prompt: list[int]) -> Measured:

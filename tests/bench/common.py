@@ -13,7 +13,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Not through sys.path, which must not have our root in it (see swarm/__init__.py).
-sys.modules.setdefault("tests", ModuleType("tests")).__path__ = [str(ROOT / "tests")]
+if "tests" not in sys.modules:
+    sys.modules["tests"] = ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(ROOT / "tests")]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -166,7 +166,7 @@ def _become_server(args: list[str], output: int) -> None:
         os.dup2(output, 2)
         os.close(output)
         status = serve(args)
-    except BaseException:  # the outermost frame of this process
+    except BaseException:  # noqa: BLE001, the outermost frame of this process
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A server for benchmarks: `python -m bench_server ...` as `python -m swarm.server ...`, changed by its environment.
+"""A server for benchmarks: `python -m altered_server ...` as `python -m swarm.server ...`, changed by its environment.
 
 SWARM_BENCH_TOKEN_S       Its blocks compute nothing: each token takes so many seconds of sleep, and comes out as it
                           went in. So several servers work at the same time, however few cores there are.
