@@ -21,7 +21,7 @@ class FakeState:
 
     def fork(self):
         other = FakeState()
-        other.total = self.total
+        other.total, other.is_parked = self.total, self.is_parked
         return other
 
 

@@ -1,185 +1,154 @@
-"""Batches under a token budget and a page limit: every step gets its own outputs, whatever shares the batch."""
+"""Batches under a token budget, a page limit and preemption: every request gets its own tokens, whatever happens."""
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from swarm.errors import PeerBusy
-from swarm.protocol import DType, Step, TensorSpec
-from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
-from swarm.server.scheduler import PAGE_WAIT_S, Batch, CachedSequence, CachedSession, Job, Scheduler
+from swarm.errors import PeerBusy, PeerError
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.scheduler import PAGE_WAIT_S
 from swarm.types import BlockRange
+from tests.server.engine import Engine, User, make_work
 
-BLOCKS = BlockRange(0, 2)
+NUM_PAGES = 12
+MAX_TOKENS = 8 * PAGE_SIZE
+"""Of one session: together with copies of its rows' last pages it fits into the cache when it is alone."""
+PREFIXES = [[float(1000 * prefix + i) for i in range(MAX_TOKENS)] for prefix in range(2)]
 
 
-def make_session(allocator: PageAllocator, rows: int = 1) -> CachedSession:
-    return CachedSession(
-        blocks=BLOCKS, rows=[CachedSequence(table=PageTable(allocator), state=None) for _ in range(rows)]
+class ServerMachine(RuleBasedStateMachine):
+    """Random users on a small cache, against what each would have got alone."""
+
+    users = Bundle("users")
+
+    @initialize(
+        token_budget=st.sampled_from([5, 16, 40]),
+        min_turn=st.sampled_from([0, 8]),
+        stateful=st.sampled_from([False, False, True]),
     )
+    def start(self, token_budget, min_turn, stateful):
+        self.engine = Engine(NUM_PAGES, token_budget=token_budget, min_turn_tokens=min_turn, stateful=stateful)
+        self.stateful = stateful
+        self.open_users = []
+        self.counter = 0.0
 
-
-def make_job(session: CachedSession, counts, *, positions=None, outputs=None, order=None, value=0.0) -> Job:
-    positions = positions if positions is not None else [0] * len(counts)
-    step = Step(
-        step_id=0,
-        positions=tuple(positions),
-        num_tokens=tuple(counts),
-        num_outputs=tuple(counts if outputs is None else outputs),
-        order=order,
-        hidden_states=TensorSpec(DType.FLOAT32, (sum(counts), 1)),
+    @rule(
+        target=users,
+        client=st.sampled_from("abc"),
+        rows=st.integers(1, 3),
+        blocks=st.sampled_from([BlockRange(0, 4), BlockRange(0, 4), BlockRange(1, 3)]),
     )
-    hidden = torch.arange(sum(counts), dtype=torch.float32).view(-1, 1) + value
-    return Job(session=session, step=step, hidden_states=hidden, arrived=0.0)
+    def open(self, client, rows, blocks):
+        user = User(self.engine, client, rows, blocks)
+        self.open_users.append(user)
+        return user
+
+    @rule(
+        user=users,
+        counts=st.lists(st.sampled_from([0, 5, 16, 33, 50]), min_size=3, max_size=3),
+        prefix=st.sampled_from([None, 0, 0, 1]),
+        num_wanted=st.sampled_from([None, 0, 1, 20]),
+        num_works=st.integers(1, 3),
+    )
+    def prompt(self, user, counts, prefix, num_wanted, num_works):
+        """Tokens for each row, which begin like those of others."""
+        pieces = []
+        for row, count in zip(user.rows, counts, strict=False):
+            known = PREFIXES[prefix][len(row) : len(row) + count] if prefix is not None else []
+            pieces.append(known + self.fresh(count - len(known)))
+        if 0 < sum(map(len, pieces)) <= MAX_TOKENS - user.num_tokens:
+            user.send(pieces, num_wanted=num_wanted, num_works=num_works)
+
+    @rule(
+        target=users,
+        client=st.sampled_from("abc"),
+        rows=st.sampled_from([1, 1, 2]),
+        blocks=st.sampled_from([BlockRange(0, 4), BlockRange(0, 4), BlockRange(1, 3)]),
+        count=st.sampled_from([16, 33, 40]),
+        num_wanted=st.sampled_from([None, 1]),
+        turns=st.integers(0, 12),
+    )
+    def newcomer(self, client, rows, blocks, count, num_wanted, turns):
+        """A user whose prompt begins as that of all newcomers."""
+        user = self.open(client, rows, blocks)
+        user.send([PREFIXES[0][:count]] * rows, num_wanted=num_wanted)
+        self.run(turns)
+        return user
+
+    @rule(user=users, data=st.data(), count=st.sampled_from([1, 20]))
+    def roll_back_to_the_prefix(self, user, data, count):
+        """Other tokens in the middle of pages that others may know, of a single row or of all."""
+        if self.stateful or not all(user.rows):
+            return
+        base = [data.draw(st.integers(1, min(len(row), 40))) for row in user.rows]
+        if sum(base) + count * len(base) <= MAX_TOKENS:
+            user.send([self.fresh(count) for _ in user.rows], base=base)
+            self.run(data.draw(st.integers(0, 8)))
+
+    @rule(user=users, times=st.integers(1, 3))
+    def decode(self, user, times):
+        """Steps of one token per row, some of them queued behind each other."""
+        for _ in range(times):
+            if user.num_tokens + len(user.rows) <= MAX_TOKENS:
+                user.send([self.fresh(1) for _ in user.rows])
+
+    @rule(user=users, data=st.data())
+    def beams(self, user, data):
+        """A step that reorders the rows."""
+        order = [data.draw(st.integers(0, len(user.rows) - 1)) for _ in user.rows]
+        if sum(len(user.rows[old]) + 1 for old in order) <= MAX_TOKENS:
+            user.send([self.fresh(1) for _ in user.rows], order=order)
+
+    @rule(user=users, data=st.data())
+    def roll_back(self, user, data):
+        """A step that forgets tokens, in the middle of a page, a shared one perhaps."""
+        if self.stateful:
+            return
+        base = [data.draw(st.integers(0, len(row))) for row in user.rows]
+        if sum(base) + 2 * len(base) <= MAX_TOKENS:
+            user.send([self.fresh(2) for _ in user.rows], base=base)
+
+    @rule(turns=st.integers(1, 5))
+    def run(self, turns):
+        for _ in range(turns):
+            self.engine.turn()
+
+    @rule(seconds=st.sampled_from([0.1, 2.0]))
+    def wait(self, seconds):
+        self.engine.now += seconds
+
+    @rule(user=consumes(users), finish=st.booleans())
+    def close(self, user, finish):
+        """A user leaves, with or without waiting for its outputs."""
+        if finish:
+            self.engine.run()
+            user.check()
+        user.close()
+        self.open_users.remove(user)
+
+    @invariant()
+    def pages_are_owned_as_counted(self):
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.engine.run()
+        for user in self.open_users:
+            assert not self.engine.told[user.session].failed
+            user.check()
+            user.close()
+        self.engine.check()
+        assert self.engine.allocator.num_used == 0 and self.engine.host.used == 0
+
+    def fresh(self, count):
+        """Tokens that nobody else has."""
+        self.counter += max(0, count)
+        return [self.counter - i for i in range(count)]
 
 
-def run(scheduler: Scheduler, batch: Batch) -> list[Job]:
-    """Stands for the blocks: outputs are inputs plus one."""
-    return scheduler.finish(batch, [chunk.hidden_states + 1 for chunk in batch.chunks], compute_s=0.5)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_every_step_gets_its_own_outputs_and_no_page_is_lost(data):
-    """Any mix of steps of any sizes is run to its end within the budget, and closing frees every page."""
-    allocator = PageAllocator(64)
-    budget = data.draw(st.integers(1, 9))
-    scheduler = Scheduler(allocator, token_budget=budget)
-    jobs = []
-    for index in range(data.draw(st.integers(1, 6))):
-        counts = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=3).filter(sum))
-        outputs = [data.draw(st.integers(0, count)) for count in counts]
-        job = make_job(make_session(allocator, len(counts)), counts, outputs=outputs, value=100.0 * index)
-        jobs.append(job)
-        scheduler.submit(job)
-    done: list[Job] = []
-    while scheduler.num_jobs:
-        batch = scheduler.schedule(now=0.0)
-        assert 0 < batch.num_tokens <= budget
-        assert not batch.refused
-        done += run(scheduler, batch)
-    assert {id(job) for job in done} == {id(job) for job in jobs}
-    for job in jobs:
-        pieces = zip(job.hidden_states.split(list(job.step.num_tokens)), job.step.num_outputs, strict=True)
-        expected = torch.cat([piece[len(piece) - wanted :] + 1 for piece, wanted in pieces])
-        if len(expected):
-            assert torch.equal(job.result(), expected)
-        scheduler.cancel(job.session)
-    assert allocator.num_used == 0
-
-
-def test_decode_steps_go_before_a_prompt_and_share_its_batch():
-    """A prompt that came first fills only what decoding leaves of the budget."""
-    allocator = PageAllocator(64)
-    scheduler = Scheduler(allocator, token_budget=8)
-    prompt = make_job(make_session(allocator), [20])
-    decodes = [make_job(make_session(allocator), [1]) for _ in range(3)]
-    for job in (prompt, *decodes):
-        scheduler.submit(job)
-    batch = scheduler.schedule(now=0.0)
-    assert [(row.job is prompt, len(row.chunk.hidden_states)) for row in batch.rows] == [
-        (False, 1),
-        (False, 1),
-        (False, 1),
-        (True, 5),
-    ]
-    assert {id(job) for job in run(scheduler, batch)} == {id(job) for job in decodes}
-
-
-def test_a_step_without_pages_waits_and_runs_when_pages_are_freed():
-    """Nothing is scheduled while the pool is full; closing another session lets the step run."""
-    allocator = PageAllocator(2)
-    scheduler = Scheduler(allocator)
-    first, second = make_session(allocator), make_session(allocator)
-    scheduler.submit(make_job(first, [2 * PAGE_SIZE]))
-    run(scheduler, scheduler.schedule(now=0.0))
-    scheduler.submit(make_job(second, [1]))
-    assert not scheduler.schedule(now=1.0).rows and not scheduler.can_progress
-    scheduler.cancel(first)
-    assert scheduler.can_progress and len(scheduler.schedule(now=2.0).rows) == 1
-
-
-def test_a_step_that_waits_too_long_is_refused_with_both_numbers():
-    """After PAGE_WAIT_S without a page the step ends with PeerBusy that names pages needed and free."""
-    allocator = PageAllocator(2)
-    scheduler = Scheduler(allocator)
-    scheduler.submit(make_job(make_session(allocator), [2 * PAGE_SIZE]))
-    run(scheduler, scheduler.schedule(now=0.0))
-    late = make_job(make_session(allocator), [PAGE_SIZE + 1])
-    scheduler.submit(late)
-    assert scheduler.schedule(now=5.0).refused == ()
-    assert scheduler.next_deadline() == 5.0 + PAGE_WAIT_S
-    assert scheduler.schedule(now=5.0 + PAGE_WAIT_S - 0.1).refused == ()
-    ((job, error),) = scheduler.schedule(now=5.0 + PAGE_WAIT_S).refused
-    assert job is late and isinstance(error, PeerBusy) and "need 2 pages, 0 free" in str(error)
-    assert scheduler.num_jobs == 0
-
-
-def test_beams_share_pages_and_copy_only_the_last_one():
-    """Two rows that continue the same one share its full pages; the partial page is copied before it is written."""
-    allocator = PageAllocator(16)
-    scheduler = Scheduler(allocator)
-    session = make_session(allocator, rows=2)
-    scheduler.submit(make_job(session, [PAGE_SIZE + 3, 1]))
-    run(scheduler, scheduler.schedule(now=0.0))
-    scheduler.submit(make_job(session, [1, 1], positions=[PAGE_SIZE + 3] * 2, order=(0, 0)))
-    batch = scheduler.schedule(now=0.0)
-    first, second = (row.chunk.pages for row in batch.rows)
-    assert first[0] == second[0] and first[1] != second[1]
-    assert len(batch.copies) == 1 and allocator.num_used == 3
-    run(scheduler, batch)
-    scheduler.cancel(session)
-    assert allocator.num_used == 0
-
-
-def test_decode_rows_of_many_leave_a_share_to_a_waiting_prompt():
-    """However many rows decode, a prompt makes progress in every batch; without one they get the whole budget."""
-    allocator = PageAllocator(64)
-    scheduler = Scheduler(allocator, token_budget=8)
-    many = make_session(allocator, rows=20)
-    scheduler.submit(make_job(many, [1] * 20))
-    assert scheduler.schedule(now=0.0).num_tokens == 8
-    prompt = make_job(make_session(allocator), [20])
-    scheduler.submit(prompt)
-    batch = scheduler.schedule(now=0.0)
-    assert sum(len(row.chunk.hidden_states) for row in batch.rows if row.job is prompt) == 2
-
-
-def test_a_prompt_that_waits_for_its_turn_is_not_refused():
-    """Only a want of pages has a deadline; a long queue has none."""
-    allocator = PageAllocator(64)
-    scheduler = Scheduler(allocator, token_budget=4)
-    for _ in range(3):
-        scheduler.submit(make_job(make_session(allocator), [8]))
-    now = 0.0
-    while scheduler.num_jobs:
-        batch = scheduler.schedule(now)
-        assert not batch.refused
-        run(scheduler, batch)
-        now += PAGE_WAIT_S
-
-
-class Unforkable:
-    """A recurrent state for whose copy there is no memory."""
-
-    def fork(self):
-        raise MemoryError("no room")
-
-
-def test_a_step_whose_states_cannot_be_copied_fails_alone():
-    """The step is refused, nobody else's, and no page is lost."""
-    allocator = PageAllocator(8)
-    scheduler = Scheduler(allocator)
-    session = make_session(allocator, rows=2)
-    scheduler.submit(make_job(session, [1, 1]))
-    run(scheduler, scheduler.schedule(now=0.0))
-    session.rows[0].state = Unforkable()
-    bad = make_job(session, [1, 1], positions=[1, 1], order=(0, 0))
-    good = make_job(make_session(allocator), [1])
-    for job in (bad, good):
-        scheduler.submit(job)
-    batch = scheduler.schedule(now=0.0)
-    assert [job for job, _ in batch.refused] == [bad] and [row.job for row in batch.rows] == [good]
-    scheduler.cancel(session)
-    scheduler.cancel(good.session)
-    assert allocator.num_used == 0
+ServerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestServer = ServerMachine.TestCase
