@@ -22,31 +22,17 @@ from tests.kernels.cases import (
     poisoned,
 )
 from tests.kernels.interpreter import mend_interpreter
+from tests.kernels.interpreting import interpreted
 
 pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
 def kernel():
-    """The module of the kernel, run by Triton's interpreter on the CPU: bf16 dots are wrong there, so fp32 and fp16.
-
-    Triton decides at its own import how its library functions (tl.sum, ...) run, and others may have imported it
-    before: they are switched over too.
-    """
-    from triton import language
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
+    """The module of the kernel, interpreted."""
     mend_interpreter()
-    name = "swarm.kernels.triton_paged_attention"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for library in (language, language.standard):
-            for key, function in list(vars(library).items()):
-                if isinstance(function, JITFunction):
-                    patch.setattr(library, key, InterpretedFunction(function.fn))
-        yield importlib.reload(importlib.import_module(name))
-    importlib.reload(importlib.import_module(name))
+    with interpreted("swarm.kernels.triton_paged_attention") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", FORMS)
