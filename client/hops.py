@@ -91,8 +91,8 @@ class Hops:
             )
         )
 
-    def send(self, action: Send) -> None:
-        """Send a chunk of a step."""
+    def send(self, action: Send) -> bool:
+        """Send a chunk of a step; False when it must wait for room."""
         chunk = action.chunk
         spec, payload = encode_tensor(chunk.hidden_states, self._config.encoding)
         step = Step(
@@ -104,7 +104,9 @@ class Hops:
             outputs_from=chunk.outputs_from,
             hidden_states=spec,
         )
-        self._streams[action.link].post(step, payload)
+        stream = self._streams[action.link]
+        stream.post(step, payload)
+        return not stream.is_sending
 
     # -- asking -------------------------------------------------------------------------------------------------
 

@@ -156,7 +156,8 @@ class RemoteSession:
             action = self.machine.next_action()
             if isinstance(action, Send):
                 step.sent(action.link, time.monotonic())
-                self._hops.send(action)
+                if not self._hops.send(action):
+                    await asyncio.sleep(0)  # a long replay is being queued: heartbeats and other sessions have a turn
             elif isinstance(action, Wait):
                 await self._wait(step)
             elif isinstance(action, Done):
@@ -191,9 +192,12 @@ class RemoteSession:
         now = time.monotonic()
         if now < until:
             return
-        for hop in self._hops.silent(now):
+        silent = self._hops.silent(now)
+        for hop in silent:
             reason = f"does not answer within {self._config.probe_timeout_s:g} s"
             self.on_failure(hop, PeerTimeout(reason, peer_id=hop.hop.peer_id))
+        if silent:
+            return  # nobody else is to blame before they are replaced
         if is_opening:
             step.watch.asked(now)
             step.watch.advanced(now)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -338,6 +339,20 @@ async def test_a_hop_that_lives_but_does_nothing_is_replaced_later(make_swarm):
     swarm.servers[0].script = idle
     await text.step(5)
     assert swarm.peers.failures == [swarm.servers[0].peer_id] and session.told["ProbeResult"] >= 1
+
+
+async def test_a_client_that_slept_past_all_deadlines_goes_on(make_swarm):
+    """The only server is silent, and stuck, at the same moment: it is replaced once."""
+    swarm = await make_swarm("0:6", "0:6")
+    swarm.servers[0].script = at(Step, lambda session: stopped(session, None))
+    session = swarm.session(late_s=0.05, probe_timeout_s=0.3, step_timeout_s=0.5)
+    running = asyncio.create_task(Text(session).step(5))
+    async with asyncio.timeout(20):
+        while not any(hop.probe_sent_at for hop in session._hops):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    time.sleep(1.0)  # noqa: ASYNC251
+    await running
+    assert swarm.peers.failures == [swarm.servers[0].peer_id]
 
 
 async def test_a_way_between_two_hops_that_carries_nothing_is_given_up(make_swarm):
@@ -795,6 +810,22 @@ async def test_a_hop_that_reads_nothing_does_not_keep_the_others_waiting(make_sw
         outputs = await session.step(hidden_states, positions=[0], num_tokens=[num_tokens], num_outputs=[1])
     assert torch.equal(outputs, run_blocks(hidden_states, BlockRange(0, NUM_BLOCKS))[-1:])
     assert swarm.peers.failures == [second.peer_id]
+
+
+async def test_a_long_replay_leaves_the_loop_to_others_while_it_is_queued(make_swarm):
+    """Heartbeats and other sessions get their turns between the chunks that a server is too slow to take."""
+    swarm = await make_swarm("0:6", max_step_tokens=1 << 14)
+    swarm.servers[0].script = at(Step, lambda session: stopped(session, None))
+    session = swarm.session(chunk_tokens=1 << 14)
+    running = asyncio.create_task(session.step(torch.zeros(1 << 20, HIDDEN), positions=[0], num_tokens=[1 << 20]))
+    seen: list[int] = []
+    async with asyncio.timeout(20):
+        while not seen or session.machine._parts[0].feed.is_behind:
+            seen.append(sum(len(hop._outbox) for hop in session._hops))
+            await asyncio.sleep(0)
+    assert len(set(seen)) > 10
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_closing_does_not_wait_for_a_stopped_server(make_swarm):
