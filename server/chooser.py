@@ -165,9 +165,9 @@ class Chooser:
     def _take_row(self, session: CachedSession, job: Job, index: int, count: int) -> int:
         row = session.rows[index]
         position = row.table.length
-        if count > 1 and count < job.left[index]:  # end with a full page, for others to find
-            rest = (position + count) % PAGE_SIZE
-            count -= rest if rest < count else 0
+        rest = (position + count) % PAGE_SIZE
+        if count < job.left[index] and 4 * rest <= count:  # end with a full page: then pages of others may follow
+            count -= rest
         self._memory.grow(session, index, count)
         chunk = Chunk(
             hidden_states=job.take(index, count),

@@ -97,8 +97,8 @@ class Scheduler:
         costs: StepCost | None = None,
     ):
         self.memory = memory
-        self.counters = counters or VirtualCounters()
-        self.costs = costs or StepCost()
+        self.counters = VirtualCounters() if counters is None else counters
+        self.costs = StepCost() if costs is None else costs
         self.token_budget = token_budget
         self.can_progress = False
         """Whether the last batch did something, or something changed since: if not, wait for a command."""
