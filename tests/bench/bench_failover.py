@@ -1,18 +1,20 @@
 """A server is killed or stopped in mid-answer: is the answer what it would have been, and how long does it stall?
 
-    python tests/bench/bench_failover.py [--runs 100] [--seed 0] [--overhead-rounds 12]
+    python tests/bench/bench_failover.py [--runs 100] [--seed 0] [--overhead-rounds 40]
 
 Three hops and a spare server for each, all on loopback, one thread each. In every run one server of the session's
 route gets SIGKILL or SIGSTOP (every other time together with the processes that it has started, as when a machine
-freezes), at a random moment of the answer, the prompt included. A new server takes its place before the next run. By
-default a random small model, whose servers start quickly; --model takes another one.
+freezes), at a random moment of the answer, the prompt included. In half of the runs the client's records of servers
+are stale: older than it likes, as in any session of some length. A new server takes the place of the lost one before
+the next run. By default a random small model, whose servers start quickly.
 
     stall   longest time between two tokens (or to the first), less the median time (to the first token without failure)
     replay  what the new server needs for the tokens that it missed, estimated from the prompts that were measured
     net     stall less replay, which is judged
 
 The price of keeping histories is measured with the embedded model: two swarms of three servers, one with histories and
-one with none, are asked in turn; the ratio is that of the median times between tokens, round by round.
+one with none, are asked in turn, in many short rounds; the ratio is that of the median times between tokens, round by
+round, and its median over the rounds comes with a standard error.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -36,12 +39,14 @@ from swarms import MODEL, Answer, Clock, answer, chat_tokens, connect_here
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from swarm.checkpoint.source import resolve
+from swarm.client.peers import REFRESH_S
 from swarm.client.processes import start_bootstrap
 from swarm.errors import SwarmError
 
 HOPS = 3
 NUM_PROMPTS = 8
 KNOWN_TIMEOUT_S = 60.0
+OVERHEAD_TOKENS = 16
 OVERHEAD_SPANS = ("0:10", "10:20", "20:30")
 QUESTION = "Explain in a few sentences why the sky looks blue during the day and red in the evening."
 TARGETS = {"SIGKILL": 0.5, "SIGSTOP": 3.0, "overhead": 0.03}
@@ -65,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=40, help="tokens per answer (default: 40)")
     parser.add_argument("--model", help="a name or directory; a small random model by default")
     parser.add_argument("--star", action="store_true", help="everything through the client, nothing pushed")
-    parser.add_argument("--overhead-rounds", type=int, default=12, help="0 leaves the overhead out (default: 12)")
+    parser.add_argument("--overhead-rounds", type=int, default=40, help="0 leaves the overhead out (default: 40)")
     parser.add_argument("--verbose", action="store_true", help="a line per run")
     return parser.parse_args()
 
@@ -80,10 +85,17 @@ class Failure:
     hop: int
     signal: signal.Signals
     whole_tree: bool
+    stale_records: bool
+    """Whether the client will want to read the records again."""
     token: int
     """How many new tokens there are when the clock starts; -1 is before the prompt."""
     fraction: float
     """Part of a step that passes from then on."""
+
+    @property
+    def key(self) -> tuple[signal.Signals, bool, bool]:
+        """By which it is reported."""
+        return self.signal, self.whole_tree, self.stale_records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,17 +136,19 @@ def plan(seed: int, runs: int, new_tokens: int) -> list[Failure]:
     chance = random.Random(seed)
     kinds = [(signal.SIGKILL, signal.SIGSTOP)[i % 2] for i in range(runs)]
     trees = [i // 2 % 2 == 1 for i in range(runs)]
-    order = list(zip(kinds, trees, strict=True))
+    stale = [i // 4 % 2 == 1 for i in range(runs)]
+    order = list(zip(kinds, trees, stale, strict=True))
     chance.shuffle(order)
     return [
         Failure(
             hop=chance.randrange(HOPS),
             signal=kind,
             whole_tree=tree,
+            stale_records=old,
             token=chance.randrange(-1, new_tokens - 3),
             fraction=chance.random(),
         )
-        for kind, tree in order
+        for kind, tree, old in order
     ]
 
 
@@ -203,6 +217,8 @@ class Fleet:
 
     def strike(self, peer_id: str, failure: Failure) -> None:
         """Send the signal to the server of this peer."""
+        if failure.stale_records:
+            self.client.block_service.peers._read_at -= REFRESH_S
         _, server = self._servers[peer_id]
         server.signal(failure.signal, whole_tree=failure.whole_tree)
 
@@ -316,7 +332,7 @@ def overhead(args: argparse.Namespace) -> list[float]:
         clients = {name: stack.enter_context(swarm_of(factory, stack, options)) for name, options in memory.items()}
         for index in range(args.overhead_rounds + 1):
             names = list(clients) if index % 2 else list(reversed(clients))
-            gaps = {name: statistics.median(answer(clients[name], prompt, args.new_tokens).gaps) for name in names}
+            gaps = {name: statistics.median(answer(clients[name], prompt, OVERHEAD_TOKENS).gaps) for name in names}
             if index:
                 ratios.append(gaps["with"] / gaps["without"])
     return ratios
@@ -343,20 +359,22 @@ def start_server(factory: ServerFactory, model: str, span: str, address: str, *o
 def report(runs: Sequence[Run], overheads: Sequence[float], args: argparse.Namespace) -> None:
     """Tables and JSON."""
     targets, rows = {}, []
+    details = {"seed": args.seed, "push": not args.star, "model": args.model or "random", "rows": rows}
     print(
-        f"{'signal':9}{'to':9}{'runs':>5}{'identical':>11}{'replayed':>10}{'stall s: median':>17}{'p90':>8}{'max':>8}",
-        end="",
+        f"{'signal':9}{'to':9}{'records':8}{'runs':>5}{'identical':>11}{'replayed':>10}{'stall s: median':>17}", end=""
     )
-    print(f"{'replay s':>10}{'net s':>8}")
-    for kind in (signal.SIGKILL, signal.SIGSTOP):
+    print(f"{'p90':>8}{'max':>8}{'replay s':>10}{'net s':>8}")
+    for kind, stale in product((signal.SIGKILL, signal.SIGSTOP), (False, True)):
+        both: list[Run] = []
         for tree in (False, True):
-            group = [run for run in runs if run.failure.signal is kind and run.failure.whole_tree is tree]
-            if group:
+            if group := [run for run in runs if run.failure.key == (kind, tree, stale)]:
                 rows.append(summary(group))
                 print_row(rows[-1])
-        group = [run.net_s for run in runs if run.failure.signal is kind]
-        if group:
-            targets[f"{kind.name}_median_net_stall_s"] = judged(statistics.median(group), "<=", TARGETS[kind.name])
+                both += group
+        if both:
+            net_s = statistics.median(run.net_s for run in both)
+            name = f"{kind.name}_{'stale' if stale else 'fresh'}_records_median_net_stall_s"
+            targets[name] = judged(net_s, "<=", TARGETS[kind.name])
     if runs:
         targets["identical"] = judged(sum(run.identical for run in runs) / len(runs), "==", 1.0)
     for run in runs:
@@ -364,10 +382,16 @@ def report(runs: Sequence[Run], overheads: Sequence[float], args: argparse.Names
             print(f"NOT IDENTICAL: {run}")
     if overheads:
         targets["overhead_of_history"] = judged(statistics.median(overheads) - 1, "<=", TARGETS["overhead"])
-        quartiles = [round(percentile(overheads, share) - 1, 4) for share in (0.25, 0.75)]
-        print(f"overhead of history: {statistics.median(overheads) - 1:+.1%}, quartiles {quartiles}")
-    details = {"seed": args.seed, "push": not args.star, "model": args.model or "random", "rows": rows}
+        error = median_error(overheads)
+        print(f"overhead of history: {statistics.median(overheads) - 1:+.1%} ± {error:.1%} (standard error)")
+        details["overhead_standard_error"] = round(error, 4)
     print_report("failover", targets, runs=len(runs), overhead_rounds=args.overhead_rounds, **details)
+
+
+def median_error(values: Sequence[float]) -> float:
+    """Standard error of the median, from the quartiles, for values that are about normal."""
+    deviation = (percentile(values, 0.75) - percentile(values, 0.25)) / 1.349
+    return float(1.2533 * deviation / math.sqrt(len(values)))
 
 
 def summary(group: Sequence[Run]) -> dict[str, Any]:
@@ -376,6 +400,7 @@ def summary(group: Sequence[Run]) -> dict[str, Any]:
     return {
         "signal": group[0].failure.signal.name,
         "to": "tree" if group[0].failure.whole_tree else "process",
+        "records": "stale" if group[0].failure.stale_records else "fresh",
         "runs": len(group),
         "identical": sum(run.identical for run in group),
         "replayed": sum(run.replays > 0 for run in group),
@@ -389,7 +414,10 @@ def summary(group: Sequence[Run]) -> dict[str, Any]:
 
 def print_row(row: dict[str, Any]) -> None:
     """One line of the table."""
-    print(f"{row['signal']:9}{row['to']:9}{row['runs']:5}{row['identical']:11}{row['replayed']:10}", end="")
+    print(
+        f"{row['signal']:9}{row['to']:9}{row['records']:8}{row['runs']:5}{row['identical']:11}{row['replayed']:10}",
+        end="",
+    )
     print(f"{row['median_stall_s']:17}{row['p90_stall_s']:8}{row['max_stall_s']:8}", end="")
     print(f"{row['median_replay_s']:10}{row['median_net_s']:8}")
 
