@@ -37,7 +37,7 @@ def admit(
             if session.swapped is not None:
                 memory.swap_in(session)
         return [session for session in ready if memory.begin(session, budget, memory.allocator.num_pages)]
-    order = sorted(ready, key=lambda session: (counters.of(session.client), not session.job.is_decode))
+    order = sorted(ready, key=lambda session: (counters.of(session.client), session.job.ready_since))
     return _Admission(memory, order, counters, budget, now).run()
 
 

@@ -76,8 +76,19 @@ class _Turns:
             heapreplace(heap, (present, client))
         return inf
 
-    def pop(self) -> CachedSession:
+    def least_beside(self, client: str) -> float:
+        """The same among all clients but one."""
+        least = self.least
+        if not self._heap or self._heap[0][1] != client:
+            return least
+        return min((self._counters.of(it) for it, queue in self._queues.items() if queue and it != client), default=inf)
+
+    def next(self) -> CachedSession:
         """The next session, after `least` was asked."""
+        return self._queues[self._heap[0][1]][0]
+
+    def pop(self) -> CachedSession:
+        """Take it out."""
         return self._queues[self._heap[0][1]].popleft()
 
 
@@ -113,8 +124,6 @@ class Chooser:
             (self._decode if session.job.is_decode else self._prompts).add(session)
         self._decode.order()
         self._prompts.order()
-        self._cut = inf
-        """Counter of the client whose prompt was cut."""
 
     def run(self) -> None:
         """Decode rows, then prompts, then decode rows that were held back for prompts that didn't need the room."""
@@ -127,7 +136,7 @@ class Chooser:
     def _take_decode(self, room: int) -> None:
         """Rows of clients that are not too far ahead of one whose prompt waits."""
         while room > 0 and (least := self._decode.least) < inf:
-            ahead = least - min(self._prompts.least, self._cut)
+            ahead = least - self._prompts.least_beside(self._decode.next().client)
             if ahead > self._lead:
                 return
             most = room if ahead == -inf else min(room, int((self._lead - ahead) / W_DECODE) + 1)
@@ -137,12 +146,14 @@ class Chooser:
         """Chunks of clients that are not too far ahead of one whose decode rows were left out."""
         num_decode = self.num_decode or self._num_expected
         room = self._costs.prompt_limit(num_decode, self._budget - self.num_tokens)
-        while room > 0 and (least := self._prompts.least) < inf and least - self._decode.least <= self._lead:
-            session = self._prompts.pop()
-            most = room
-            room -= self._take(session, most, W_PROMPT)
-            if session.job.num_left and most <= session.job.allowance:
-                self._cut = min(self._cut, self._counters.of(session.client))
+        while room > 0 and (least := self._prompts.least) < inf:
+            session = self._prompts.next()
+            if least - self._decode.least_beside(session.client) > self._lead:
+                return
+            room -= self._take(session, room, W_PROMPT)
+            if room == 0 and session.job.num_left:
+                return  # it was cut, so it is still left out
+            self._prompts.pop()
 
     def _take(self, session: CachedSession, most: int, price: float) -> int:
         """Add at most so many tokens of a session's first job; returns how many."""

@@ -121,6 +121,88 @@ def test_running_out_says_both_numbers_and_is_a_busy_peer():
         allocator.allocate(3)
 
 
+class Keeper:
+    """Notes what was taken from it."""
+
+    def __init__(self):
+        self.evictions = []
+
+    def evicted(self, page):
+        self.evictions.append(page)
+
+
+def test_kept_pages_count_as_free_and_are_taken_back_oldest_first():
+    """Whoever keeps pages beyond their owners is told when they are needed."""
+    allocator, keeper = PageAllocator(4), Keeper()
+    pages = allocator.allocate(3)
+    for page in pages:
+        allocator.keep(page, keeper)
+    allocator.free([pages[1], pages[0]])
+    assert (allocator.num_free, allocator.num_idle, allocator.num_used) == (3, 2, 1)
+    allocator.allocate(2)
+    assert keeper.evictions == [pages[1]]
+    allocator.share([pages[0]])
+    assert allocator.num_free == 0
+    with pytest.raises(OutOfPages, match="need 1 pages, 0 free"):
+        allocator.allocate(1)
+
+
+def test_a_keeper_may_give_up_a_group_when_one_page_of_it_is_taken():
+    """What consists of several pages is worthless without one of them."""
+    allocator = PageAllocator(4)
+    pages = allocator.allocate(3)
+
+    class Group:
+        def evicted(self, page):
+            for other in set(pages) - {page}:
+                allocator.discard(other)
+
+    group = Group()
+    for page in pages:
+        allocator.keep(page, group)
+    allocator.free(pages)
+    assert len(allocator.allocate(2)) == 2
+    assert (allocator.num_idle, allocator.num_free) == (0, 2)
+
+
+def test_a_kept_page_is_not_written_by_its_only_owner():
+    """Growing into it again after a rollback copies it."""
+    allocator = PageAllocator(4)
+    table = PageTable(allocator)
+    table.grow(PAGE_SIZE)
+    (page,) = table.pages
+    allocator.keep(page, Keeper())
+    table.truncate(3)
+    assert table.pages_needed(4) == 1
+    assert table.grow(4) == [(page, table.pages[0])]
+    assert allocator.num_idle == 1
+
+
+def test_only_whole_pages_can_be_adopted():
+    """The tokens in them must be the next ones of the sequence."""
+    allocator = PageAllocator(4)
+    first, second = PageTable(allocator), PageTable(allocator)
+    first.grow(2 * PAGE_SIZE)
+    second.adopt(list(first.pages))
+    assert second.length == 2 * PAGE_SIZE and allocator.num_used == 2
+    second.grow(2 * PAGE_SIZE + 1)
+    with pytest.raises(InvalidRequest, match="ends within a page"):
+        second.adopt([first.pages[0]])
+
+
+def test_an_evacuated_table_keeps_its_length_until_it_is_restored():
+    """Its pages are free meanwhile."""
+    allocator = PageAllocator(4)
+    table = PageTable(allocator)
+    table.grow(20)
+    table.evacuate()
+    assert (table.length, allocator.num_used) == (20, 0)
+    pages = allocator.allocate(2)
+    table.restore(pages)
+    allocator.free(pages)
+    assert (table.length, list(table.pages), allocator.num_used) == (20, pages, 2)
+
+
 def test_freeing_twice_is_refused():
     """A double free would give one page to two sequences later, so it is an error at once."""
     allocator = PageAllocator(2)

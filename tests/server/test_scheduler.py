@@ -1,6 +1,5 @@
 """Batches under a token budget, a page limit and preemption: every request gets its own tokens, whatever happens."""
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -152,3 +151,242 @@ class ServerMachine(RuleBasedStateMachine):
 
 ServerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestServer = ServerMachine.TestCase
+
+
+def rows_of(batch, session):
+    """Tokens of each of a session's rows in a batch."""
+    return [row.chunk.num_tokens for row in batch.rows if row.session is session]
+
+
+def test_decode_rows_go_before_a_prompt_and_share_its_batch():
+    """A prompt that came first fills only what decoding leaves of the budget, and of the time."""
+    engine = Engine(token_budget=32)
+    prompt, *decodes = (engine.open() for _ in range(4))
+    engine.prompt(prompt, 60)
+    for session in decodes:
+        engine.decode(session)
+    batch = engine.turn()
+    assert [row.session for row in batch.rows] == [*decodes, prompt]
+    assert rows_of(batch, prompt) == [engine.scheduler.costs.prompt_limit(3, 32 - 3)]
+
+
+def test_decode_rows_of_many_leave_a_share_to_a_waiting_prompt():
+    """However many rows decode, a prompt makes progress in every batch; without one they get the whole budget."""
+    engine = Engine(token_budget=32)
+    many = engine.open(rows=80)
+    engine.decode(many)
+    assert engine.turn().num_tokens == 32
+    prompt = engine.open()
+    engine.prompt(prompt, 200)
+    assert rows_of(engine.turn(), prompt) == [8]
+
+
+def test_a_prompt_next_to_decoding_prolongs_it_by_no_more_than_the_stall():
+    """One long prompt during eight decodes: every gap stays below twice the usual, even between their steps."""
+    engine = Engine(1024, token_budget=512, seconds=lambda rows, tokens: 0.02 + 0.0005 * rows + 0.002 * tokens)
+    sessions = [engine.open() for _ in range(8)]
+    last, gaps = dict.fromkeys(sessions, engine.now), {False: [], True: []}
+    prompt = None
+    for turn in range(900):
+        for number, session in enumerate(sessions):
+            if not session.jobs and (turn + number) % 3:  # they come and go, so that some batches have none of them
+                engine.decode(session, step=turn)
+        if turn == 300:
+            prompt = engine.open()
+            engine.prompt(prompt, 2048)
+        batch = engine.turn()
+        if not batch.rows:
+            engine.now += 0.001
+        for session in {row.session for row in batch.rows} & set(sessions):
+            gaps[prompt is not None].append(engine.now - last[session])
+            last[session] = engine.now
+    assert not prompt.jobs
+    usual, stalled = (sorted(values)[int(0.99 * len(values))] for values in (gaps[False], gaps[True]))
+    assert stalled <= 2 * usual
+
+
+def test_a_step_without_pages_waits_and_runs_when_pages_are_freed():
+    """Nothing runs while the pool is full and nobody can be moved; closing another session lets the step run."""
+    engine = Engine(2, host_bytes=0)
+    first, second = engine.open(), engine.open()
+    engine.prompt(first, 2 * PAGE_SIZE)
+    engine.run()
+    engine.prompt(second, 2, first=7)
+    assert not engine.turn().rows and not engine.scheduler.can_progress and engine.scheduler.num_waiting == 1
+    engine.close(first)
+    assert engine.scheduler.can_progress and len(engine.turn().rows) == 1
+    assert engine.scheduler.num_waiting == 0
+
+
+def test_a_session_that_waits_is_told_how_long_at_most_once_a_second():
+    """The estimate comes from the rate at which pages were given back."""
+    engine = Engine(4, host_bytes=0)
+    for _ in range(10):
+        passing = engine.open()
+        engine.prompt(passing, 4 * PAGE_SIZE)
+        engine.run()
+        engine.close(passing)
+        engine.now += 2.0
+    holder, waiting = engine.open(), engine.open()
+    engine.prompt(holder, 4 * PAGE_SIZE)
+    engine.run()
+    engine.prompt(waiting, 2 * PAGE_SIZE, first=5)
+    for _ in range(8):
+        engine.turn()
+        engine.now += 0.25
+    waits = engine.told[waiting].waits
+    assert len(waits) == 2 and waits[0].step_id == 0
+    assert 0.5 < waits[0].expected_s < 4.0  # two pages, of which two came back every second, fading
+
+
+def test_a_step_that_waits_too_long_is_refused_with_both_numbers():
+    """After PAGE_WAIT_S without a page the step ends with PeerBusy that names pages needed and free."""
+    engine = Engine(2, host_bytes=0)
+    holder, late = engine.open(), engine.open()
+    engine.prompt(holder, 2 * PAGE_SIZE)
+    engine.run()
+    engine.prompt(late, PAGE_SIZE + 1, first=5)
+    began = engine.now
+    while not engine.told[late].failed:
+        assert engine.now <= began + PAGE_WAIT_S
+        engine.turn()
+        engine.now = max(engine.now, engine.scheduler.next_deadline()) if engine.scheduler.num_ready else engine.now
+    error = engine.told[late].failed[0].error
+    assert isinstance(error, PeerBusy) and "need 2 pages, 0 free" in str(error) and error.retry_after_s >= 1
+    assert engine.scheduler.num_ready == engine.scheduler.num_waiting == 0
+
+
+def test_a_prompt_that_waits_for_its_turn_is_not_refused():
+    """Only a want of pages has a deadline; a long queue has none."""
+    engine = Engine(seconds=lambda num_decode, num_prompt: 2 * PAGE_WAIT_S)
+    sessions = [engine.open() for _ in range(5)]
+    for session in sessions:
+        engine.prompt(session, 100)
+    engine.run()
+    assert not any(engine.told[session].failed or engine.told[session].waits for session in sessions)
+
+
+def test_nobody_takes_pages_before_the_least_served_who_waits_for_them():
+    """Small requests of a client that had more don't slip past a large one, though they would fit."""
+    engine = Engine(8, host_bytes=0)
+    holder, greedy, modest = engine.open("holder"), engine.open("greedy"), engine.open("modest")
+    engine.prompt(holder, 4 * PAGE_SIZE)
+    engine.prompt(greedy, 2 * PAGE_SIZE, first=50)
+    engine.run()
+    for client, service in (("greedy", 1000.0), ("modest", 0.0)):
+        engine.scheduler.counters.arrive(client)
+        engine.scheduler.counters.charge(client, service)
+    engine.prompt(modest, 3 * PAGE_SIZE, first=500)
+    engine.turn()
+    engine.prompt(modest, 1, first=700)
+    engine.prompt(greedy, 2 * PAGE_SIZE, first=90)
+    engine.turn()
+    assert rows_of(engine.turn(), greedy) == []
+
+
+def test_a_preempted_session_comes_back_with_its_own_pages():
+    """The idle give way first, to host memory; a budget of nothing moves nobody."""
+    for host_bytes, runs in ((1 << 20, True), (0, False)):
+        engine = Engine(4, host_bytes=host_bytes)
+        first, second = User(engine, "a", 1), User(engine, "b", 1)
+        first.send([[float(i) for i in range(60)]])
+        engine.run()
+        engine.now += 5.0
+        second.send([[float(i) for i in range(100, 160)]])
+        engine.turn()
+        assert bool(engine.told[second.session].produced) == runs
+        assert (first.session.swapped is not None) == runs
+        if runs:
+            engine.run()
+            first.send([[1.0, 2.0]])
+            engine.now += 5.0
+            engine.run()
+            for user in (first, second):
+                user.check()
+                user.close()
+            assert engine.host.used == engine.allocator.num_used == 0
+
+
+def test_pages_are_moved_for_a_small_part_of_the_time():
+    """More sessions than fit, all decoding: each keeps its pages for a turn, and all get their tokens."""
+    swaps = {}
+    for turn_tokens in (1, 80):
+        engine = Engine(16, min_turn_tokens=turn_tokens)
+        sessions = [engine.open() for _ in range(8)]
+        for number, session in enumerate(sessions):
+            engine.prompt(session, 3 * PAGE_SIZE, first=100 * number)
+            for step in range(40):
+                engine.decode(session, step=step)
+        engine.run()
+        assert not any(told.failed for told in engine.told.values())
+        assert sum(told.num_tokens for told in engine.told.values()) == 8 * (3 * PAGE_SIZE + 40)
+        swaps[turn_tokens] = engine.num_swaps
+    assert 0 < swaps[80] < swaps[1] / 2
+
+
+def test_the_second_with_a_prefix_computes_only_what_differs():
+    """Its pages are shared and the outputs of the prefix are handed out at once; without a cache all is computed."""
+    for stateful, computed in ((False, 36 - 32), (True, 36)):
+        engine = Engine(stateful=stateful)
+        prefix = [float(i) for i in range(32)]
+        first, second = User(engine, "a", 1), User(engine, "b", 1)
+        first.send([[*prefix, 1.0, 2.0]])
+        engine.run()
+        before, pages = engine.span.num_tokens, engine.allocator.num_used
+        second.send([[*prefix, 7.0, 8.0, 9.0, 9.0]])
+        engine.run()
+        assert engine.span.num_tokens - before == computed
+        assert engine.allocator.num_used - pages == (3 if stateful else 1)
+        for user in (first, second):
+            user.check()
+            user.close()
+
+
+def test_a_prompt_that_is_known_as_a_whole_needs_no_batch():
+    """All its pages are found, so are those of the work behind it."""
+    engine = Engine()
+    for client in "ab":
+        user = User(engine, client, 1)
+        user.send([[float(i) for i in range(48)]], num_works=3)
+        before = engine.span.num_tokens
+        engine.run()
+        user.check()
+        assert engine.span.num_tokens - before == (48 if client == "a" else 0)
+
+
+def test_beams_share_pages_and_copy_only_the_last_one():
+    """Two rows that continue the same one share its full pages; the partial page is copied before it is written."""
+    engine = Engine(16)
+    user = User(engine, "a", 2)
+    user.send([[float(i) for i in range(PAGE_SIZE + 3)], [1.0]])
+    engine.run()
+    user.send([[1.0], [2.0]], order=[0, 0])
+    batch = engine.turn()
+    first, second = (row.chunk.pages for row in batch.rows)
+    assert first[0] == second[0] and first[1] != second[1]
+    assert len(batch.moves) == 1 and engine.allocator.num_used == 3
+    user.check()
+
+
+def test_a_step_whose_states_cannot_be_copied_fails_alone():
+    """The session is told, nobody else's step fails, and no page is lost."""
+
+    class Unforkable:
+        num_bytes, total = 0, 0.0
+
+        def fork(self):
+            raise MemoryError("no room")
+
+    engine = Engine(8, stateful=True)
+    bad, good = engine.open(rows=2), engine.open()
+    engine.decode(bad)
+    engine.run()
+    bad.rows[0].state = Unforkable()
+    engine.submit(bad, make_work([torch.ones(1)] * 2, order=[0, 0], base=[1, 1], step=1))
+    engine.decode(good)
+    batch = engine.turn()
+    assert {row.session for row in batch.rows} == {good}
+    assert isinstance(engine.told[bad].failed[0].error, PeerError)
+    for session in (bad, good):
+        engine.close(session)
+    assert engine.allocator.num_used == 0
