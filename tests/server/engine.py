@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ class Engine:
 
     Args:
         num_pages: of the cache.
+        span: a real one in place of the fake.
         token_budget: tokens in one batch.
         host_bytes: memory for swapped sessions.
         min_turn_tokens: shortest turn.
@@ -59,6 +61,7 @@ class Engine:
         self,
         num_pages: int = 256,
         *,
+        span: Any = None,
         token_budget: int = 64,
         host_bytes: int = HOST_BYTES,
         min_turn_tokens: int = 8,
@@ -66,8 +69,8 @@ class Engine:
         weights: dict[str, float] | None = None,
         seconds=lambda num_decode, num_prompt: 0.01 + 0.0005 * num_decode + 0.0005 * num_prompt,
     ):
-        self.span = FakeSpan(num_pages, stateful=stateful)
-        self.allocator = PageAllocator(num_pages)
+        self.span = FakeSpan(num_pages, stateful=stateful) if span is None else span
+        self.allocator = PageAllocator(self.span.num_pages)
         self.prefixes = PrefixCache(self.allocator) if self.span.shares_prefixes else None
         self.host = HostBudget(host_bytes)
         self.memory = KvMemory(
@@ -92,7 +95,7 @@ class Engine:
             client=client,
             listener=None,  # type: ignore[arg-type]
             rows=[self._row(blocks) for _ in range(rows)],
-            share=len(blocks) / len(BLOCKS),
+            share=len(blocks) / len(self.span.blocks),
         )
         self.told[session] = Told()
         return session

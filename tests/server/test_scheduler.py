@@ -149,7 +149,7 @@ class ServerMachine(RuleBasedStateMachine):
         return [self.counter - i for i in range(count)]
 
 
-ServerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+ServerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestServer = ServerMachine.TestCase
 
 
