@@ -110,10 +110,11 @@ def make_row(hops: int, delay_ms: float, answers: dict[str, list[Answer]]) -> di
 
 def summary(answers: list[Answer], *, ways_ms: float) -> dict[str, float]:
     """Medians over all tokens: time, servers' and client's compute, the ideal, and each token's ratio to its ideal."""
-    gaps, servers, client = [], [], []
+    gaps, servers, client, queues = [], [], [], []
     for one in answers:
         gaps += one.gaps[SETTLE_TOKENS:]
         servers += one.server_seconds()[SETTLE_TOKENS:]
+        queues += one.server_seconds("queue_s")[SETTLE_TOKENS:]
         client += [gap - step for gap, step in zip(one.gaps, one.steps[1:], strict=True)][SETTLE_TOKENS:]
     ideals = [ways_ms / 1000 + sum(parts) for parts in zip(servers, client, strict=True)]
     ratios = [gap / ideal for gap, ideal in zip(gaps, ideals, strict=True)]
@@ -123,6 +124,7 @@ def summary(answers: list[Answer], *, ways_ms: float) -> dict[str, float]:
         "over_ideal": round(statistics.median(ratios), 3),
         "server_compute_ms": round(1000 * statistics.median(servers), 2),
         "client_compute_ms": round(1000 * statistics.median(client), 2),
+        "server_queue_ms": round(1000 * statistics.median(queues), 2),
     }
 
 

@@ -170,11 +170,11 @@ class Answer:
         """Seconds to the first token."""
         return self.times[0] - self.started
 
-    def server_seconds(self) -> list[float]:
-        """Compute of all servers together for each step of one token."""
+    def server_seconds(self, part: str = "compute_s") -> list[float]:
+        """Compute (or `queue_s`) of all servers together for each step of one token."""
         decode = [timing for timing in self.timings if timing.num_tokens == 1]
         hops = len({timing.peer_id for timing in decode})
-        return [sum(timing.compute_s for timing in decode[i : i + hops]) for i in range(0, len(decode), hops or 1)]
+        return [sum(getattr(one, part) for one in decode[i : i + hops]) for i in range(0, len(decode), hops or 1)]
 
 
 def answer(
