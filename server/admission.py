@@ -5,6 +5,8 @@
                                free and idle pages ─► preempt: idle sessions, then those whose client had more
                                still not enough ─► it starves, and nobody behind it gets pages before it
 
+Whoever has starved for LATE_S comes first for once.
+
 Pure; the pages are in `server.memory`.
 """
 
@@ -16,6 +18,9 @@ from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, pages_to_grow, tokens_within
 
+LATE_S = 8.0
+"""A client that has waited for pages so long gets a turn, though it may have had more than others: nobody is refused
+for having come with a long prompt."""
 IDLE_S = 1.0
 """A session without work for so long gives up its pages before any other."""
 
@@ -37,8 +42,24 @@ def admit(
             if session.swapped is not None:
                 memory.swap_in(session)
         return [session for session in ready if memory.begin(session, budget, memory.allocator.num_pages)]
-    order = sorted(ready, key=lambda session: (counters.of(session.client), session.job.ready_since))
-    return _Admission(memory, order, counters, budget, now).run()
+    late = _late(ready, now)
+    order = sorted(
+        ready,
+        key=lambda session: (session not in late, counters.of(session.client), session.job.ready_since),
+    )
+    return _Admission(memory, order, late, counters, budget, now).run()
+
+
+def _late(ready: Sequence[CachedSession], now: float) -> set[CachedSession]:
+    """Who has waited so long that service counts no more: of each client the session that has waited longest."""
+    first: dict[str, CachedSession] = {}
+    for session in ready:
+        since = session.starved_since
+        if since is not None and now - since >= LATE_S:
+            other = first.get(session.client)
+            if other is None or since < (other.starved_since or 0.0):
+                first[session.client] = session
+    return set(first.values())
 
 
 class _Gate(Enum):
@@ -56,9 +77,16 @@ class _Admission:
     """Pages by turns, in one batch; `order` has the least served first."""
 
     def __init__(
-        self, memory: KvMemory, order: list[CachedSession], counters: VirtualCounters, budget: int, now: float
+        self,
+        memory: KvMemory,
+        order: list[CachedSession],
+        late: set[CachedSession],
+        counters: VirtualCounters,
+        budget: int,
+        now: float,
     ):
-        self._memory, self._order, self._counters, self._budget, self._now = memory, order, counters, budget, now
+        self._memory, self._order, self._late, self._counters = memory, order, late, counters
+        self._budget, self._now = budget, now
         self._admitted: dict[CachedSession, None] = {}
         self._promised = 0
         """Pages that those admitted may take."""
@@ -115,7 +143,7 @@ class _Admission:
 
     def _victims(self, session: CachedSession, later: set[CachedSession]) -> list[CachedSession]:
         """Whose pages this session may have: first of the idle, then of those whose client had more."""
-        own = self._counters.of(session.client)
+        own = 0.0 if session in self._late else self._counters.of(session.client)
         idle: list[CachedSession] = []
         others: list[CachedSession] = []
         for other in self._memory.sessions:

@@ -390,3 +390,23 @@ def test_a_step_whose_states_cannot_be_copied_fails_alone():
     for session in (bad, good):
         engine.close(session)
     assert engine.allocator.num_used == 0
+
+
+def test_who_came_with_a_long_prompt_is_not_refused_for_it():
+    """Its client is far ahead of the others, who decode for ever in all the pages; it gets turns all the same."""
+    engine = Engine(16, min_turn_tokens=16, seconds=lambda num_decode, num_prompt: 0.1)
+    long = engine.open("long")
+    engine.prompt(long, 10 * PAGE_SIZE)
+    engine.run()
+    engine.scheduler.counters.arrive("long")
+    engine.scheduler.counters.charge("long", 1e6)
+    others = [engine.open(f"other {number}") for number in range(6)]
+    for number, session in enumerate(others):
+        engine.prompt(session, 3 * PAGE_SIZE, first=100 * number + 500)
+    for turn in range(1200):
+        for session in (long, *others):
+            if not session.jobs and session.rows[0].table.length < 11 * PAGE_SIZE:
+                engine.decode(session, step=turn)
+        engine.turn()
+    told = engine.told[long]
+    assert told.waits and not told.failed and told.num_tokens >= 10 * PAGE_SIZE + 10
