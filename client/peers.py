@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm.catalog import refuse_other_content
-from swarm.errors import PeerError, RouteNotFound
+from swarm.errors import PeerError, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.registry import Registry, ServerRecord
 from swarm.routing import Offer, find_route
@@ -34,7 +34,9 @@ PENALTY_HALF_LIFE_S = 20.0
 PUSH_RETRY_S = 600.0
 """Two servers that could not reach each other are given another try after so long."""
 REFRESH_S = 15.0
-"""Age at which the records are read again."""
+"""Age at which the records are read again, in the background."""
+STALE_S = 120.0
+"""Age at which no route is made before they have been read again."""
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class Peers:
         self._behaviour: dict[str, _Behaviour] = {}
         self._no_push: dict[tuple[str, str], float] = {}
         self._reading = asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
 
     @property
     def records(self) -> tuple[ServerRecord, ...]:
@@ -102,7 +105,8 @@ class Peers:
             PeerTimeout: when the DHT doesn't answer and nothing is known from before.
             CheckpointMismatch: when the swarm serves this name with other content only.
         """
-        await self.refresh()
+        await self.refresh(max_age_s=STALE_S)
+        self.keep_fresh()
         try:
             hops = find_route(self._offers(), blocks)
             if not any(self._has_failed(hop.peer_id) for hop in hops):
@@ -114,6 +118,17 @@ class Peers:
             if not self._records:
                 await refuse_other_content(self._node, self.model_name, self.model)
             return find_route(self._offers(), blocks)
+
+    def keep_fresh(self) -> None:
+        """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""
+        if time.monotonic() - self._read_at >= REFRESH_S and (self._reader is None or self._reader.done()):
+            self._reader = asyncio.create_task(self._refresh_quietly(), name="refresh records")
+
+    async def _refresh_quietly(self) -> None:
+        try:
+            await self.refresh()
+        except SwarmError as error:
+            logger.info("can't read who serves the model: %s", error)
 
     def measured(self, peer_id: str, overhead_s: float) -> None:
         """A step over this peer took `overhead_s` besides the blocks' compute."""

@@ -120,6 +120,7 @@ class RemoteSession:
                 hidden_states, positions=positions, num_tokens=num_tokens, num_outputs=num_outputs, order=order
             )
             self._hops.close_stale()
+            self._peers.keep_fresh()
             shape = StepShape(
                 step_id=self.machine.step_id,
                 order=tuple(order) if order is not None else None,

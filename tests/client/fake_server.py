@@ -334,6 +334,9 @@ class FakePeers:
         self.pairs_without_push: frozenset[tuple[str, str]] = frozenset()
         self.on_route: Callable[[BlockRange], None] = lambda blocks: None
 
+    def keep_fresh(self) -> None:
+        pass
+
     async def route(self, blocks: BlockRange) -> tuple[Hop, ...]:
         self.on_route(blocks)
         hops: list[Hop] = []

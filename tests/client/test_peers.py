@@ -1,12 +1,16 @@
 """What a client remembers of servers beside their records."""
 
+import asyncio
 import logging
 from typing import Any, cast
 
 import pytest
 
 from swarm.client import peers as peers_module
-from swarm.client.peers import PUSH_RETRY_S, Peers
+from swarm.client.peers import PUSH_RETRY_S, REFRESH_S, Peers
+from swarm.errors import PeerDisconnected
+from swarm.registry import ServerRecord
+from swarm.types import BlockRange, ServerState
 
 
 @pytest.fixture
@@ -35,3 +39,65 @@ def test_servers_that_could_not_reach_each_other_get_another_try(peers, monkeypa
     assert peers.pairs_without_push
     now += 1
     assert not peers.pairs_without_push
+
+
+class SlowRegistry:
+    """Answers when it is told to."""
+
+    def __init__(self, *records):
+        self.records, self.num_lookups = records, 0
+        self.may_answer = asyncio.Event()
+
+    async def lookup(self, model):
+        self.num_lookups += 1
+        await self.may_answer.wait()
+        return self.records
+
+
+def record(peer_id: str) -> ServerRecord:
+    return ServerRecord(
+        peer_id=peer_id,
+        model="0" * 64,
+        blocks=BlockRange(0, 2),
+        state=ServerState.ONLINE,
+        decode_tps=100.0,
+        load=0.0,
+        kv_free_tokens=1000,
+        quantization="none",
+        dtype="float32",
+        public_name="",
+        version="0",
+        expires_at=1e12,
+    )
+
+
+async def test_a_route_does_not_wait_for_old_records_to_be_read_again(peers, monkeypatch):
+    """A failover in a long session goes on with what is known, and the news comes in the background, once."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    registry = peers._registry = SlowRegistry(record("old"))
+    registry.may_answer.set()
+    assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
+    registry.may_answer.clear()
+    registry.records = (record("new"),)
+    now += REFRESH_S
+    for _ in range(3):
+        peers.keep_fresh()
+        assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
+    registry.may_answer.set()
+    await peers._reader
+    assert registry.num_lookups == 2
+    assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["new"]
+
+
+async def test_a_route_over_a_server_that_failed_is_only_made_with_fresh_records(peers, monkeypatch):
+    """Nobody better is known: perhaps there is news."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    registry = peers._registry = SlowRegistry(record("only"))
+    registry.may_answer.set()
+    await peers.route(BlockRange(0, 2))
+    now += 1.0
+    peers.failed("only", PeerDisconnected("gone"))
+    registry.records = (record("spare"), record("only"))
+    assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["spare"]

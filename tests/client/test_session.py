@@ -607,13 +607,13 @@ async def test_catching_up_takes_as_long_as_it_takes(make_swarm):
     """A second failure, after a replay that took longer than max_wait_s and got ahead, does not end the step."""
     swarm = await make_swarm(*CHAIN, CHAIN[1], CHAIN[1], max_step_tokens=4)
     first, slow = swarm.servers[1], swarm.servers[3]
-    session = swarm.session(max_wait_s=0.5, late_s=0.02, probe_timeout_s=PATIENT)
+    session = swarm.session(max_wait_s=2.5, late_s=0.02, probe_timeout_s=PATIENT)
     text = Text(session)
     await text.step(60)
 
     async def crawl(session: FakeSession, message: Message) -> None:
         if isinstance(message, Step):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
             if slow.received["push:Step"] > 12:
                 dying(session)
 
