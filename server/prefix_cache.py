@@ -6,7 +6,9 @@
 A key is a chain of blake2b over (entry, exit, variant) and the input hidden states of all pages so far, with a secret
 of the process, so that nobody can prepare two contents with one key. What stands in a page depends on nothing else. A
 cached page is full and never written again; the allocator takes it back when pages run out. Outputs lie in host memory
-under a budget; a page whose outputs are not kept serves those who do not ask for them. Pure but for the secret.
+under a budget; a page whose outputs are not kept serves those who do not ask for them. Whoever can guess how a prompt
+begins can tell from the time of the answer whether somebody has sent it lately; nothing else can be learnt. Pure but
+for the secret.
 """
 
 import secrets
