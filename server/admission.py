@@ -37,11 +37,13 @@ def admit(
         budget: most tokens of a batch.
         now: the time.
     """
-    if sum(_most_pages(session, budget) for session in ready) <= memory.allocator.num_free:
+    wanted = sum(_most_pages(session, budget) for session in ready)
+    if wanted <= memory.allocator.num_free:
         for session in ready:
             if session.swapped is not None:
+                wanted -= session.swapped.num_pages
                 memory.swap_in(session)
-        return [session for session in ready if memory.begin(session, budget, memory.allocator.num_pages)]
+        return [session for session in ready if memory.begin(session, budget, memory.allocator.num_free - wanted)]
     late = _late(ready, now)
     order = sorted(
         ready,

@@ -41,13 +41,12 @@ class CachedSequence:
         return CachedSequence(table=self.table.fork(), state=state, keys=keys, tail=self.tail)
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on, where there are any."""
-        if self.table.length <= length:
-            return
-        self.table.truncate(length)
-        self.tail = None
+        """Forget the tokens from `length` on, where there are any, and the keys of those that never ran."""
+        if length < self.table.length:
+            self.table.truncate(length)
+            self.tail = None
         if self.keys is not None:
-            self.keys.truncate(length)
+            self.keys.truncate(self.table.length)
 
 
 class Job:

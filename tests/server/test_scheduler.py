@@ -410,3 +410,35 @@ def test_who_came_with_a_long_prompt_is_not_refused_for_it():
         engine.turn()
     told = engine.told[long]
     assert told.waits and not told.failed and told.num_tokens >= 10 * PAGE_SIZE + 10
+
+
+def test_known_pages_are_not_taken_from_those_who_were_promised_room():
+    """A prompt whose beginning lies in idle pages takes no more of them than the others leave."""
+    engine = Engine(40)
+    prefix = [float(i) for i in range(20 * PAGE_SIZE)]
+    first, second, many = User(engine, "a", 1), User(engine, "b", 1), User(engine, "c", 30)
+    first.send([prefix])
+    engine.run()
+    first.close()
+    assert engine.allocator.num_idle == 20
+    second.send([[*prefix, 1.0, 2.0]])
+    many.send([[1.0]] * 30)
+    engine.run()
+    second.check()
+    many.check()
+
+
+def test_dropped_work_leaves_no_keys_behind():
+    """A row that waited behind another one of its session gets other tokens: nobody finds them by the dropped ones."""
+    engine = Engine(token_budget=32)
+    first, second = engine.open("a", rows=2), User(engine, "b", 1)
+    begin, dropped, kept = torch.arange(64), torch.arange(100, 132), torch.arange(500, 532)
+    engine.submit(first, make_work([begin, dropped], base=[0, 0]))
+    engine.turn()
+    assert first.jobs and first.rows[1].table.length == 0
+    engine.scheduler.drop_queued(first)
+    engine.submit(first, make_work([begin, kept], base=[0, 0], step=1))
+    engine.run()
+    second.send([dropped.tolist()])
+    engine.run()
+    second.check()
