@@ -89,6 +89,7 @@ class _Admission:
     ):
         self._memory, self._order, self._late, self._counters = memory, order, late, counters
         self._budget, self._now = budget, now
+        self._place = {session: place for place, session in enumerate(order)}
         self._admitted: dict[CachedSession, None] = {}
         self._promised = 0
         """Pages that those admitted may take."""
@@ -113,10 +114,10 @@ class _Admission:
     def _admit(self, session: CachedSession, place: int, budget: int) -> int:
         """Let a session run as many tokens as there are pages for; returns how many."""
         memory = self._memory
-        wanted, least = _most_pages(session, budget), 1 if session.swapped is None else session.swapped.num_pages
+        wanted, least = _pages_for(session, budget), 1 if session.swapped is None else session.swapped.num_pages
         may_take = self._gate is _Gate.OPEN or (self._gate is _Gate.TURNS and memory.is_in_turn(session))
         if may_take and wanted > self._num_free:
-            victims = self._victims(session, set(self._order[place + 1 :]))
+            victims = self._victims(session, place)
             memory.preempt(victims, target=self._promised + wanted, least=self._promised + least)
         if session.swapped is not None:
             if not may_take or least > self._num_free:
@@ -143,19 +144,19 @@ class _Admission:
             self._gate = _Gate.TURNS if any(map(self._memory.is_in_turn, others)) else _Gate.CLOSED
         return 0
 
-    def _victims(self, session: CachedSession, later: set[CachedSession]) -> list[CachedSession]:
+    def _victims(self, session: CachedSession, place: int) -> list[CachedSession]:
         """Whose pages this session may have: first of the idle, then of those whose client had more."""
         own = 0.0 if session in self._late else self._counters.of(session.client)
         idle: list[CachedSession] = []
         others: list[CachedSession] = []
         for other in self._memory.sessions:
-            if other is session or other in self._admitted or not other.has_pages or other.error is not None:
+            if other.jobs and self._place[other] <= place:
+                continue  # itself, or who comes first
+            if other.swapped is not None or other.error is not None or not other.has_pages:
                 continue
             if not other.jobs and self._now - other.last_used >= IDLE_S:
                 idle.append(other)
-            elif (other in later if other.jobs else self._counters.of(other.client) >= own) and (
-                not self._memory.is_in_turn(other)
-            ):
+            elif (other.jobs or self._counters.of(other.client) >= own) and not self._memory.is_in_turn(other):
                 others.append(other)
         idle.sort(key=lambda other: other.last_used)
         others.sort(key=lambda other: (self._counters.of(other.client), other.last_used), reverse=True)
@@ -168,6 +169,17 @@ def _most_pages(session: CachedSession, budget: int) -> int:
     most = 0 if session.swapped is None else session.swapped.num_pages
     job = session.job
     return most + (rows if job.is_decode else 2 * rows + min(job.num_left, budget) // PAGE_SIZE)
+
+
+def _pages_for(session: CachedSession, budget: int) -> int:
+    """Pages that the first job takes in a batch; the most that it may, where its rows are still to be changed."""
+    work = session.job.work
+    are_ready = work.order is None and (
+        work.base is None or all(base >= row.table.length for row, base in zip(session.rows, work.base, strict=True))
+    )
+    if session.swapped is None and (session.job.is_started or are_ready):
+        return _fit(session, _most_pages(session, budget), budget)[1]
+    return _most_pages(session, budget)
 
 
 def _fit(session: CachedSession, room: int, budget: int) -> tuple[int, int]:

@@ -442,3 +442,18 @@ def test_dropped_work_leaves_no_keys_behind():
     second.send([dropped.tolist()])
     engine.run()
     second.check()
+
+
+def test_nobody_is_moved_for_pages_that_are_not_needed():
+    """Decoding within a page that a session has already takes no pages of others, however full the cache is."""
+    engine = Engine(4, min_turn_tokens=1)
+    sessions = [engine.open(client) for client in "ab"]
+    for number, session in enumerate(sessions):
+        engine.prompt(session, PAGE_SIZE + 1, first=100 * number)
+    engine.run()
+    engine.now += 5.0
+    for step in range(5):
+        for session in sessions:
+            engine.decode(session, step=step)
+            engine.run()
+    assert engine.num_swaps == 0
