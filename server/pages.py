@@ -134,6 +134,11 @@ class PageAllocator:
         if self._idle.pop(page, None) is not None:
             self._release(page)
 
+    def take_over(self, page: int) -> None:
+        """Its owner is about to write this page: where there is no other one, nobody keeps it any more."""
+        if self._references[page] == 1 and page in self._keepers:
+            self._evict(page)
+
     def trim(self, max_idle: int) -> None:
         """Take back the least recently used idle pages until no more than `max_idle` are left."""
         while len(self._idle) > max_idle:
@@ -229,7 +234,7 @@ class PageTable:
         return copies
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on and free the pages that held nothing else.
+        """Forget the tokens from `length` on, free the pages that held nothing else, and take over a partial one.
 
         Raises:
             InvalidRequest: if `length` is negative or more than the present one.
@@ -240,6 +245,8 @@ class PageTable:
         self._allocator.free(reversed(self._pages[keep:]))
         del self._pages[keep:]
         self._length = length
+        if length % PAGE_SIZE:
+            self._allocator.take_over(self._pages[-1])
 
     def fork(self) -> "PageTable":
         """A second sequence with the same tokens. Pages are shared until one of the two grows into its last page."""

@@ -165,15 +165,31 @@ def test_a_keeper_may_give_up_a_group_when_one_page_of_it_is_taken():
     assert (allocator.num_idle, allocator.num_free) == (0, 2)
 
 
-def test_a_kept_page_is_not_written_by_its_only_owner():
-    """Growing into it again after a rollback copies it."""
-    allocator = PageAllocator(4)
+def test_a_rollback_into_a_kept_page_takes_it_from_its_keeper():
+    """Its only owner may write it then, without a copy."""
+    allocator, keeper = PageAllocator(4), Keeper()
     table = PageTable(allocator)
     table.grow(PAGE_SIZE)
     (page,) = table.pages
-    allocator.keep(page, Keeper())
+    allocator.keep(page, keeper)
     table.truncate(3)
-    assert table.pages_needed(4) == 1
+    assert keeper.evictions == [page] and table.pages_needed(4) == 0
+    assert table.grow(4) == [] and list(table.pages) == [page]
+    table.free()
+    assert allocator.num_idle == 0
+
+
+def test_a_kept_page_of_two_owners_is_copied_after_a_rollback():
+    """The other one and the keeper still want what is in it, and the keeper alone, too."""
+    allocator, keeper = PageAllocator(4), Keeper()
+    table = PageTable(allocator)
+    table.grow(PAGE_SIZE)
+    (page,) = table.pages
+    allocator.keep(page, keeper)
+    other = table.fork()
+    table.truncate(3)
+    other.free()
+    assert not keeper.evictions and table.pages_needed(4) == 1
     assert table.grow(4) == [(page, table.pages[0])]
     assert allocator.num_idle == 1
 

@@ -132,14 +132,18 @@ def test_the_least_recently_used_prefix_goes_first(cache, allocator):
     assert cache.find(first[0], with_outputs=False) and not cache.find(second[0], with_outputs=False)
 
 
-def test_a_cached_page_is_copied_before_its_owner_overwrites_it(cache, allocator):
-    """A rollback into it, then other tokens: the cache keeps the old content."""
+def test_a_cached_page_that_its_only_owner_will_overwrite_is_found_no_more(cache, allocator):
+    """A rollback into it makes it the owner's again; if somebody else has it, the owner gets a copy."""
     keys, table = fill(cache, allocator, inputs(32))
     shared = table.pages[1]
+    other = table.fork()
     table.truncate(20)
     ((source, destination),) = table.grow(22)
     assert (source, table.pages[1]) == (shared, destination)
     assert cache.find(keys[1], with_outputs=True)[0] == shared
+    other.truncate(20)
+    assert other.grow(22) == [] and cache.find(keys[1], with_outputs=False) is None
+    assert cache.output_bytes == outputs().nbytes
 
 
 def test_outputs_have_a_budget(allocator):

@@ -457,3 +457,14 @@ def test_nobody_is_moved_for_pages_that_are_not_needed():
             engine.decode(session, step=step)
             engine.run()
     assert engine.num_swaps == 0
+
+
+def test_a_rollback_into_a_cached_page_needs_no_page():
+    """A session that fills the whole cache goes back into a page that is known as a prefix, and writes it anew."""
+    engine = Engine(4)
+    user = User(engine, "a", 1)
+    user.send([[float(i) for i in range(4 * PAGE_SIZE)]])
+    engine.run()
+    user.send([[1.0]], base=[4 * PAGE_SIZE - 4])
+    engine.run()
+    user.check()
