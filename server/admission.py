@@ -118,7 +118,7 @@ class _Admission:
         may_take = self._gate is _Gate.OPEN or (self._gate is _Gate.TURNS and memory.is_in_turn(session))
         if may_take and wanted > self._num_free:
             victims = self._victims(session, place)
-            memory.preempt(victims, target=self._promised + wanted, least=self._promised + least)
+            memory.preempt(session, victims, target=self._promised + wanted, least=self._promised + least)
         if session.swapped is not None:
             if not may_take or least > self._num_free:
                 return self._starve(session)

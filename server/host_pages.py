@@ -25,15 +25,16 @@ class HostBudget:
         self.capacity = capacity
         self.used = 0
 
-    def take(self, num_bytes: int) -> bool:
-        """Reserve so much; False, and nothing is reserved, where there is not enough."""
-        if self.used + num_bytes > self.capacity:
-            return False
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so much may be taken."""
+        return self.used + num_bytes <= self.capacity
+
+    def take(self, num_bytes: int) -> None:
+        """Count so much as used; more than there is room for only as long as it takes to move a session back."""
         self.used += num_bytes
-        return True
 
     def give_back(self, num_bytes: int) -> None:
-        """What `take` reserved is free again."""
+        """What was taken is free again."""
         self.used -= num_bytes
 
 

@@ -210,15 +210,18 @@ class KvMemory:
         self.host.give_back(swapped.num_bytes)
         self.moves.append(SwapIn(session=session, swapped=swapped, pages=tuple(pages)))
 
-    def preempt(self, victims: Iterable[CachedSession], *, target: int, least: int) -> None:
-        """Swap out victims until `target` pages are free; none if not even `least` would be."""
+    def preempt(self, session: CachedSession, victims: Iterable[CachedSession], *, target: int, least: int) -> None:
+        """Swap out victims until `target` pages are free for a session; none if not even `least` would be.
+
+        A session that comes back itself makes room for them: two can change places when host memory is full.
+        """
         chosen: list[tuple[CachedSession, int]] = []
-        expected, num_bytes = self.allocator.num_free, 0
+        expected, num_bytes = self.allocator.num_free, 0 if session.swapped is None else -session.swapped.num_bytes
         for victim in victims:
             if expected >= target:
                 break
             own, size = victim.num_own_pages(self.allocator), self._num_bytes(victim)
-            if own and self.host.used + num_bytes + size <= self.host.capacity:
+            if own and self.host.has_room(num_bytes + size):
                 chosen.append((victim, size))
                 expected += own
                 num_bytes += size

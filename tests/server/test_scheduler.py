@@ -10,6 +10,7 @@ from swarm.server.pages import PAGE_SIZE
 from swarm.server.scheduler import PAGE_WAIT_S
 from swarm.types import BlockRange
 from tests.server.engine import Engine, User, make_work
+from tests.server.fake_span import FakeSpan
 
 NUM_PAGES = 12
 MAX_TOKENS = 8 * PAGE_SIZE
@@ -468,3 +469,22 @@ def test_a_rollback_into_a_cached_page_needs_no_page():
     user.send([[1.0]], base=[4 * PAGE_SIZE - 4])
     engine.run()
     user.check()
+
+
+def test_two_sessions_change_places_when_host_memory_is_full():
+    """Who comes back leaves room in host memory for the one that must give way."""
+    engine = Engine(4, host_bytes=4 * FakeSpan.page_bytes)
+    users = [User(engine, client, 1) for client in "ab"]
+    for number, user in enumerate(users):
+        user.send([[1000.0 * number + i for i in range(4 * PAGE_SIZE - 4)]])
+        engine.run()
+        engine.now += 5.0
+    for user in users:
+        user.send([[1.0]])
+        engine.run()
+        engine.now += 5.0
+        engine.check()
+    for user in users:
+        user.check()
+        user.close()
+    assert engine.host.used == 0
