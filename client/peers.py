@@ -35,8 +35,6 @@ PUSH_RETRY_S = 600.0
 """Two servers that could not reach each other are given another try after so long."""
 REFRESH_S = 15.0
 """Age at which the records are read again, in the background."""
-STALE_S = 120.0
-"""Age at which no route is made before they have been read again."""
 
 
 @dataclass(slots=True)
@@ -105,7 +103,8 @@ class Peers:
             PeerTimeout: when the DHT doesn't answer and nothing is known from before.
             CheckpointMismatch: when the swarm serves this name with other content only.
         """
-        await self.refresh(max_age_s=STALE_S)
+        if not self._records:
+            await self.refresh()
         self.keep_fresh()
         try:
             hops = find_route(self._offers(), blocks)
