@@ -140,12 +140,6 @@ class CachedSession:
                 else:
                     row.keys.extend(inputs)
 
-    def finish_job(self, now: float) -> None:
-        """The first job is done; the next could run."""
-        self.jobs.popleft()
-        if self.jobs:
-            self.jobs[0].ready_since = max(now, self.jobs[0].ready_since)
-
     def free(self) -> None:
         """Give everything back."""
         self.jobs.clear()

@@ -191,6 +191,8 @@ class User:
         self.session = engine.open(client, rows, blocks)
         self.rows: list[list[float]] = [[] for _ in range(rows)]
         self.step = 0
+        self.kept: list[int] = []
+        """Tokens that the rows kept from before the last step."""
         self.wanted: dict[tuple[int, int, int], torch.Tensor] = {}
 
     @property
@@ -212,7 +214,7 @@ class User:
             self.rows = [list(self.rows[old]) for old in order]
         if base is not None:
             self.rows = [row[:length] for row, length in zip(self.rows, base, strict=True)]
-        starts = [len(row) for row in self.rows]
+        self.kept = starts = [len(row) for row in self.rows]
         self.rows = [row + list(piece) for row, piece in zip(self.rows, pieces, strict=True)]
         wanted = [
             start if num_wanted is None else max(start, len(row) - num_wanted)
@@ -239,6 +241,16 @@ class User:
             )
             kept = None
             self.engine.submit(self.session, work)
+
+    def abandon(self) -> list[int] | None:
+        """Give up the last step; returns what the rows keep, None where more than this step may be queued."""
+        queued = {job.work.step_id for job in self.session.jobs}
+        if queued != {self.step} or any(job.work.order is not None for job in self.session.jobs):
+            return None
+        self.engine.scheduler.drop_queued(self.session)
+        came = self.engine.told[self.session].outputs().keys()
+        self.wanted = {key: output for key, output in self.wanted.items() if key[0] != self.step or key in came}
+        return list(self.kept)
 
     def check(self) -> None:
         """Everything that was asked for came, and is right."""

@@ -110,6 +110,23 @@ class ServerMachine(RuleBasedStateMachine):
         if sum(base) + 2 * len(base) <= MAX_TOKENS:
             user.send([self.fresh(2) for _ in user.rows], base=base)
 
+    @rule(
+        user=users,
+        known=st.sampled_from([0, 16, 33]),
+        prefix=st.integers(0, 1),
+        turns=st.integers(0, 2),
+        count=st.sampled_from([1, 20]),
+    )
+    def abandon(self, user, known, prefix, turns, count):
+        """A step that begins like those of others is dropped, and other tokens come in its place."""
+        room = MAX_TOKENS - user.num_tokens
+        if self.stateful or (known + count) * len(user.rows) > room:
+            return
+        user.send([PREFIXES[prefix][len(row) : len(row) + known] + self.fresh(count) for row in user.rows])
+        self.run(turns)
+        if (base := user.abandon()) is not None:
+            user.send([self.fresh(known + count) for _ in user.rows], base=base)
+
     @rule(turns=st.integers(1, 5))
     def run(self, turns):
         for _ in range(turns):
