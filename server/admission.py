@@ -5,7 +5,8 @@
                                free and idle pages ─► preempt: idle sessions, then those whose client had more
                                still not enough ─► it starves, and nobody behind it gets pages before it
 
-Whoever has starved for LATE_S comes first for once.
+Whoever has starved for LATE_S comes first for once. Who still has no pages after HOLD_S no longer keeps others from
+those that are free.
 
 Pure; the pages are in `server.memory`.
 """
@@ -21,6 +22,9 @@ from swarm.server.sequences import CachedSession, pages_to_grow, tokens_within
 LATE_S = 8.0
 """A client that has waited for pages so long gets a turn, though it may have had more than others: nobody is refused
 for having come with a long prompt."""
+HOLD_S = 16.0
+"""So long pages are kept free for a session that needs more: then nobody will make room for it, it seems, and it would
+be refused in the end together with all who wait behind it."""
 IDLE_S = 1.0
 """A session without work for so long gives up its pages before any other."""
 
@@ -139,7 +143,7 @@ class _Admission:
         session.job.allowance = 0
         if session.starved_since is None:
             session.starved_since = self._now
-        if self._gate is _Gate.OPEN:
+        if self._gate is _Gate.OPEN and self._now - session.starved_since < HOLD_S:
             others = (other for other in self._memory.sessions if other not in self._admitted)
             self._gate = _Gate.TURNS if any(map(self._memory.is_in_turn, others)) else _Gate.CLOSED
         return 0

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from swarm.errors import PeerBusy, PeerError
+from swarm.server.admission import HOLD_S
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.scheduler import PAGE_WAIT_S
 from swarm.types import BlockRange
@@ -505,3 +506,23 @@ def test_two_sessions_change_places_when_host_memory_is_full():
         user.check()
         user.close()
     assert engine.host.used == 0
+
+
+def test_who_can_get_no_pages_is_not_waited_for_until_all_are_refused():
+    """A session that can't come back keeps its place for a while; then others may have the pages that are free."""
+    engine = Engine(10, host_bytes=6 * FakeSpan.page_bytes)
+    stuck, holder, other = (User(engine, client, 1) for client in ("stuck", "holder", "other"))
+    for number, (user, num_pages) in enumerate([(stuck, 6), (holder, 7)]):  # which don't fit into host memory both
+        user.send([[1000.0 * number + i for i in range(num_pages * PAGE_SIZE - 4)]])
+        engine.run()
+        engine.now += 5.0
+    stuck.send([[1.0]])
+    engine.turn()
+    other.send([[5000.0 + i for i in range(20)]])
+    began, waited = engine.now, None
+    while engine.scheduler.num_ready:
+        if engine.turn().rows:
+            waited = engine.now - began
+        engine.now = min(max(engine.now, engine.scheduler.next_deadline()), engine.now + 1.0)
+    other.check()
+    assert HOLD_S - 1 <= waited < PAGE_WAIT_S and engine.told[stuck.session].failed
