@@ -14,7 +14,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.hop_stream import HopStream, Listener
 from swarm.codec import encode_tensor
 from swarm.network.tasks import TaskSet
-from swarm.protocol import Forward, OpenSession, Step
+from swarm.protocol import Forward, OpenSession
 from swarm.session import Connect, Send, Session
 from swarm.transport import Transport
 
@@ -95,17 +95,8 @@ class Hops:
         """Send a chunk of a step; False when it must wait for room."""
         chunk = action.chunk
         spec, payload = encode_tensor(chunk.hidden_states, self._config.encoding)
-        step = Step(
-            step_id=chunk.step_id,
-            order=chunk.order,
-            base=chunk.base,
-            positions=chunk.positions,
-            num_tokens=chunk.num_tokens,
-            outputs_from=chunk.outputs_from,
-            hidden_states=spec,
-        )
         stream = self._streams[action.link]
-        stream.post(step, payload)
+        stream.post(chunk.as_step(spec), payload)
         return not stream.is_sending
 
     # -- asking -------------------------------------------------------------------------------------------------

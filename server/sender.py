@@ -23,8 +23,6 @@ from swarm.protocol import (
     Message,
     PushAccepted,
     PushHello,
-    Step,
-    StepResult,
     TensorSpec,
 )
 from swarm.server.backlog import StepStart
@@ -155,24 +153,7 @@ class Sender:
         return self._target, self._message(chunk, spec, self._take_trace()), body
 
     def _message(self, chunk: StepChunk, spec: TensorSpec, trace: tuple[HopTrace, ...]) -> Message:
-        if self._target is self._client:
-            return StepResult(
-                step_id=chunk.step_id,
-                positions=chunk.positions,
-                num_tokens=chunk.num_tokens,
-                hidden_states=spec,
-                trace=trace,
-            )
-        return Step(
-            step_id=chunk.step_id,
-            order=chunk.order,
-            base=chunk.base,
-            positions=chunk.positions,
-            num_tokens=chunk.num_tokens,
-            outputs_from=chunk.outputs_from,
-            hidden_states=spec,
-            trace=trace,
-        )
+        return chunk.as_result(spec, trace) if self._target is self._client else chunk.as_step(spec, trace)
 
     def _take_trace(self) -> tuple[HopTrace, ...]:
         """The hops before us as they came in last, and what we did since we last sent."""

@@ -302,15 +302,7 @@ class ServedSession:
                 f"hidden states of shape {step.hidden_states.shape}, expected {expected} and 1 to"
                 f" {self._max_step_tokens} tokens"
             )
-        chunk = StepChunk(
-            step_id=step.step_id,
-            order=step.order,
-            base=step.base,
-            positions=step.positions,
-            num_tokens=step.num_tokens,
-            outputs_from=step.outputs_from,
-            hidden_states=decode_tensor(step.hidden_states, body),
-        )
+        chunk = StepChunk.of(step, decode_tensor(step.hidden_states, body))
         self._intake.check(chunk)
         if self._executor.span.stateful and self._intake.rolls_back(chunk):
             raise InvalidRequest("this model keeps a recurrent state: its rows can't be rolled back")

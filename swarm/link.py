@@ -15,6 +15,7 @@ import torch
 
 from swarm.errors import InvalidRequest, SwarmError
 from swarm.history import RowHistory, join
+from swarm.protocol import HopTrace, Step, StepResult, TensorSpec
 
 
 class HistoryLost(SwarmError):
@@ -33,6 +34,42 @@ class StepChunk:
     outputs_from: tuple[int, ...]
     hidden_states: torch.Tensor
     """[sum(num_tokens), hidden], row after row."""
+
+    @classmethod
+    def of(cls, step: Step, hidden_states: torch.Tensor) -> "StepChunk":
+        """What a message says, with its body decoded."""
+        return cls(
+            step_id=step.step_id,
+            order=step.order,
+            base=step.base,
+            positions=step.positions,
+            num_tokens=step.num_tokens,
+            outputs_from=step.outputs_from,
+            hidden_states=hidden_states,
+        )
+
+    def as_step(self, spec: TensorSpec, trace: tuple[HopTrace, ...] = ()) -> Step:
+        """The message to a server, whose body `spec` describes."""
+        return Step(
+            step_id=self.step_id,
+            order=self.order,
+            base=self.base,
+            positions=self.positions,
+            num_tokens=self.num_tokens,
+            outputs_from=self.outputs_from,
+            hidden_states=spec,
+            trace=trace,
+        )
+
+    def as_result(self, spec: TensorSpec, trace: tuple[HopTrace, ...]) -> StepResult:
+        """The message to the client."""
+        return StepResult(
+            step_id=self.step_id,
+            positions=self.positions,
+            num_tokens=self.num_tokens,
+            hidden_states=spec,
+            trace=trace,
+        )
 
 
 class Link:

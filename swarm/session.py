@@ -211,13 +211,6 @@ class Session:
         return sum(part.feed.history_bytes for part in self._parts if part.feed is not None)
 
     @property
-    def is_replaying(self) -> bool:
-        """Whether a server that came in during this step is catching up with what went before."""
-        return any(self._committed) and any(
-            part.is_replacement and part.came_in == self._step_id for part in self._parts
-        )
-
-    @property
     def pending_opens(self) -> tuple[Open, ...]:
         """All sessions to open now; they may be opened at once."""
         last = self._parts[-1]

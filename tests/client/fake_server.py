@@ -34,7 +34,6 @@ from swarm.protocol import (
     PushHello,
     SessionOpened,
     Step,
-    StepResult,
     TensorSpec,
 )
 from swarm.session import Hop
@@ -207,15 +206,7 @@ class FakeSession:
     # -- steps --------------------------------------------------------------------------------------------------
 
     async def _step(self, step: Step, body: memoryview) -> None:
-        chunk = StepChunk(
-            step_id=step.step_id,
-            order=step.order,
-            base=step.base,
-            positions=step.positions,
-            num_tokens=step.num_tokens,
-            outputs_from=step.outputs_from,
-            hidden_states=decode_tensor(step.hidden_states, body),
-        )
+        chunk = StepChunk.of(step, decode_tensor(step.hidden_states, body))
         if self.intake.rolls_back(chunk) and not self.server.can_rollback:
             raise InvalidRequest("rows can't be rolled back")
         if (accepted := self.intake.accept(chunk)) is None:
@@ -254,24 +245,7 @@ class FakeSession:
                     await target.send(self._message(chunk, spec, target), payload)
 
     def _message(self, chunk: StepChunk, spec: TensorSpec, target: Stream) -> Message:
-        if target is self.stream:
-            return StepResult(
-                step_id=chunk.step_id,
-                positions=chunk.positions,
-                num_tokens=chunk.num_tokens,
-                hidden_states=spec,
-                trace=self._trace,
-            )
-        return Step(
-            step_id=chunk.step_id,
-            order=chunk.order,
-            base=chunk.base,
-            positions=chunk.positions,
-            num_tokens=chunk.num_tokens,
-            outputs_from=chunk.outputs_from,
-            hidden_states=spec,
-            trace=self._trace,
-        )
+        return chunk.as_result(spec, self._trace) if target is self.stream else chunk.as_step(spec, self._trace)
 
     # -- links --------------------------------------------------------------------------------------------------
 

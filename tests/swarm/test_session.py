@@ -446,21 +446,6 @@ def test_abandoning_twice_or_between_steps_does_nothing() -> None:
     assert user.session.num_replays == 0 and user.session.lengths == (23,)
 
 
-def test_a_replay_is_visible_while_it_lasts() -> None:
-    """The driver is more patient while a replacement catches up, and only then."""
-    user = ready_to_decode()
-    assert not user.session.is_replaying
-    user.session.failed(MIDDLE)
-    user.begin(Turn.of(1))
-    user.session.next_action()
-    user.session.routed(three_hops(BlockRange(2, 4)))
-    assert user.session.is_replaying
-    user.finish()
-    user.begin(Turn.of(1))
-    assert not user.session.is_replaying
-    user.finish()
-
-
 def test_all_sessions_may_be_opened_at_once() -> None:
     """`next_action` names them one by one, `pending_opens` all; only the last hop's outputs are the client's."""
     session = Session(BlockRange(0, 6), batch_size=1, max_length=10)
