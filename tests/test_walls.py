@@ -16,6 +16,7 @@ FOLDERS = {"swarm": "swarm", "client": "swarm.client", "server": "swarm.server",
 ROOMS = {
     "kernels": {"torch", "triton", "swarm.kernels"},
     "swarm": {"torch", "numpy", "hivemind", "msgspec", "cryptography", "uvloop", "base58", "swarm"},
+    "swarm/adapters": {"torch", "safetensors", "huggingface_hub", "msgspec", "swarm"},
     "swarm/checkpoint": {
         "torch",
         "transformers",
