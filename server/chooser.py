@@ -24,6 +24,7 @@ from swarm.server.blocks.step import Chunk
 from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
+from swarm.server.residency import NO_SLOT
 from swarm.server.sequences import CachedSession, Job
 from swarm.server.step_cost import StepCost
 
@@ -187,6 +188,7 @@ class Chooser:
             entry=session.blocks.start,
             exit=session.blocks.end,
             state=row.state,
+            adapter=self._memory.adapters.slot(session.adapters[index]) if session.adapters else NO_SLOT,
         )
         skip = max(0, job.work.outputs_from[index] - position)
         self.rows.append(BatchRow(session, job, index, chunk, skip))

@@ -8,18 +8,18 @@
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
 import torch
 
 from swarm.errors import PeerBusy, SwarmError
-from swarm.server.admission import admit
+from swarm.server.admission import MAX_ATTACHES, admit
 from swarm.server.blocks.step import Chunk
 from swarm.server.chooser import BatchRow, Chooser
 from swarm.server.fairness import VirtualCounters
-from swarm.server.host_pages import CopyPage, Move
+from swarm.server.host_pages import Attach, Move, SwapIn, SwapOut
 from swarm.server.memory import Hit, KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
@@ -74,7 +74,7 @@ class Batch:
     @property
     def sessions(self) -> list[CachedSession]:
         """All whose cache it touches."""
-        moved = (move.session for move in self.moves if not isinstance(move, CopyPage))
+        moved = (move.session for move in self.moves if isinstance(move, SwapOut | SwapIn))
         return list(dict.fromkeys([*(row.session for row in self.rows), *moved]))
 
 
@@ -161,6 +161,7 @@ class Scheduler:
         notices += self._told_by_memory(now)
         chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, self._num_expected(now))
         chooser.run()
+        self.can_progress |= self.memory.adapters.prefetch(MAX_ATTACHES)
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
         moves, self.memory.moves = self.memory.moves, []
@@ -216,7 +217,21 @@ class Scheduler:
 
     def fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
         """A batch has failed: what its sessions have in the cache can't be trusted any more."""
-        return [self._fail(session, error) for session in batch.sessions]
+        came = {move.digest: error for move in batch.moves if isinstance(move, Attach)}
+        sessions, batch.rows = batch.sessions, []
+        notices = self.drop_adapters(batch, came)
+        return notices + [self._fail(session, error) for session in sessions if session.error is None]
+
+    def drop_adapters(self, batch: Batch, failures: Mapping[str, SwarmError]) -> list[Notice]:
+        """These adapters could not be brought to the device: those who hold them fail, the rest of the batch may run."""
+        notices: list[Notice] = []
+        for digest, error in failures.items():
+            users = [it for it in self.memory.sessions if it.holds_adapters and digest in it.adapters]
+            self.memory.adapters.failed(digest)
+            notices += [self._fail(session, error) for session in users if session.error is None]
+        if failures:
+            batch.rows = [row for row in batch.rows if row.session.error is None]
+        return notices
 
     # -- details ------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ class Chunk:
     """The block after the last one to run."""
     state: Any = None
     """What `BlockSpan.new_state` gave for this sequence; None where the span is not stateful."""
+    adapter: int = -1
+    """Number under which the sequence's adapter was attached; -1 for none."""
 
     @property
     def num_tokens(self) -> int:

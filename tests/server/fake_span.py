@@ -1,5 +1,7 @@
 """A span without layers that stores what it is given in pages: any mix-up of pages gives wrong outputs."""
 
+from dataclasses import dataclass
+
 import torch
 
 from swarm.server.blocks.step import Chunk
@@ -25,8 +27,17 @@ class FakeState:
         return other
 
 
+@dataclass(frozen=True)
+class FakeDelta:
+    """What an adapter does: its rows' outputs grow by `value`, as long as its pages hold what was put there."""
+
+    value: float
+    num_pages: int = 1
+
+
 class FakeSpan:
-    """Stands for the blocks: each output depends on all tokens so far, their positions and the blocks that are run.
+    """Stands for the blocks: each output depends on all tokens so far, their positions, the blocks that are run, and
+    the adapter of the row.
 
     Args:
         num_pages: of the pool.
@@ -44,6 +55,23 @@ class FakeSpan:
         self.shares_prefixes = not stateful
         self.cells = torch.full((num_pages, PAGE_SIZE), float("nan"), dtype=torch.float64)
         self.num_tokens = 0
+        self.adapters: dict[int, tuple[float, list[int]]] = {}
+        self.attach_failure: Exception | None = None
+
+    def adapter_pages(self, deltas):
+        return sum(delta.num_pages for delta in deltas.values())
+
+    def attach(self, slot, deltas, pages):
+        assert len(pages) == self.adapter_pages(deltas)
+        assert slot not in self.adapters, "a slot that is in use"
+        if self.attach_failure is not None:
+            raise self.attach_failure
+        value = sum(delta.value for delta in deltas.values())
+        self.cells[list(pages)] = -value
+        self.adapters[slot] = (value, list(pages))
+
+    def detach(self, slot):
+        self.adapters.pop(slot, None)
 
     def new_state(self):
         return FakeState() if self.stateful else None
@@ -89,15 +117,19 @@ class FakeSpan:
             assert not chunk.state.is_parked, "the state of a swapped session"
             assert chunk.state.total == tokens[: chunk.position].sum(), "the state of another sequence"
             chunk.state.total = float(tokens.sum())
-        return expected(tokens, BlockRange(chunk.entry, chunk.exit))[chunk.position :]
+        value = 0.0
+        if chunk.adapter >= 0:
+            value, pages = self.adapters[chunk.adapter]
+            assert (self.cells[pages] == -value).all(), "somebody wrote into an adapter's pages"
+        return expected(tokens, BlockRange(chunk.entry, chunk.exit), value)[chunk.position :]
 
 
-def expected(tokens: torch.Tensor, blocks: BlockRange) -> torch.Tensor:
+def expected(tokens: torch.Tensor, blocks: BlockRange, adapter: float = 0.0) -> torch.Tensor:
     """Outputs [n, HIDDEN] of a sequence of n tokens that nobody disturbed."""
     tokens = tokens.double()
     positions = torch.arange(1, len(tokens) + 1, dtype=torch.float64)
     sums = (tokens * positions).cumsum(0) % 10007 + tokens.cumsum(0) / 4 + 100 * blocks.start + blocks.end
-    return torch.stack([sums, tokens], dim=1).float()
+    return torch.stack([sums + 20_000 * adapter, tokens], dim=1).float()
 
 
 def inputs(tokens: torch.Tensor) -> torch.Tensor:
