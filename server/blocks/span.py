@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
-from swarm.server.blocks.adapters import Adapter, adapter_for
+from swarm.server.blocks.quirks import Quirks, quirks_of
 from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.fusion import fuse
 from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceState, trace_calls
@@ -117,16 +117,16 @@ class BlockSpan:
         """
         device = torch.device(device)
         config: PretrainedConfig = checkpoint.config()
-        adapter = adapter_for(config.get_text_config(decoder=True))
-        plan = trace_calls(config, adapter.attn_implementation, adapter.ignored)
+        quirks = quirks_of(config.get_text_config(decoder=True))
+        plan = trace_calls(config, quirks.attn_implementation, quirks.ignored)
         ropes = Ropes(build_rotary(config, device=device) if plan.ropes else {}, plan.ropes)
-        prober = Prober(config, adapter, ropes, dtype, device)
+        prober = Prober(config, quirks, ropes, dtype, device)
         step, tables, loaded = Step(), RotaryTables(), []
         layers = iter_blocks(
-            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=adapter.attn_implementation
+            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=quirks.attn_implementation
         )
         for index, layer in layers:
-            loaded.append(_prepare(index, layer, plan, prober, step, adapter, tables, quantization))
+            loaded.append(_prepare(index, layer, plan, prober, step, quirks, tables, quantization))
             if on_progress is not None:
                 on_progress(len(loaded), len(blocks))
         num_pages = _num_pages(loaded, num_pages, kv_bytes, dtype)
@@ -280,15 +280,15 @@ def _prepare(
     plan: CallPlan,
     prober: Prober,
     step: Step,
-    adapter: Adapter,
+    quirks: Quirks,
     tables: RotaryTables,
     quantization: str,
 ) -> Block:
     """Adapt, check, fuse and quantise one freshly loaded layer, and give its attention our cache."""
     call = plan.layers[index]
-    if adapter.patch is not None:
-        temperature = adapter.temperature(layer)
-        adapter.patch(layer)
+    if quirks.patch is not None:
+        temperature = quirks.temperature(layer)
+        quirks.patch(layer)
     else:
         temperature = None
     spec = prober.check(index, layer, call)

@@ -22,7 +22,7 @@ from swarm.server.blocks.internals import ATTENTION, attend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
+class Quirks:
     """What one model type needs beyond the generic runner."""
 
     attn_implementation: str = ATTENTION
@@ -37,9 +37,9 @@ class Adapter:
     """(floor_scale, attn_scale) where a layer scales its queries by position."""
 
 
-def adapter_for(config: PretrainedConfig) -> Adapter:
-    """The adapter of a model type; the generic one for nearly all of them."""
-    return _ADAPTERS.get(config.model_type, _GENERIC)
+def quirks_of(config: PretrainedConfig) -> Quirks:
+    """Those of a model type; none for nearly all of them."""
+    return _BY_TYPE.get(config.model_type, _GENERIC)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -140,30 +140,30 @@ def _llama4_temperature(layer: nn.Module) -> tuple[float, float] | None:
     return float(attention.floor_scale), float(attention.attn_scale)
 
 
-_GENERIC = Adapter()
-_FALCON = Adapter(
+_GENERIC = Quirks()
+_FALCON = Quirks(
     attn_implementation="eager",
     ignored=frozenset({"alibi"}),
     patch=_patch_falcon,
     alibi_H=_falcon_slopes,
 )
-_LLAMA4 = Adapter(patch=_patch_llama4, temperature=_llama4_temperature)
-_ADAPTERS = {
+_LLAMA4 = Quirks(patch=_patch_llama4, temperature=_llama4_temperature)
+_BY_TYPE = {
     "falcon": _FALCON,
-    "bloom": Adapter(
+    "bloom": Quirks(
         attn_implementation="eager",
         ignored=frozenset({"alibi"}),
         patch=_patch_bloom,
         alibi_H=lambda config: alibi_slopes(config.n_head),
     ),
-    "mpt": Adapter(
+    "mpt": Quirks(
         attn_implementation="eager",
         ignored=frozenset({"position_bias"}),
         patch=_patch_mpt,
         alibi_H=_mpt_slopes,
     ),
-    "falcon_h1": Adapter(patch=_patch_falcon_h1),
-    "gptj": Adapter(attn_implementation="eager", patch=_patch_gptj),
+    "falcon_h1": Quirks(patch=_patch_falcon_h1),
+    "gptj": Quirks(attn_implementation="eager", patch=_patch_gptj),
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
 }
