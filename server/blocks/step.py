@@ -37,7 +37,7 @@ class Chunk:
     state: Any = None
     """What `BlockSpan.new_state` gave for this sequence; None where the span is not stateful."""
     adapter: int = -1
-    """Number under which the sequence's adapter was attached; -1 for none."""
+    """What `BlockSpan.attach` gave for the adapter of this sequence; -1 for none."""
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +49,17 @@ class Chunk:
             replace(self, hidden_states=self.hidden_states[i : i + 1], position=self.position + i)
             for i in range(self.num_tokens)
         ]
+
+
+class VirtualRows(NamedTuple):
+    """Rows at positions that an adapter has put before a sequence."""
+
+    row: int
+    """The first one."""
+    position: int
+    """Of the first one."""
+    count: int
+    adapter: int
 
 
 class Segment(NamedTuple):
@@ -77,7 +88,7 @@ def segments(batch: Sequence[Chunk]) -> list[Segment]:
 class Step:
     """The rows that are being run now; see the module docstring."""
 
-    __slots__ = ("batch", "chunks", "memo", "positions_1T")
+    __slots__ = ("batch", "chunks", "memo", "positions_1T", "virtual")
 
     def __init__(self) -> None:
         self.chunks: Sequence[Chunk] = ()
@@ -85,6 +96,7 @@ class Step:
         self.positions_1T: Tensor
         self.memo: dict[Any, Any] = {}
         """What layers derive from the positions, kept for the other layers."""
+        self.virtual: Sequence[VirtualRows] = ()
 
     def set(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         """Describe `chunks`, in row order."""
@@ -100,6 +112,7 @@ class Step:
         self.batch = PagedBatch(spans, PAGE_SIZE, device)
         self.positions_1T = torch.tensor([positions]).to(device, non_blocking=True)
         self.memo = {}
+        self.virtual = ()
 
 
 def check_chunk(chunk: Chunk, *, start: int, end: int, hidden_size: int, num_pages: int, stateful: bool) -> None:

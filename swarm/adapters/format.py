@@ -287,6 +287,7 @@ def _linear(
         "output_scale": (outputs,),
         "magnitude": (outputs,),
         "bias": (outputs,),
+        "base_bias": (outputs,),
     }
     for name, tensor in named.items():
         if tuple(tensor.shape) != expected[name]:
