@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from swarm.adapters.format import Manifest
+from swarm.adapters.notes import MAX_NOTES, AdapterNote
 from swarm.errors import AdapterError, InvalidRequest, SwarmError
 from swarm.protocol import AdapterLoading, AdapterOffer, AdapterRequest, Message, OpenSession
 from swarm.server.adapter_intake import Base
@@ -66,15 +67,26 @@ class AdapterDesk:
         """Keep an adapter for good, in host memory, and on the device while there is room.
 
         Raises:
-            AdapterError: it does not fit the model, or the memory.
+            AdapterError: it does not fit the model.
+            PeerBusy: nor the memory.
         """
         self.give(await self.loader.keep(manifest, shards))
+
+    def notes(self) -> tuple[AdapterNote, ...]:
+        """What this server says of its adapters in its record: those on the device, then the most recently used."""
+        blocks, attached = self._base.blocks, set(self._executor.attached_adapters)
+        whole = [held for held in self.store if not held.missing(blocks)]
+        whole.sort(key=lambda held: held.digest not in attached)
+        return tuple(
+            AdapterNote.of(held.digest, held.max_rank(blocks), on_device=held.digest in attached)
+            for held in whole[:MAX_NOTES]
+        )
 
     def give(self, held: HeldAdapter) -> None:
         """Let the device thread have an adapter that is here.
 
         Raises:
-            AdapterError: the device could never hold it.
+            PeerBusy: the device could never hold it.
         """
         self._executor.add_adapter(held.digest, held.deltas(self._base.blocks))
 

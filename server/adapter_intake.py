@@ -185,7 +185,7 @@ class AdapterIntake:
             raise Unfit(AdapterError(str(error))) from error
         try:
             self._store.put(held, info.block, HeldShard(data=data, delta=delta))
-        except (AdapterError, PeerBusy) as error:
+        except PeerBusy as error:
             raise Unfit(error) from error
 
 
@@ -199,6 +199,6 @@ def _first_with_room(clients: Sequence[str], attempt: Callable[[str], T]) -> T:
     for client in dict.fromkeys(clients):
         try:
             return attempt(client)
-        except (AdapterError, PeerBusy) as error:
+        except PeerBusy as error:
             refusal = error
     raise Unfit(refusal)

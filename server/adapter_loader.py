@@ -114,8 +114,8 @@ class AdapterLoader:
         """Wait until all is here that an adapter has for our blocks; the caller has pinned it.
 
         Raises:
-            AdapterError: it is malformed, not for this model, or too large.
-            PeerBusy: there is no memory for it now.
+            AdapterError: it is malformed, or not for this model.
+            PeerBusy: there is no memory for it.
             PeerError: nobody sends it.
         """
         if not self._intake.is_here(digest):
@@ -142,12 +142,13 @@ class AdapterLoader:
         """Keep an adapter of this server's own for good.
 
         Raises:
-            AdapterError: it does not fit the model, or the memory.
+            AdapterError: it does not fit the model.
+            PeerBusy: nor the memory.
         """
         try:
             return await self._intake.keep(manifest, shards)
         except Unfit as unfit:
-            raise AdapterError(str(unfit.error)) from unfit
+            raise unfit.error from unfit
 
     # -- the service --------------------------------------------------------------------------------------------
 

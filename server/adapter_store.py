@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from swarm.adapters.delta import BlockDelta
 from swarm.adapters.format import Manifest, ShardInfo
-from swarm.errors import AdapterError, PeerBusy
+from swarm.errors import PeerBusy
 from swarm.types import BlockRange
 
 ADAPTER_BYTES = 1 << 30
@@ -24,6 +24,8 @@ MAX_CLIENT_SHARE = 0.5
 """Part of it that one client may have."""
 RETRY_S = 10.0
 """A client that finds no room is told to come back after so long."""
+NEVER_S = 3600.0
+"""... and one whose adapter will never have room here, to try again then."""
 OWNER = ""
 """Stands for this server itself: what it was started with has no quota."""
 
@@ -59,6 +61,10 @@ class HeldAdapter:
     def missing(self, blocks: BlockRange) -> tuple[ShardInfo, ...]:
         """What it has for these blocks and is not here."""
         return tuple(info for info in self.manifest.within(blocks.start, blocks.end) if info.block not in self.shards)
+
+    def max_rank(self, blocks: BlockRange) -> int:
+        """Largest rank of a linear in these blocks."""
+        return max((info.max_rank for info in self.manifest.within(blocks.start, blocks.end)), default=0)
 
     def deltas(self, blocks: BlockRange) -> dict[int, BlockDelta]:
         """What it does to these blocks."""
@@ -140,7 +146,7 @@ class AdapterStore:
         """Begin to keep an adapter of which nothing is here.
 
         Raises:
-            AdapterError, PeerBusy: there is no room, see `reserve`.
+            PeerBusy: there is no room, see `reserve`.
         """
         digest = manifest.digest
         self._make_room(len(manifest_bytes), client)
@@ -153,8 +159,7 @@ class AdapterStore:
         """Keep so much memory free for shards that are about to come for the sake of this client.
 
         Raises:
-            AdapterError: no client may ever have so much.
-            PeerBusy: the memory is in use, or the client's part of it.
+            PeerBusy: the memory is in use, or the client's part of it; or no client may ever have so much.
         """
         if held.owner not in (OWNER, client) and held.owner not in self._users.get(held.digest, ()):
             self._charge(held, client)
@@ -166,7 +171,7 @@ class AdapterStore:
         """A shard has come, in memory that was reserved for it.
 
         Raises:
-            AdapterError, PeerBusy: the reservation was given up meanwhile, and there is no room.
+            PeerBusy: the reservation was given up meanwhile, and there is no room.
         """
         if block in held.shards or self._adapters.get(held.digest) is not held:
             return  # it has come twice, or too late
@@ -186,7 +191,7 @@ class AdapterStore:
         total = num_bytes + (keep.num_bytes if keep is not None else 0)
         quota = self.limit_bytes if client == OWNER else self._quota_bytes
         if total > quota:
-            raise AdapterError(f"the adapter takes {total} bytes of this server's memory, limit {quota}")
+            raise PeerBusy(f"the adapter takes {total} bytes of memory here, limit {quota}", retry_after_s=NEVER_S)
         if client != OWNER and self._bytes_of[client] + num_bytes > quota:
             self._evict(self._bytes_of[client] + num_bytes - quota, keep, owner=client)
             if self._bytes_of[client] + num_bytes > quota:

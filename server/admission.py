@@ -47,12 +47,18 @@ def admit(
     ready = _attachable(memory, ready, counters)
     wanted = sum(_most_pages(session, budget) for session in ready)
     if wanted + memory.adapters.pages_wanted(ready) <= memory.allocator.num_free:
-        memory.adapters.hold(ready)
+        unplaced = memory.adapters.hold(ready)
         for session in ready:
-            if session.swapped is not None:
+            if session.swapped is not None and session not in unplaced:
                 wanted -= session.swapped.num_pages
                 memory.swap_in(session)
-        return [session for session in ready if memory.begin(session, budget, memory.allocator.num_free - wanted)]
+        for session in unplaced:
+            _starve(session, now)
+        return [
+            session
+            for session in ready
+            if session not in unplaced and memory.begin(session, budget, memory.allocator.num_free - wanted)
+        ]
     memory.adapters.touch(ready)
     late = _late(ready, now)
     order = sorted(
@@ -154,7 +160,8 @@ class _Admission:
             least += adapters - before
         if (session.swapped is not None or adapters) and (not may_take or least > self._num_free):
             return self._starve(session)
-        memory.adapters.hold([session])
+        if memory.adapters.hold([session]):
+            return self._starve(session)  # there are pages enough, but not in one place
         if session.swapped is not None:
             memory.swap_in(session)
         was_starved = session.starved_since
@@ -170,9 +177,8 @@ class _Admission:
         return tokens
 
     def _starve(self, session: CachedSession) -> int:
-        session.job.allowance = 0
-        if session.starved_since is None:
-            session.starved_since = self._now
+        _starve(session, self._now)
+        assert session.starved_since is not None
         if self._gate is _Gate.OPEN and self._now - session.starved_since < HOLD_S:
             others = (other for other in self._memory.sessions if other not in self._admitted)
             self._gate = _Gate.TURNS if any(map(self._memory.is_in_turn, others)) else _Gate.CLOSED
@@ -195,6 +201,12 @@ class _Admission:
         idle.sort(key=lambda other: other.last_used)
         others.sort(key=lambda other: (self._counters.of(other.client), other.last_used), reverse=True)
         return idle + others
+
+
+def _starve(session: CachedSession, now: float) -> None:
+    session.job.allowance = 0
+    if session.starved_since is None:
+        session.starved_since = now
 
 
 def _most_pages(session: CachedSession, budget: int) -> int:

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 from swarm.server.blocks.step import Chunk
 from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
+from swarm.server.host_pages import Seat
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
-from swarm.server.residency import NO_SLOT
 from swarm.server.sequences import CachedSession, Job
 from swarm.server.step_cost import StepCost
 
@@ -41,6 +41,8 @@ class BatchRow(NamedTuple):
     chunk: Chunk
     skip: int
     """Leading outputs that nobody wants."""
+    seat: Seat | None = None
+    """Where its adapter is."""
 
 
 class _Turns:
@@ -188,8 +190,8 @@ class Chooser:
             entry=session.blocks.start,
             exit=session.blocks.end,
             state=row.state,
-            adapter=self._memory.adapters.slot(session.adapters[index]) if session.adapters else NO_SLOT,
         )
         skip = max(0, job.work.outputs_from[index] - position)
-        self.rows.append(BatchRow(session, job, index, chunk, skip))
+        seat = self._memory.adapters.seat(session.adapters[index]) if session.adapters else None
+        self.rows.append(BatchRow(session, job, index, chunk, skip, seat))
         return count

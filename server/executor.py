@@ -19,7 +19,8 @@ from math import inf
 import torch
 
 from swarm.adapters.delta import BlockDelta
-from swarm.errors import AdapterError, PeerBusy, PeerError, SwarmError
+from swarm.errors import PeerBusy, PeerError, SwarmError
+from swarm.server.adapter_store import ADAPTER_BYTES
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
@@ -45,6 +46,7 @@ class Executor:
         loop: the event loop on which listeners are called.
         token_budget: most tokens in one batch.
         host_bytes: memory for sessions that were swapped out.
+        adapter_bytes: memory of the device for what of adapters does not lie in pages of the cache.
     """
 
     def __init__(
@@ -54,13 +56,19 @@ class Executor:
         *,
         token_budget: int = TOKEN_BUDGET,
         host_bytes: int = HOST_BYTES,
+        adapter_bytes: int = ADAPTER_BYTES,
     ):
         self.span = span
         self._loop = loop
         self._allocator = PageAllocator(span.num_pages)
         self._prefixes = PrefixCache(self._allocator) if span.shares_prefixes else None
         self._memory = KvMemory(
-            self._allocator, page_bytes=span.page_bytes, host=HostBudget(host_bytes), prefixes=self._prefixes
+            self._allocator,
+            page_bytes=span.page_bytes,
+            host=HostBudget(host_bytes),
+            prefixes=self._prefixes,
+            meter=span,
+            own_bytes=adapter_bytes,
         )
         self._scheduler = Scheduler(self._memory, token_budget=token_budget)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -159,12 +167,12 @@ class Executor:
         """Rows may use this adapter from now on; it is brought to the device as soon as there is room.
 
         Raises:
-            AdapterError: the device could never hold it.
+            PeerBusy: the device could never hold it.
         """
-        num_pages = self.span.adapter_pages(deltas)
-        if num_pages >= self._allocator.num_pages:
-            raise AdapterError(f"the adapter takes {num_pages} pages, the server has {self._allocator.num_pages}")
-        self._commands.put(lambda: self._memory.adapters.add(digest, deltas, num_pages))
+        needed, num_pages = self.span.adapter_pages(deltas), self._allocator.num_pages
+        if needed >= num_pages:
+            raise PeerBusy(f"the adapter takes {needed} pages, the server has {num_pages}", retry_after_s=3600.0)
+        self._commands.put(lambda: self._memory.adapters.add(digest, deltas))
 
     def forget_adapter(self, digest: str) -> None:
         """No row uses this adapter any more; its tensors may go."""

@@ -11,7 +11,7 @@ from collections import Counter
 from functools import partial
 
 from swarm import __version__
-from swarm.errors import AdapterError, CheckpointMismatch, InvalidRequest, PeerBusy
+from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy
 from swarm.protocol import ADAPTER_SERVICE, MAX_META_BYTES, Info, InfoRequest, OpenSession
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
@@ -180,7 +180,7 @@ class Handler:
         """Take adapters that were asked for, and give others those that are here."""
         message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if self.adapters is None:
-            raise AdapterError("this server takes no adapters")
+            raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
         await self.adapters.serve(stream, message)
 
     async def _open_adapter_stream(self, peer_id: str, client: str) -> Stream:
@@ -202,7 +202,6 @@ class Handler:
         Raises:
             CheckpointMismatch: another checkpoint is asked for.
             InvalidRequest: blocks or lengths that this server never serves.
-            AdapterError: adapters, of which it takes none.
             PeerBusy: not now.
         """
         span = self.executor.span
@@ -217,7 +216,7 @@ class Handler:
                 f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions"
             )
         if any(message.row_adapters) and self.adapters is None:
-            raise AdapterError("this server takes no adapters")
+            raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {self.state.name}", retry_after_s=60.0)
         self._admit_rows(message.batch_size, peer_id)

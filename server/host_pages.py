@@ -84,21 +84,29 @@ class SwapIn:
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attach:
-    """Copy an adapter into these pages; rows may use it under the number `slot` from then on."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class Seat:
+    """An adapter's place on the device, from one Attach to the next Detach."""
 
     digest: str
-    slot: int
+    handle: int = -1
+    """What `BlockSpan.attach` gave; -1 before and after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """Copy an adapter into these pages, or (None) into memory of its own; rows may use its seat from then on."""
+
+    seat: Seat
     deltas: Mapping[int, BlockDelta]
-    pages: tuple[int, ...]
+    pages: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detach:
-    """No row uses this slot any more; the pages of its adapter belong to others."""
+    """No row uses this seat any more; the pages of its adapter belong to others."""
 
-    slot: int
+    seat: Seat
 
 
 Move = CopyPage | SwapOut | SwapIn | Attach | Detach
@@ -110,17 +118,20 @@ def carry_out(moves: Iterable[Move], span: Any) -> dict[str, SwarmError]:
     Returns:
         What went wrong with adapters, by digest: that is the matter of those who use them, and of nobody else.
     """
+    moves = list(moves)
+    for move in moves:
+        if isinstance(move, Detach) and move.seat.handle >= 0:
+            span.detach(move.seat.handle)
+            move.seat.handle = -1
     failures: dict[str, SwarmError] = {}
     for move in moves:
-        if isinstance(move, CopyPage):
-            span.copy_pages([(move.source, move.destination)])
-            continue
-        if isinstance(move, Detach):
-            span.detach(move.slot)
-            continue
         if isinstance(move, Attach):
             if (failure := _attach(move, span)) is not None:
-                failures[move.digest] = failure
+                failures[move.seat.digest] = failure
+            continue
+        if isinstance(move, CopyPage):
+            span.copy_pages([(move.source, move.destination)])
+        if not isinstance(move, SwapOut | SwapIn):
             continue
         states = [row.state for row in move.session.rows if row.state is not None]
         if isinstance(move, SwapOut):
@@ -135,10 +146,10 @@ def carry_out(moves: Iterable[Move], span: Any) -> dict[str, SwarmError]:
 
 def _attach(move: Attach, span: Any) -> SwarmError | None:
     try:
-        span.attach(move.slot, move.deltas, move.pages)
+        move.seat.handle = span.attach(move.deltas, move.pages)
     except SwarmError as error:
         return error
     except (RuntimeError, MemoryError, ValueError) as error:
-        logger.exception("adapter %.12s can't be attached", move.digest)
-        return PeerError(f"adapter {move.digest[:12]} can't be attached: {error}")
+        logger.exception("adapter %.12s can't be attached", move.seat.digest)
+        return PeerError(f"adapter {move.seat.digest[:12]} can't be attached: {error}")
     return None

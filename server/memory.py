@@ -19,7 +19,7 @@ from swarm.errors import PeerError, SwarmError
 from swarm.server.host_pages import CopyPage, HostBudget, Move, SwapIn, SwapOut
 from swarm.server.pages import PAGE_SIZE, PageAllocator
 from swarm.server.prefix_cache import PrefixCache
-from swarm.server.residency import Residency
+from swarm.server.residency import AdapterMeter, Residency
 from swarm.server.sequences import CachedSequence, CachedSession, Job, pages_to_grow
 
 MIN_TURN_TOKENS = 32
@@ -75,6 +75,8 @@ class KvMemory:
         host: memory for swapped sessions.
         prefixes: pages that are found by content; None where prefixes can't be shared.
         min_turn_tokens: shortest turn.
+        meter: says what adapters take; None where there are none.
+        own_bytes: memory of the device for what of adapters does not lie in pages.
     """
 
     def __init__(
@@ -85,13 +87,15 @@ class KvMemory:
         host: HostBudget,
         prefixes: PrefixCache | None,
         min_turn_tokens: int = MIN_TURN_TOKENS,
+        meter: AdapterMeter | None = None,
+        own_bytes: int = 0,
     ):
         self.allocator = allocator
         self.prefixes = prefixes
         self.host = host
         self.moves: list[Move] = []
         """What is to be moved before the next batch runs, in order."""
-        self.adapters = Residency(allocator, lambda move: self.moves.append(move))
+        self.adapters = Residency(allocator, lambda move: self.moves.append(move), meter, own_bytes=own_bytes)
         self.hits: list[Hit] = []
         """What was found in the cache since the last batch."""
         self.failures: list[tuple[CachedSession, SwarmError]] = []

@@ -9,7 +9,7 @@ Pure: time enters as `now`, nothing blocks, no tensor is computed. The device th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -69,7 +69,10 @@ class Batch:
 
     @property
     def chunks(self) -> list[Chunk]:
-        return [row.chunk for row in self.rows]
+        """What the span runs; the adapters of rows are known only once the moves have been carried out."""
+        return [
+            row.chunk if row.seat is None else replace(row.chunk, adapter=row.seat.handle) for row in self.rows
+        ]
 
     @property
     def sessions(self) -> list[CachedSession]:
@@ -217,7 +220,7 @@ class Scheduler:
 
     def fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
         """A batch has failed: what its sessions have in the cache can't be trusted any more."""
-        came = {move.digest: error for move in batch.moves if isinstance(move, Attach)}
+        came = {move.seat.digest: error for move in batch.moves if isinstance(move, Attach)}
         sessions, batch.rows = batch.sessions, []
         notices = self.drop_adapters(batch, came)
         return notices + [self._fail(session, error) for session in sessions if session.error is None]

@@ -54,6 +54,7 @@ class Engine:
         min_turn_tokens: shortest turn.
         stateful: whether sequences have a state.
         weights: of clients.
+        own_bytes: memory for adapters beside the pages.
         seconds: how long a batch takes, from its numbers of decode rows and prompt tokens.
     """
 
@@ -67,6 +68,7 @@ class Engine:
         min_turn_tokens: int = 8,
         stateful: bool = False,
         weights: dict[str, float] | None = None,
+        own_bytes: int = 0,
         seconds=lambda num_decode, num_prompt: 0.01 + 0.0005 * num_decode + 0.0005 * num_prompt,
     ):
         self.span = FakeSpan(num_pages, stateful=stateful) if span is None else span
@@ -79,6 +81,8 @@ class Engine:
             host=self.host,
             prefixes=self.prefixes,
             min_turn_tokens=min_turn_tokens,
+            meter=self.span,
+            own_bytes=own_bytes,
         )
         self.scheduler = Scheduler(self.memory, token_budget=token_budget, counters=VirtualCounters(weights))
         self.now = 100.0
@@ -156,7 +160,7 @@ class Engine:
         owners = [0] * self.allocator.num_pages
         for page in (page for session in sessions for row in session.rows for page in row.table.pages):
             owners[page] += 1
-        for adapter in self.memory.adapters._slots.values():
+        for adapter in self.memory.adapters._seated.values():
             for page in adapter.pages:
                 owners[page] += adapter.num_holders > 0
         assert owners == [self.allocator.references(page) for page in range(len(owners))]

@@ -1,6 +1,6 @@
 """A span without layers that stores what it is given in pages: any mix-up of pages gives wrong outputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,7 @@ class FakeDelta:
 
     value: float
     num_pages: int = 1
+    linears: dict = field(default_factory=dict)
 
 
 class FakeSpan:
@@ -57,21 +58,27 @@ class FakeSpan:
         self.num_tokens = 0
         self.adapters: dict[int, tuple[float, list[int]]] = {}
         self.attach_failure: Exception | None = None
+        self.num_attached = 0
 
-    def adapter_pages(self, deltas):
-        return sum(delta.num_pages for delta in deltas.values())
+    def adapter_pages(self, deltas, pages=()):
+        count = sum(delta.num_pages for delta in deltas.values())
+        return count if not pages else max(0, count + pages[0] % 2 - len(pages))  # a run that begins odd loses one
 
-    def attach(self, slot, deltas, pages):
-        assert len(pages) == self.adapter_pages(deltas)
-        assert slot not in self.adapters, "a slot that is in use"
+    def adapter_bytes(self, deltas, *, paged):
+        return 0 if paged else self.page_bytes * self.adapter_pages(deltas)
+
+    def attach(self, deltas, pages):
         if self.attach_failure is not None:
             raise self.attach_failure
+        assert pages is None or not pages or not self.adapter_pages(deltas, pages)
         value = sum(delta.value for delta in deltas.values())
-        self.cells[list(pages)] = -value
-        self.adapters[slot] = (value, list(pages))
+        self.cells[list(pages or ())] = -value
+        self.num_attached += 1
+        self.adapters[self.num_attached] = (value, list(pages or ()))
+        return self.num_attached
 
-    def detach(self, slot):
-        self.adapters.pop(slot, None)
+    def detach(self, handle):
+        del self.adapters[handle]
 
     def new_state(self):
         return FakeState() if self.stateful else None

@@ -4,7 +4,7 @@ import pytest
 
 from swarm.errors import AdapterError, PeerError
 from swarm.server.admission import MAX_ATTACHES
-from swarm.server.host_pages import Attach, Detach
+from swarm.server.host_pages import Attach, Detach, carry_out
 from swarm.server.pages import PAGE_SIZE
 from tests.server.engine import Engine, User
 from tests.server.fake_span import FakeDelta
@@ -14,7 +14,7 @@ NAMES = [f"adapter {number}" for number in range(8)]
 
 def add(engine, *names, num_pages=2):
     for name in names:
-        engine.memory.adapters.add(name, {0: FakeDelta(NAMES.index(name) + 1.0, num_pages)}, num_pages)
+        engine.memory.adapters.add(name, {0: FakeDelta(NAMES.index(name) + 1.0, num_pages)})
 
 
 def user_of(engine, name, client="a"):
@@ -72,6 +72,38 @@ def test_an_adapter_in_use_is_not_evicted_for_another():
     assert engine.allocator.num_used == 0
 
 
+def test_a_pool_in_pieces_is_no_reason_to_wait():
+    """Where no run of pages is free, an adapter gets memory beside them, as long as there is some."""
+    for own_bytes, is_placed in ((4 * 1024, True), (1024, False)):
+        engine = Engine(16, own_bytes=own_bytes)
+        pages = engine.allocator.allocate(16)
+        engine.allocator.free(pages[::2])
+        user = user_of(engine, NAMES[0])
+        user.send([[1.0]])
+        engine.turn()
+        assert (NAMES[0] in attached(engine)) == is_placed
+        assert bool(engine.scheduler.num_waiting) != is_placed
+        if is_placed:
+            user.check()
+
+
+def test_a_run_is_made_of_what_was_used_longest_ago():
+    """Idle pages go for an adapter: of all places, the one whose pages nobody has looked at for long."""
+    engine = Engine(8)
+    for first in (0, 100):
+        session = User(engine, "a", 1)
+        session.send([[float(first + i) for i in range(2 * PAGE_SIZE)]])
+        engine.run()
+        session.close()
+    engine.allocator.allocate(4, after=7)
+    old = [page for page in engine.allocator._idle][:2]
+    user = user_of(engine, NAMES[0])
+    user.send([[1.0]])
+    engine.scheduler.memory.adapters._soon.clear()
+    engine.scheduler.memory.adapters.hold([user.session])
+    assert engine.memory.adapters._seated[NAMES[0]].pages == old
+
+
 def test_prefetch_takes_blank_pages_only():
     """An adapter that was added comes to the device before any work for it, unless something would have to go."""
     engine = Engine(5)
@@ -119,8 +151,8 @@ def test_what_cannot_be_attached_fails_its_own_sessions_only():
     engine.turn()
     good.check()
     assert engine.told[bad.session].failed[0].error is engine.span.attach_failure
-    assert engine.allocator.num_used == 1 and not attached(engine)
     bad.close()
+    assert engine.allocator.num_used == 1 and not attached(engine)
     engine.span.attach_failure = None
     again = user_of(engine, NAMES[0])
     again.send([[1.0]])
@@ -134,7 +166,7 @@ def test_a_batch_that_fails_leaves_no_adapter_half_attached():
     user = user_of(engine, NAMES[0])
     user.send([[1.0]])
     batch = engine.scheduler.schedule(engine.now)
-    engine.span.attach(0, batch.moves[0].deltas, batch.moves[0].pages)
+    carry_out(batch.moves, engine.span)
     engine._tell(engine.scheduler.fail(batch, PeerError("broken")))
     assert [str(it.error) for it in engine.told[user.session].failed] == ["broken"]
     user.close()

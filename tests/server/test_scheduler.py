@@ -8,6 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from swarm.errors import PeerBusy, PeerError
 from swarm.server.admission import HOLD_S
 from swarm.server.pages import PAGE_SIZE
+from swarm.server.residency import ALIGNMENT_PAGES
 from swarm.server.scheduler import PAGE_WAIT_S
 from swarm.types import BlockRange
 from tests.server.engine import Engine, User, make_work
@@ -33,8 +34,10 @@ class ServerMachine(RuleBasedStateMachine):
         has_adapters=st.booleans(),
     )
     def start(self, token_budget, min_turn, stateful, has_adapters):
-        num_pages = NUM_PAGES + (sum(ADAPTERS.values()) if has_adapters else 0)
-        self.engine = Engine(num_pages, token_budget=token_budget, min_turn_tokens=min_turn, stateful=stateful)
+        num_pages = NUM_PAGES + (sum(ADAPTERS.values()) + ALIGNMENT_PAGES * len(ADAPTERS) if has_adapters else 0)
+        self.engine = Engine(
+            num_pages, token_budget=token_budget, min_turn_tokens=min_turn, stateful=stateful, own_bytes=4 * 1024
+        )
         self.stateful, self.has_adapters = stateful, has_adapters
         self.open_users = []
         self.counter = 0.0
@@ -50,7 +53,7 @@ class ServerMachine(RuleBasedStateMachine):
         values = {name: number + 1.0 for number, name in enumerate(ADAPTERS)}
         used = adapters[:rows] if self.has_adapters else []
         for name in filter(None, used):
-            self.engine.memory.adapters.add(name, {0: FakeDelta(values[name], ADAPTERS[name])}, ADAPTERS[name])
+            self.engine.memory.adapters.add(name, {0: FakeDelta(values[name], ADAPTERS[name])})
         user = User(self.engine, client, rows, blocks, [name and (name, values[name]) for name in used])
         self.open_users.append(user)
         return user
