@@ -1,8 +1,8 @@
 """The adapters of this server, as its handler and its sessions see them.
 
-    OpenSession ─► lease: pin ─► AdapterLoader.load ─► Executor.add_adapter ─► the session's work may run
-                                       └─ once a second: AdapterLoading ~~► client
-    service `adapter` ─► serve              AdapterStore ─ evicted ─► Executor.forget_adapter
+OpenSession ─► lease: pin ─► AdapterLoader.load ─► Executor.add_adapter ─► the session's work may run
+                                   └─ once a second: AdapterLoading ~~► client
+service `adapter` ─► serve              AdapterStore ─ evicted ─► Executor.forget_adapter
 """
 
 import asyncio
@@ -136,7 +136,5 @@ class AdapterLease:
 
 def _first(group: BaseExceptionGroup[SwarmError]) -> SwarmError:
     """One of the errors, the adapter's own before a peer's."""
-    errors: list[SwarmError] = []
-    for error in group.exceptions:
-        errors.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    errors = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in group.exceptions]
     return next((error for error in errors if isinstance(error, AdapterError)), errors[0])

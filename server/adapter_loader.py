@@ -4,9 +4,9 @@
                                                   └── AdapterPart ──► adapter_intake ──► AdapterStore
     other servers ──AdapterRequest──► serve ─► what is here of it
 
-One load per adapter, whoever waits for it, and as long as anybody does. Whole shards stay, so after a broken stream only
-the rest is asked for. A sender that sends other bytes than it should is left for the next; an adapter that is unfit is
-refused to all who wait for it, each in its own session. Sessions that don't use it notice nothing.
+One load per adapter, whoever waits for it, and as long as anybody does. Whole shards stay, so after a broken stream
+only the rest is asked for. A sender that sends other bytes than it should is left for the next; an adapter that is unfit
+is refused to all who wait for it, each in its own session. Sessions that don't use it notice nothing.
 """
 
 import asyncio
@@ -194,6 +194,8 @@ class AdapterLoader:
             await asyncio.shield(load.done)
         finally:
             load.wishes.remove(wish)
+            load.num_asked = 0
+            load.news.set()  # if it was this one's client that was asked, another's is
             if not load.wishes and load.task is not None:
                 load.task.cancel()
                 self._forget(digest, load)

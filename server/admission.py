@@ -27,7 +27,7 @@ HOLD_S = 16.0
 """So long pages are kept free for a session that needs more: then nobody will make room for it, it seems, and it would
 be refused in the end together with all who wait behind it."""
 MAX_ATTACHES = 2
-"""Adapters that are brought to the device before one batch, but for a session that has more: the others wait so long."""
+"""Adapters that come to the device before one batch, but for a session that has more: the others wait so long."""
 IDLE_S = 1.0
 """A session without work for so long gives up its pages before any other."""
 
@@ -68,9 +68,7 @@ def admit(
     return _Admission(memory, order, late, counters, budget, now).run()
 
 
-def _attachable(
-    memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters
-) -> Sequence[CachedSession]:
+def _attachable(memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters) -> Sequence[CachedSession]:
     """All but those for whom more adapters would have to be brought to the device than fit between two batches."""
     cold = {session: memory.adapters.to_attach(session) for session in ready if session.adapters}
     if sum(map(len, cold.values())) <= MAX_ATTACHES:

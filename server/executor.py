@@ -126,7 +126,7 @@ class Executor:
             batch_size: its rows.
             client: who is served with it, for fairness.
             listener: is told what becomes of its work, on the loop, until the session is closed.
-            adapters: of each row; where there are any, work waits for `release`.
+            adapters: of each row; where there are any, work waits for `adapters_ready`.
         """
         has_adapters = any(adapters)
         session = CachedSession(
@@ -151,7 +151,7 @@ class Executor:
         else:
             self._commands.put(lambda: self._submit(session, work))
 
-    def release(self, session: CachedSession) -> None:
+    def adapters_ready(self, session: CachedSession) -> None:
         """The adapters of a session have been added: its work may run."""
         works, session.held_back = session.held_back or [], None
         for work in works:

@@ -108,9 +108,7 @@ class Handler:
             base: what they must fit.
             limit_bytes: host memory for them.
         """
-        self.adapters = AdapterDesk(
-            self.executor, base, limit_bytes=limit_bytes, open_stream=self._open_adapter_stream
-        )
+        self.adapters = AdapterDesk(self.executor, base, limit_bytes=limit_bytes, open_stream=self._open_adapter_stream)
         return self.adapters
 
     async def close(self) -> None:

@@ -4,9 +4,9 @@
     hold(sessions) ─ they are about to run ──────────────────────┴► Attach(seat, deltas, pages)
     release(session) ─► idle: kept as long as nobody needs the pages ─ evicted ─► Detach(seat)
 
-An adapter is held by the sessions that are in the cache; one that moves to host memory lets go of it. What nobody holds
-is idle like a cached prefix: it counts as free, and the least recently used goes first, whole. The rows of an adapter
-need pages in a run; where the pool is in pieces, and for what does not lie in pages at all (vectors, prefixes), there is
+An adapter is held by the sessions that are in the cache; one that moves to host memory lets go of it. What nobody
+holds is idle like a cached prefix: it counts as free, and the least recently used goes first, whole. An adapter's pages
+must be in a run; where the pool is in pieces, and for what does not lie in pages at all (vectors, prefixes), there is
 some memory beside it. Pure; what is decided is executed by `server.host_pages.carry_out`.
 """
 

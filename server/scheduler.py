@@ -70,9 +70,7 @@ class Batch:
     @property
     def chunks(self) -> list[Chunk]:
         """What the span runs; the adapters of rows are known only once the moves have been carried out."""
-        return [
-            row.chunk if row.seat is None else replace(row.chunk, adapter=row.seat.handle) for row in self.rows
-        ]
+        return [row.chunk if row.seat is None else replace(row.chunk, adapter=row.seat.handle) for row in self.rows]
 
     @property
     def sessions(self) -> list[CachedSession]:
@@ -226,7 +224,7 @@ class Scheduler:
         return notices + [self._fail(session, error) for session in sessions if session.error is None]
 
     def drop_adapters(self, batch: Batch, failures: Mapping[str, SwarmError]) -> list[Notice]:
-        """These adapters could not be brought to the device: those who hold them fail, the rest of the batch may run."""
+        """These adapters could not be brought to the device: who holds them fails, the rest of the batch may run."""
         notices: list[Notice] = []
         for digest, error in failures.items():
             users = [it for it in self.memory.sessions if it.holds_adapters and digest in it.adapters]

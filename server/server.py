@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from swarm import __version__
+from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.errors import ConfigError, PeerError, SwarmError

@@ -162,7 +162,7 @@ class ServedSession:
         """Let work run once the session's adapters are here; until then it waits, and others go on."""
         if self._lease is not None:
             await self._lease.load()
-            self._executor.release(self._cached)
+            self._executor.adapters_ready(self._cached)
 
     # -- what comes in ------------------------------------------------------------------------------------------
 

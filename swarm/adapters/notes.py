@@ -2,8 +2,8 @@
 
     digest, rank, on the device? ─► AdapterNote ─► 5 bytes: digest's first 4, flag | rank / 8
 
-Four bytes are enough to be right but once in 10^8 times, and a wrong guess costs a question; nobody learns from them the
-digest, which is what one needs to ask for an adapter. They say what is there, not what is in use.
+Four bytes are enough to be right but once in 10^8 times, and a wrong guess costs a question. Nobody learns the digest
+from them, which is what one needs to ask for an adapter. They say what is there, not what is in use.
 """
 
 import struct
