@@ -7,14 +7,12 @@ A mixin of `swarm.client.generation.DistributedModel`; which adapter a row uses 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from swarm.checkpoint.source import Checkpoint
 from swarm.client.adapters import AdapterBook
 from swarm.client.row_adapters import ClientAdapter
 from swarm.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from swarm.checkpoint.source import Checkpoint
 
 DEFAULT_NAME = "default"
 
@@ -22,14 +20,14 @@ DEFAULT_NAME = "default"
 class AdapterMethods:
     """See the module; a class that has this is a transformers model with a checkpoint."""
 
-    checkpoint: "Checkpoint"
+    checkpoint: Checkpoint
 
     @property
     def adapters(self) -> AdapterBook:
         """All adapters of this model."""
         book = self.__dict__.get("swarm_adapters")
         if book is None:
-            book = self.__dict__["swarm_adapters"] = AdapterBook(_combine)
+            book = self.__dict__["swarm_adapters"] = AdapterBook(self._combine)
         return book  # type: ignore[no-any-return]
 
     def load_adapter(  # type: ignore[override,unused-ignore]
@@ -103,8 +101,8 @@ class AdapterMethods:
         """
         raise InvalidRequest("a distributed model has no blocks to add a fresh adapter to; use load_adapter")
 
+    def _combine(self, adapters: Sequence[ClientAdapter]) -> ClientAdapter:
+        from swarm.adapters.combine import combine
+        from swarm.checkpoint.layout import model_layout
 
-def _combine(adapters: Sequence[ClientAdapter]) -> ClientAdapter:
-    from swarm.adapters.combine import combine
-
-    return combine(adapters)
+        return combine(adapters, model_layout(self.checkpoint.config()))

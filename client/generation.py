@@ -274,6 +274,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
+def longest(model: DistributedModel) -> int:
+    """Tokens of the longest row, beside the virtual positions of the active adapters."""
+    return (max_positions(model) or 1 << 16) - _num_columns(model.adapters.rows(None, 1))
+
+
 def _num_columns(adapters: RowAdapters | None) -> int:
     return adapters.num_columns if adapters is not None else 0
 

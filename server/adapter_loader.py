@@ -5,8 +5,8 @@
     other servers ──AdapterRequest──► serve ─► what is here of it
 
 One load per adapter, whoever waits for it, and as long as anybody does. Whole shards stay, so after a broken stream
-only the rest is asked for. A sender that sends other bytes than it should is left for the next; an adapter that is unfit
-is refused to all who wait for it, each in its own session. Sessions that don't use it notice nothing.
+only the rest is asked for. A sender that sends other bytes than it should is left for the next; an adapter that is
+unfit is refused to all who wait for it, each in its own session. Sessions that don't use it notice nothing.
 """
 
 import asyncio
