@@ -5,8 +5,8 @@
 Two servers of 15 blocks each, fp32, one thread each; each session is a thread that generates greedily from a prompt of
 its own, all in one client process with one thread. Each answer is compared with the one that its prompt got alone. The
 floor is transformers' own generate with a batch of 16, one thread. No answer ends before its length, here and there.
-Everything is measured once a round, and ratios are those of one round, so that a machine whose speed changes from minute
-to minute does not decide them; medians over the rounds are reported.
+Everything is measured once a round, and ratios are those of one round, so that a machine whose speed changes from
+minute to minute does not decide them; medians over the rounds are reported.
 
 Then a prompt of 2,048 tokens arrives while 8 sessions decode: the 99th percentile of their time between tokens, from
 its arrival to its first token, against that before it came. Every arrival has a prompt that no server has seen.
