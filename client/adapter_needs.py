@@ -81,6 +81,8 @@ class AdapterNeeds:
         self.digests = tuple(adapter.digest for adapter in adapters.remote)
         self.of_row = adapters.adapter_of
         self._manifests = [adapter.manifest for adapter in adapters.remote]
+        self.num_bytes = sum(manifest.num_bytes for manifest in self._manifests)
+        """Of them all, over all blocks."""
         self._who_has = who_has
 
     def holders(self, hop: Hop) -> tuple[str, ...]:

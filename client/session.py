@@ -64,6 +64,9 @@ __all__ = ["HopTiming", "RemoteSession", "SessionConfig", "WaitingFor"]
 
 logger = logging.getLogger(__name__)
 
+LOADING_PARTS = 256
+"""So often, at most, a server that gets the session's adapters may say that there are more of them now."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingFor:
@@ -358,13 +361,13 @@ class RemoteSession:
     def _on_loading(self, hop: HopStream, message: AdapterLoading) -> None:
         """A server is getting the session's adapters; as long as more of them come, that is no trouble."""
         step, now = self._step, time.monotonic()
-        is_further, hop.loaded_bytes = message.num_bytes > hop.loaded_bytes, max(hop.loaded_bytes, message.num_bytes)
-        if step is None:
+        if step is None or self._adapters is None:
             return
         step.watch.asked(now)
         step.watch.advanced(now)
-        if is_further:
-            step.patience.advanced(now)
+        if message.num_bytes >= hop.loaded_bytes + max(1, self._adapters.num_bytes // LOADING_PARTS):
+            hop.loaded_bytes = message.num_bytes
+            step.patience.nears()
         else:
             step.patience.waits(now)
             self._end_if_over(step, hop, now)

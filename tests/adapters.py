@@ -11,7 +11,7 @@ from swarm.adapters.format import BlockShape, LinearShape, Manifest, encode_shar
 HIDDEN = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MadeAdapter:
     """What `swarm.adapters.peft.read_adapter` would give."""
 
