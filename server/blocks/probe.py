@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 
 from swarm.errors import UnsupportedModel
 from swarm.kernels.paged_attention import AttentionForm
-from swarm.server.blocks.quirks import Quirks
 from swarm.server.blocks.attention import attention_form
 from swarm.server.blocks.internals import PROBE, LayerCall, Ropes, SequenceState
+from swarm.server.blocks.quirks import Quirks
 
 _ROWS = 5
 

@@ -139,7 +139,7 @@ class Site:
         self.vectors: dict[int, Vectors] = {}
         """By adapter."""
         self.width = sum(member.shape.num_outputs for member in members)
-        self._forward = product.forward
+        self._forward: Callable[[Tensor], Tensor] = product.forward
         self._current = current
 
     @property
@@ -179,7 +179,7 @@ class Site:
         in the group don't."""
         if plan.inputs and len(self.members) == 1:
             return self._forward(plan.inputs[0].apply(x_TI))
-        y_TO: Tensor = self._forward(x_TI)
+        y_TO = self._forward(x_TI)
         for index, scale in plan.inputs.items():
             member = self.members[index]
             own_nO = self._forward(scale.part(x_TI)).narrow(1, member.column, member.shape.num_outputs)
@@ -219,7 +219,8 @@ def find_sites(layer: nn.Module, linears: Mapping[str, LinearShape], current: Cu
         column = 0
         if isinstance(module, GroupMember):
             group: LinearGroup = module.__dict__["group"]
-            module, column = group.linear, sum(group.sizes[: module.index])
+            index: int = module.__dict__["index"]
+            module, column = group.linear, sum(group.sizes[:index])
         products.setdefault(module, []).append(Member(path, column, shape))
     return [Site(module, sorted(members, key=lambda it: it.column), current) for module, members in products.items()]
 

@@ -22,13 +22,13 @@ from swarm.adapters.delta import BlockDelta
 from swarm.adapters.format import BlockShape
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
-from swarm.server.blocks.quirks import Quirks, quirks_of
 from swarm.server.blocks.adapters import AdaptableBlock, SpanAdapters
 from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.fusion import fuse
 from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceState, trace_calls
 from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
 from swarm.server.blocks.probe import BlockSpec, Prober
+from swarm.server.blocks.quirks import Quirks, quirks_of
 from swarm.server.blocks.sites import Current, Site, adaptable_linears, find_sites
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
 from swarm.server.packing import PackedLinear
