@@ -209,7 +209,7 @@ def _parse(data: bytes | bytearray | memoryview, info: ShardInfo) -> tuple[dict[
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         if len(header) > MAX_SHARD_TENSORS:
             raise InvalidRequest(f"{where}: {len(header)} tensors, limit {MAX_SHARD_TENSORS}")
-        found = safetensors.deserialize(bytes(data))  # type: ignore[no-untyped-call]
+        found = safetensors.deserialize(bytes(data))
     except (msgspec.MsgspecError, safetensors.SafetensorError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"{where}: not a safetensors file: {error}") from error
     tensors = {name: _tensor(name, entry, where) for name, entry in found}
@@ -263,7 +263,7 @@ def _linear(
         raise InvalidRequest(f"{where}: {path} has a magnitude, which goes with lora_A and without output_scale")
     tensors = {LINEAR_TENSORS[name]: tensor for name, tensor in named.items()}
     scale = _scale(path, metadata, where) if rank else 1.0
-    return LinearDelta(scale=scale, **tensors)
+    return LinearDelta(scale=scale, **tensors)  # type: ignore[arg-type]
 
 
 def _scale(path: str, metadata: Mapping[str, str], where: str) -> float:
