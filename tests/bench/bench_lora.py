@@ -64,9 +64,8 @@ def main() -> None:
         peft = Peft(args.rows, args.context)
         runs["PEFT none"] = lambda: peft.step(["__base__"] * args.rows)
         for case in WITH_PEFT:
-            runs[f"PEFT {case}"] = lambda count=len(CASES[case]): peft.step(
-                [f"a{row * count // args.rows}" for row in range(args.rows)]
-            )
+            names = [f"a{row * len(CASES[case]) // args.rows}" for row in range(args.rows)]
+            runs[f"PEFT {case}"] = lambda names=names: peft.step(names)
     report(measure(runs, args.rounds), args)
 
 

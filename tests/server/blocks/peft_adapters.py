@@ -60,9 +60,18 @@ def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object
 
 
 @torch.no_grad()
-def run_peft(family: Family, directory: Path | None, length: int, *, seed: int) -> Case:
-    """A prompt through the family's model with an adapter of PEFT's."""
+def run_peft(
+    family: Family,
+    directory: Path | None,
+    length: int,
+    *,
+    seed: int,
+    edit: Callable[[PreTrainedModel], object] | None = None,
+) -> Case:
+    """A prompt through the family's model, perhaps edited, with an adapter of PEFT's."""
     model: Any = family.model()
+    if edit is not None:
+        edit(model)
     blocks, _ = split_model(model)
     ids = torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
     seen: dict[str, Tensor] = {}
