@@ -1,6 +1,6 @@
 """Adapters of a span: attaching and detaching them, and making the rows of a step use them.
 
-    attach: {block: BlockDelta} --checked against the blocks--> rank rows into pools, vectors to sites, prefixes to attention
+    attach: {block: BlockDelta} --checked--> rank rows into pools, vectors to sites, prefixes to attention
     step:   chunks --adapter of each row, kept for later steps--> sites installed, or removed if no row has an adapter
 
 Each row of a step has an adapter of its own or none. A step without adapters runs through the blocks as if there were
@@ -174,7 +174,7 @@ class SpanAdapters:
         changed = hidden_1TH.clone()
         for it in virtual:
             if (prompt_PH := prompts.get(it.adapter)) is not None:
-                changed[0, it.row : it.row + it.count] += prompt_PH[it.position : it.position + it.count]
+                changed[0, it.row : it.row + it.num_rows] += prompt_PH[it.position : it.position + it.num_rows]
         return changed
 
     def _virtual_rows(self, chunks: Sequence[Chunk]) -> list[VirtualRows]:

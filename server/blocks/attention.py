@@ -127,8 +127,8 @@ class LayerAttention:
         for it in self._step.virtual:
             if (prefix := self.prefixes.get(it.adapter)) is not None:
                 for rows, prefix_PKW in zip((k_KTD, v_KTE), prefix, strict=True):
-                    own = prefix_PKW[it.position : it.position + it.count]
-                    rows[:, it.row : it.row + it.count] = own.transpose(0, 1)
+                    own = prefix_PKW[it.position : it.position + it.num_rows]
+                    rows[:, it.row : it.row + it.num_rows] = own.transpose(0, 1)
         return k_KTD, v_KTE
 
     def _query_scale(self, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ class Item(NamedTuple):
     """Rank rows that belong together: an A or a B of one linear."""
 
     width: int
-    count: int
+    num_rows: int
 
 
 class Placement(NamedTuple):
@@ -50,7 +50,7 @@ def place(items: Sequence[Item], free: Sequence[Segment]) -> Placement | None:
     """
     left = sorted(segment for segment in free if segment[0] < segment[1])
     rows: list[Sequence[int]] = [()] * len(items)
-    for index in sorted(range(len(items)), key=lambda i: -items[i].width * items[i].count):
+    for index in sorted(range(len(items)), key=lambda i: -items[i].width * items[i].num_rows):
         found = _place_one(items[index], left)
         if found is None:
             return None
@@ -92,7 +92,7 @@ def pages_missing(items: Sequence[Item], strips: Sequence[Strip], pages: Sequenc
     """
     if not items or place(items, page_segments(pages, strips)) is not None:
         return 0
-    total = sum(item.width * item.count for item in items)
+    total = sum(item.width * item.num_rows for item in items)
     have = len(pages) * sum(strip.page_elements for strip in strips)
     next_page = pages[-1] + 1 if pages else 1
     low = max(1, -(-(total - have) // sum(strip.page_elements for strip in strips)))

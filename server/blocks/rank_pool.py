@@ -1,11 +1,11 @@
-"""Rank rows of adapters in blocks that are laid out alike: where they lie, and the targets through which kernels see them.
+"""Rank rows of adapters in blocks that are laid out alike: where they lie, and how kernels are shown them.
 
-    attach: A, B of each linear --place (rank_pages)--> row numbers, the same in all blocks --copied--> flat buffer per block
+    attach: A, B of each linear --place (rank_pages)--> row numbers, the same in all blocks --> a flat buffer per block
     run:    LoraTarget(buffer as rows of in, buffer as rows of out, ranks of all adapters)
 
 `PagedPool` writes into pages of the blocks' KV pools ("unified paging": adapters and keys and values trade memory);
-`OwnPool` into memory of its own that grows, for blocks without such pools. A mapping of ranks is shared by all blocks of
-a pool, so that a step derives what it needs once and not per block. So an adapter's rank in a linear is the largest
+`OwnPool` into memory of its own that grows, for blocks without such pools. A mapping of ranks is shared by all blocks
+of a pool, so that a step derives what it needs once and not per block. So an adapter's rank in a linear is the largest
 that it has in any of the blocks; where it has less there are rows of zeros, which add nothing.
 
 It does not know sessions, budgets or who owns pages.
@@ -86,7 +86,7 @@ class RankPool:
 
     def num_elements(self, blocks: Sequence[Linears]) -> int:
         """Numbers that an adapter takes in all blocks of the pool."""
-        return len(self._buffers) * sum(item.width * item.count for item in self._items(_wanted(blocks)))
+        return len(self._buffers) * sum(item.width * item.num_rows for item in self._items(_wanted(blocks)))
 
     def _set_buffers(self, buffers: Sequence[Tensor]) -> None:
         self._buffers = tuple(buffers)
@@ -181,7 +181,7 @@ class OwnPool(RankPool):
         size = old_size = self._buffers[0].numel()
         placement = place(items, self._free)
         while placement is None:
-            size += max(size, sum(item.width * item.count for item in items))
+            size += max(size, sum(item.width * item.num_rows for item in items))
             placement = place(items, merged([*self._free, (old_size, size)]))
         if size > old_size:
             grown = [buffer.new_empty(size) for buffer in self._buffers]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swarm.adapters.format import LinearShape
+from swarm.checkpoint.layout import is_expert
 from swarm.kernels.lora import LoraBatch, LoraTarget, add_lora
 from swarm.server.blocks.fusion import GroupMember, LinearGroup
 from swarm.server.quantization import weight_of
@@ -51,7 +52,7 @@ def adaptable_linears(layer: nn.Module, run: Callable[[slice], Tensor]) -> dict[
         whole = {name: tensor for name, tensor in whole.items() if _begins_with(tensor, part.get(name), rows)}
     for hook in hooks:
         hook.remove()
-    return {name: _shape(linears[name]) for name in linears if name in whole and not _is_expert(name)}
+    return {name: _shape(linears[name]) for name in linears if name in whole and not is_expert(name)}
 
 
 def _flat(seen: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
@@ -64,11 +65,6 @@ def _begins_with(whole: Tensor, part: Tensor | None, rows: int) -> bool:
         return False
     tolerance = (1e-4 if whole.dtype == torch.float32 else 5e-2) * (1e-6 + whole.abs().max())
     return bool((whole[:rows] - part).abs().max() <= tolerance)
-
-
-def _is_expert(path: str) -> bool:
-    """Whether a linear is one of many alike: which rows it gets is a matter of routing, whatever the probe saw."""
-    return "experts" in path.split(".")[:-1] and any(part.isdigit() for part in path.split("."))
 
 
 def _shape(linear: nn.Module) -> LinearShape:
@@ -139,7 +135,7 @@ class Site:
         self.vectors: dict[int, Vectors] = {}
         """By adapter."""
         self.width = sum(member.shape.num_outputs for member in members)
-        self._forward = product.forward
+        self._forward: Callable[[Tensor], Tensor] = product.forward
         self._current = current
 
     @property
@@ -179,7 +175,7 @@ class Site:
         in the group don't."""
         if plan.inputs and len(self.members) == 1:
             return self._forward(plan.inputs[0].apply(x_TI))
-        y_TO: Tensor = self._forward(x_TI)
+        y_TO = self._forward(x_TI)
         for index, scale in plan.inputs.items():
             member = self.members[index]
             own_nO = self._forward(scale.part(x_TI)).narrow(1, member.column, member.shape.num_outputs)
@@ -219,7 +215,8 @@ def find_sites(layer: nn.Module, linears: Mapping[str, LinearShape], current: Cu
         column = 0
         if isinstance(module, GroupMember):
             group: LinearGroup = module.__dict__["group"]
-            module, column = group.linear, sum(group.sizes[: module.index])
+            index: int = module.__dict__["index"]
+            module, column = group.linear, sum(group.sizes[:index])
         products.setdefault(module, []).append(Member(path, column, shape))
     return [Site(module, sorted(members, key=lambda it: it.column), current) for module, members in products.items()]
 

@@ -58,7 +58,7 @@ class VirtualRows(NamedTuple):
     """The first one."""
     position: int
     """Of the first one."""
-    count: int
+    num_rows: int
     adapter: int
 
 
