@@ -28,7 +28,7 @@ class AdapterMethods:
         book = self.__dict__.get("swarm_adapters")
         if book is None:
             book = self.__dict__["swarm_adapters"] = AdapterBook(self._combine)
-        return book  # type: ignore[no-any-return]
+        return book
 
     def load_adapter(  # type: ignore[override,unused-ignore]
         self,

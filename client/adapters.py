@@ -101,5 +101,14 @@ class AdapterBook:
         copies = num_rows // len(choice)
         return RowAdapters.of([adapter for adapter in map(self._named, choice) for _ in range(copies)])
 
+    def check(self, choice: Choice) -> None:
+        """Whether all that is named is there.
+
+        Raises:
+            InvalidRequest: something is not.
+        """
+        for name in [choice] if isinstance(choice, str) else choice or ():
+            self._named(name)
+
     def _named(self, name: str | None) -> ClientAdapter | None:
         return None if name is None or name == BASE else self[name]

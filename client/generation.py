@@ -93,6 +93,7 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
             InvalidRequest: for arguments that the model or the session cannot serve.
             RouteNotFound, PeerError: when the swarm fails for longer than its patience.
         """
+        self.adapters.check(adapter_name)
         if session is not None:
             if kwargs.get("past_key_values") is not None:
                 raise InvalidRequest("pass either session or past_key_values, not both")

@@ -46,7 +46,7 @@ def with_virtual(
     mask = _mask(result.get("attention_mask"), adapters, length + num_tokens, model.device)
     result["attention_mask"] = mask
     if is_first:
-        embeds = result.pop("inputs_embeds", None) if ids is None else model.get_input_embeddings()(ids)  # type: ignore[no-untyped-call]
+        embeds = result.pop("inputs_embeds", None) if ids is None else model.get_input_embeddings()(ids)
         result["input_ids"] = None
         result["inputs_embeds"] = torch.cat([_embeddings(adapters, embeds), embeds], dim=1)
         if (labels := result.get("labels")) is not None:

@@ -296,7 +296,7 @@ def _linear(
         raise InvalidRequest(f"{where}: {path} has a magnitude, which goes with lora_A and without output_scale")
     tensors = {LINEAR_TENSORS[name]: tensor for name, tensor in named.items()}
     scale = _scale(path, metadata, where) if rank else 1.0
-    return LinearDelta(scale=scale, **tensors)  # type: ignore[arg-type]
+    return LinearDelta(scale=scale, **tensors)
 
 
 def _scale(path: str, metadata: Mapping[str, str], where: str) -> float:
