@@ -7,7 +7,8 @@
 An adapter is held by the sessions that are in the cache; one that moves to host memory lets go of it. What nobody
 holds is idle like a cached prefix: it counts as free, and the least recently used goes first, whole. An adapter's pages
 must be in a run; where the pool is in pieces, pages of sequences move out of the way. For what does not lie in pages
-(vectors, prefixes), and where adapters stand in each other's way, there is some memory beside the pool. Pure; what is decided is executed by `server.host_pages.carry_out`.
+(vectors, prefixes), and where adapters stand in each other's way, there is some memory beside the pool. Pure; what is
+decided is executed by `server.host_pages.carry_out`.
 """
 
 from collections import Counter

@@ -3,10 +3,10 @@
     python tests/bench/bench_lora_many.py [--requests 150] [--rounds 2] [--threads 1] [--no-swarm]
 
 Saturated: S-LoRA's trace (Sheng et al., MLSys 2024; benchmarks/trace.py of its artifact), drawn anew: of n adapters
-number i is asked with probability ((i+1)/n)^alpha - (i/n)^alpha, gaps are Gamma of shape 1/cv^2, lengths uniform, shorter
-than theirs since this is a CPU. All 30 blocks of the embedded model in one device thread, its own scheduler, pages and
-adapters, at most 32 requests at once; LoRA of rank 8 on q, k, v, o, in the host memory of the server from the start. The
-pages have room for 32 adapters beside the keys and values. n = 5, 100, 1000 in turn, and no adapters for comparison.
+number i is asked with probability ((i+1)/n)^alpha - (i/n)^alpha, gaps are Gamma of shape 1/cv^2, lengths uniform, and
+shorter than theirs since this is a CPU. All 30 blocks of the embedded model in one device thread, its own scheduler,
+pages and adapters, at most 32 requests at once; LoRA of rank 8 on q, k, v, o, in the host memory of the server from the
+start. The pages have room for 32 adapters beside the keys and values. n = 5, 100, 1000 in turn, and no adapters.
 
 Alone: time to the first token of a prompt of 128 tokens, one request at a time, with the adapter on the device or not.
 

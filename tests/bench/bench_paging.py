@@ -6,9 +6,9 @@ The trace begins with long prompts for few adapters, drifts to short prompts for
 Poisson. Scheduler, admission, pages, residency and moves to host memory are the server's own; only the blocks are
 missing, whose time is made up. An adapter takes as many pages as one of rank 16 on all linears of the embedded model.
 
-A fixed split gives adapters a pool of their own (what engines with adapter slots do); several are tried. Served: answered
-in full within the time, the first token within 6 s (S-LoRA's bound); refused and late ones are not. Every run ends with
-no page in use.
+A fixed split gives adapters a pool of their own (what engines with adapter slots do); several are tried. Served:
+answered in full, the first token within 6 s (S-LoRA's bound); refused and late ones are not. Every run ends with no
+page in use.
 """
 
 import argparse

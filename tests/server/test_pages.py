@@ -264,7 +264,7 @@ def test_a_run_is_found_wherever_there_is_one(states, count):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=24), st.integers(1, 6))
 def test_pages_in_use_make_room_for_a_run(states, count):
-    """Blank, idle, in use, fixed: what was in use is in other pages, with its owners and keepers; as few as can be move."""
+    """What was in use is in other pages, with its owners and keepers; as few as can be move, and none that is fixed."""
 
     class Keeps:
         def evicted(self, page):
