@@ -63,7 +63,7 @@ class PeftFiles:
         if path.stat().st_size > MAX_ADAPTER_BYTES:
             raise AdapterError(f"{path} has {path.stat().st_size} bytes, limit {MAX_ADAPTER_BYTES}")
         try:
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
             keys = list(file.keys())
             slices = {key: file.get_slice(key) for key in keys[: MAX_TENSORS + 1]}
         except (safetensors.SafetensorError, OSError, ValueError) as error:
