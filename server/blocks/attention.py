@@ -3,6 +3,8 @@
 transformers layer --q, k, v of the new rows--> internals.attend --> LayerAttention --> kernels.paged_attention
                                                                          |
                                                           k_pool, v_pool (all pages of this block), Step
+
+Rows of whole sequences that are trained on (`Step.whole`) are attended to without the cache, with gradients.
 """
 
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from swarm.errors import UnsupportedModel
 from swarm.kernels.paged_attention import AttentionForm, paged_attention, write_kv
+from swarm.kernels.ragged_attention import ragged_attention
 from swarm.server.blocks.step import Step
 from swarm.server.pages import PAGE_SIZE
 
@@ -83,17 +86,29 @@ class LayerAttention:
         Returns:
             [1, T, H, E].
         """
-        batch = self._step.batch
         if self._temperature is not None:
             query = query * self._query_scale(query.dtype)
+        if self._step.whole is not None:
+            return self._attend_whole(query[0], key[0].transpose(0, 1), value[0].transpose(0, 1))[None]
+        batch = self._step.batch
         write_kv(key[0], value[0], self.k_pool, self.v_pool, batch)
         return paged_attention(query[0], self.k_pool, self.v_pool, batch, self.form)[None]
 
     def attend_rows(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
         """The same for rows as they come out of a projection -> [T, H, E]."""
+        if self._step.whole is not None:
+            return self._attend_whole(q_THD.transpose(0, 1), k_TKD, v_TKE)
         batch = self._step.batch
         write_kv(k_TKD.transpose(0, 1), v_TKE.transpose(0, 1), self.k_pool, self.v_pool, batch)
         return paged_attention(q_THD.transpose(0, 1), self.k_pool, self.v_pool, batch, self.form)
+
+    def _attend_whole(self, q_HTD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
+        """Rows of whole sequences: nothing is cached -> [T, H, E]."""
+        whole = self._step.whole
+        assert whole is not None
+        if whole.prefix is not None:
+            k_TKD, v_TKE = whole.prefix.put(k_TKD, v_TKE)
+        return ragged_attention(q_HTD, k_TKD.transpose(0, 1), v_TKE.transpose(0, 1), whole.batch, self.form)
 
     def _query_scale(self, dtype: torch.dtype) -> Tensor:
         assert self._temperature is not None

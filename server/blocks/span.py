@@ -26,6 +26,8 @@ from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceSt
 from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
 from swarm.server.blocks.probe import BlockSpec, Prober
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
+from swarm.server.blocks.training_pass import Part, TrainingPass, check_part
+from swarm.server.host_pages import HostBudget
 from swarm.server.packing import PackedLinear
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.quantization import Int8Linear, quantize
@@ -202,6 +204,25 @@ class BlockSpan:
         for state in states:
             state.move_to(self.device)
 
+    def training_pass(self, blocks: BlockRange, parts: Sequence[Part], budget: HostBudget) -> TrainingPass:
+        """Whole sequences, to be run through `blocks` with gradients; nothing of them is cached.
+
+        Args:
+            blocks: of this span.
+            parts: sequences of one tenant each.
+            budget: of memory for what is kept for the way back.
+
+        Raises:
+            InvalidRequest: a part has a wrong shape, or lengths or a delta that don't fit.
+        """
+        if not self.blocks.covers(blocks):
+            raise InvalidRequest(f"blocks {blocks} are outside this span, {self.blocks}")
+        for part in parts:
+            check_part(part, self.hidden_size)
+        first = self.blocks.start
+        return TrainingPass(self._loaded[blocks.start - first : blocks.end - first], parts, step=self._step,
+                            ropes=self._ropes, device=self.device, dtype=self.dtype, budget=budget)  # fmt: skip
+
     def _attentions(self, blocks: BlockRange) -> list[LayerAttention]:
         first = self.blocks.start
         loaded = self._loaded[blocks.start - first : blocks.end - first]
@@ -248,7 +269,7 @@ class BlockSpan:
                 continue
             given = arguments.get(id(block.call))
             if given is None:
-                given = arguments[id(block.call)] = _arguments(block.call, ropes, step.positions_1T)
+                given = arguments[id(block.call)] = block.call.arguments(ropes, step.positions_1T)
             hidden_1TH = block.run(hidden_1TH, given)
         return hidden_1TH[0]
 
@@ -267,7 +288,7 @@ class BlockSpan:
         self._step.set([chunk], self.device)
         positions_1n = self._step.positions_1T
         ropes = self._ropes.compute(hidden_1nH, positions_1n, [chunk.num_tokens])
-        given = _arguments(block.call, ropes, positions_1n)
+        given = block.call.arguments(ropes, positions_1n)
         assert block.call.cache_argument is not None
         chunk.state.position = chunk.position
         given[block.call.cache_argument] = chunk.state
@@ -306,15 +327,6 @@ def _prepare(
         attention = LayerAttention(spec.attention.form, spec.attention.kv_shape, temperature, step)
         spec.attention.module.__dict__["swarm_attention"] = attention
     return Block(index=index, layer=layer, call=call, spec=spec, attention=attention)
-
-
-def _arguments(call: LayerCall, ropes: list[Any], positions_1T: Tensor) -> dict[str, Any]:
-    given = dict(call.constants)
-    if call.rope is not None:
-        given["position_embeddings"] = ropes[call.rope]
-    if call.takes_positions:
-        given["position_ids"] = positions_1T
-    return given
 
 
 def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | None, dtype: torch.dtype) -> int:
