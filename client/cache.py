@@ -16,7 +16,9 @@ from typing import Any, Protocol, Self
 import torch
 from transformers import Cache
 
+from swarm.client.autograd import BlockTraining
 from swarm.errors import InvalidRequest
+from swarm.types import BlockRange
 
 
 class BlockSession(Protocol):
@@ -65,6 +67,10 @@ class BlockService(Protocol):
 
     def open_session(self, *, batch_size: int, max_length: int) -> BlockSession:
         """A new session of `batch_size` rows of at most `max_length` tokens."""
+        ...
+
+    def open_training(self, blocks: BlockRange) -> BlockTraining:
+        """A new training run through some of the blocks."""
         ...
 
     def close(self) -> None:

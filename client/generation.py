@@ -17,8 +17,9 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.cache import BlockService, RemoteCache
-from swarm.client.remote_blocks import Pass, model_pass
+from swarm.client.remote_blocks import BlockSlice, Pass, RemoteBlocks, model_pass
 from swarm.errors import InvalidRequest, SwarmError
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,12 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
     checkpoint: Checkpoint
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
+
+    @property
+    def blocks(self) -> BlockSlice:
+        """The remote blocks: `model.blocks[4:12](hidden_states)` runs some of them, with gradients where wanted."""
+        remote = next(module for module in self.modules() if isinstance(module, RemoteBlocks))
+        return BlockSlice(remote, BlockRange(0, self.block_service.num_blocks))
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> RemoteCache:
         """Open a session that outlives a call of `generate`, so that the next call sends only new tokens.

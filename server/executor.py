@@ -27,6 +27,7 @@ from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.prefix_cache import PrefixCache
 from swarm.server.scheduler import TOKEN_BUDGET, Batch, Failed, Notice, Scheduler, Waits
 from swarm.server.sequences import CachedSequence, CachedSession
+from swarm.server.trainer import KEPT_BYTES, Trainer
 from swarm.server.work import Produced, SessionListener, Work
 from swarm.types import BlockRange
 
@@ -44,6 +45,7 @@ class Executor:
         loop: the event loop on which listeners are called.
         token_budget: most tokens in one batch.
         host_bytes: memory for sessions that were swapped out.
+        kept_bytes: memory for what training keeps between forward and backward.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Executor:
         *,
         token_budget: int = TOKEN_BUDGET,
         host_bytes: int = HOST_BYTES,
+        kept_bytes: int = KEPT_BYTES,
     ):
         self.span = span
         self._loop = loop
@@ -62,6 +65,8 @@ class Executor:
             self._allocator, page_bytes=span.page_bytes, host=HostBudget(host_bytes), prefixes=self._prefixes
         )
         self._scheduler = Scheduler(memory, token_budget=token_budget)
+        self.trainer = Trainer(span, loop.call_soon_threadsafe, kept_bytes=kept_bytes)
+        """Training beside the sessions; only functions given to `train` may call it."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -133,6 +138,10 @@ class Executor:
         self._sessions.discard(session)
         self._commands.put(lambda: self._scheduler.close(session, time.monotonic()))
 
+    def train(self, command: Callable[[Trainer], None]) -> None:
+        """Let the device thread call this with the trainer."""
+        self._commands.put(lambda: command(self.trainer))
+
     async def pages_in_use(self) -> int:
         """Pages held by sessions, after all commands given so far."""
         future: asyncio.Future[int] = self._loop.create_future()
@@ -179,6 +188,9 @@ class Executor:
                 self._notify(batch.notices)
                 if batch.rows or batch.moves:
                     self._notify(self._run(batch))
+                    self.trainer.inference_at = time.monotonic()
+                if self.trainer.wait_s(time.monotonic()) == 0:
+                    self.trainer.advance()
         except Exception:  # the outermost loop of this thread
             logger.exception("the device thread failed")
             self._loop.call_soon_threadsafe(self._die)
@@ -207,10 +219,10 @@ class Executor:
 
     def _read_commands(self) -> bool:
         """Carry out what the loop asked for; where there is nothing to run, wait for that."""
-        timeout_s = None
-        block = not self._scheduler.can_progress
-        if block and (deadline := self._scheduler.next_deadline()) < inf:
-            timeout_s = max(0.0, deadline - time.monotonic())
+        now = time.monotonic()
+        until = min(self._scheduler.next_deadline(), now + self.trainer.wait_s(now))
+        timeout_s = max(0.0, until - now) if until < inf else None
+        block = not self._scheduler.can_progress and timeout_s != 0
         while True:
             try:
                 command = self._commands.get(block, timeout_s)

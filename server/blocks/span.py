@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from swarm.adapters.format import BlockShape
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
 from swarm.server.blocks.adapters import Adapter, adapter_for
@@ -203,6 +204,18 @@ class BlockSpan:
         """Move recurrent states back to the device."""
         for state in states:
             state.move_to(self.device)
+
+    def shape(self, block: int) -> BlockShape:
+        """What adapters may change in a block.
+
+        Raises:
+            InvalidRequest: it is not in the span.
+        """
+        if block not in self.blocks:
+            raise InvalidRequest(f"block {block} is outside this span, {self.blocks}")
+        attention = self._loaded[block - self.blocks.start].attention
+        kv_shape = attention.kv_shape if attention is not None else None
+        return BlockShape(hidden_size=self.hidden_size, linears={}, kv_shape=kv_shape)
 
     def training_pass(self, blocks: BlockRange, parts: Sequence[Part], budget: HostBudget) -> TrainingPass:
         """Whole sequences, to be run through `blocks` with gradients; nothing of them is cached.

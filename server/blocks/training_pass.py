@@ -219,7 +219,7 @@ class TrainingPass:
         block = self._blocks[index]
         kept = self._kept.get(index)
         leaf = kept.input if kept is not None else hidden.detach().requires_grad_()
-        deltas = [_as_leaves(part.deltas.get(block.index)) for part in self.parts]
+        deltas = [_as_leaves(part.deltas.get(block.index), self._device) for part in self.parts]
         saved = _SavedBytes()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             if block.spec.stateful:
@@ -305,19 +305,21 @@ def _prefix(changed: Sequence[tuple[Tensor, BlockDelta]]) -> Prefix | None:
     return Prefix(torch.cat(rows), torch.cat(keys), torch.cat(values)) if rows else None
 
 
-def _as_leaves(delta: BlockDelta | None) -> BlockDelta | None:
+def _as_leaves(delta: BlockDelta | None, device: torch.device) -> BlockDelta | None:
     """The same tensors, in the same order, as leaves of a graph of their own."""
     if delta is None:
         return None
     return BlockDelta(
-        linears={path: replace(it, **_leaves(it, LINEAR_TENSORS.values())) for path, it in delta.linears.items()},
-        **_leaves(delta, ("prefix_k_PKD", "prefix_v_PKE", "prompt_PH")),
+        linears={
+            path: replace(it, **_leaves(it, LINEAR_TENSORS.values(), device)) for path, it in delta.linears.items()
+        },
+        **_leaves(delta, ("prefix_k_PKD", "prefix_v_PKE", "prompt_PH"), device),
     )
 
 
-def _leaves(holder: object, attributes: Iterable[str]) -> dict[str, Any]:
+def _leaves(holder: object, attributes: Iterable[str], device: torch.device) -> dict[str, Any]:
     tensors = {attribute: getattr(holder, attribute) for attribute in attributes}
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
+    return {name: it.detach().to(device).requires_grad_() for name, it in tensors.items() if it is not None}
 
 
 class _SavedBytes:

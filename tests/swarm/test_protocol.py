@@ -23,6 +23,7 @@ from swarm.protocol import (
     LinkFault,
     Message,
     OpenSession,
+    OpenTraining,
     Probe,
     ProbeResult,
     PushAccepted,
@@ -31,6 +32,14 @@ from swarm.protocol import (
     Step,
     StepResult,
     TensorSpec,
+    TrainBackward,
+    TrainForget,
+    TrainForward,
+    TrainGradients,
+    TrainingOpened,
+    TrainLost,
+    TrainOutputs,
+    TrainParameters,
     Waiting,
     decode,
     encode,
@@ -89,6 +98,17 @@ MESSAGES: list[Message] = [
     Waiting(step_id=7, expected_s=1.5),
     Probe(nonce=9),
     ProbeResult(nonce=9, step_id=-1, received=(5, 0), produced=(0, 0), is_waiting=False),
+    OpenTraining(model="a" * 64, start=0, end=4),
+    TrainingOpened(max_tokens=8192, good_tokens=128),
+    TrainParameters(version=3, digest="a" * 64, manifest_bytes=200),
+    TrainForward(
+        micro_batch=5, version=-1, num_tokens=(2, 1), keep=True, hidden_states=TensorSpec(DType.FLOAT32, (3, 576))
+    ),
+    TrainOutputs(micro_batch=5, is_kept=True, hidden_states=TensorSpec(DType.FLOAT32, (3, 576))),
+    TrainBackward(micro_batch=5, gradients=TensorSpec(DType.FLOAT32, (3, 576))),
+    TrainGradients(micro_batch=5, gradients=TensorSpec(DType.FLOAT32, (3, 576)), num_parameters=4096),
+    TrainLost(micro_batch=5),
+    TrainForget(micro_batches=(4, 5), versions=(2,)),
 ]
 by_name = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 
