@@ -219,7 +219,7 @@ class RemoteTraining:
         """Go on until this is true, over as many chains as it takes."""
         patience = Patience(self._config.max_wait_s)
         self._heard_at = time.monotonic()
-        num_heard = -1
+        num_done = self.pipeline.num_done
         while not done():
             if self._is_closed:
                 raise InvalidRequest("the training run was closed")
@@ -237,8 +237,8 @@ class RemoteTraining:
             self._pump()
             self._changed.clear()
             await self._wait(done)
-            if self.bytes_received != num_heard:
-                num_heard = self.bytes_received
+            if self.pipeline.num_done > num_done:
+                num_done = self.pipeline.num_done
                 patience.progressed()
 
     async def _wait(self, done: Callable[[], bool]) -> None:

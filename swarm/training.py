@@ -88,6 +88,8 @@ class Pipeline:
     def __init__(self) -> None:
         self.num_hops = 0
         """Of the chain; 0 while there is none."""
+        self.num_done = 0
+        """Outputs and gradients that have come and counted: this is progress, and nothing else is."""
         self.num_restarts = 0
         """Times that a micro-batch had to go forth again."""
         self._next_number = 0
@@ -172,6 +174,7 @@ class Pipeline:
             return True
         if micro.outputs is None:
             micro.outputs = outputs
+            self.num_done += 1
         if micro.is_kept:
             micro.state = State.HELD
             if micro.output_gradients is not None:
@@ -200,6 +203,7 @@ class Pipeline:
             self._actions.append(Backward(hop - 1, micro, input_gradients))
         else:
             micro.input_gradients = input_gradients
+            self.num_done += 1
             self._rest(micro)
 
     def lost_one(self, hop: int, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Training through real servers: the gradients of local autograd, whatever is lost on the way."""
+"""Training through real servers: the gradients of local autograd, beside other tenants and inference."""
 
 import asyncio
 import threading
@@ -10,11 +10,8 @@ from swarm.checkpoint.source import resolve
 from swarm.client.model import distribute
 from swarm.errors import InvalidRequest, PeerError
 from swarm.protocol import TRAIN_SERVICE, DType, OpenTraining, TensorSpec, TrainBackward, TrainForward, TrainOutputs
-from swarm.server.host_pages import HostBudget
-from tests.integration.conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing
-
-COUNT = 4
-"""Tokens of a deep prompt."""
+from tests.integration.conftest import HIDDEN, LocalSwarm, closing
+from tests.integration.training_job import assert_near, local_gradients, make_batch, remote_gradients, training_of
 
 
 @pytest.fixture
@@ -22,82 +19,6 @@ def trainer(swarm: LocalSwarm):
     """A distributed model over the swarm."""
     with closing(swarm.connect()) as service:
         yield distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
-
-
-def make_batch(rows=6, columns=40, seed=0):
-    """Rows of different lengths, padded on the right; enough tokens for several micro-batches."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 120, (rows, columns), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, columns - 3 * row :] = 0
-    mask[0] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def make_prompts():
-    return torch.randn(NUM_BLOCKS, COUNT, HIDDEN, generator=torch.Generator().manual_seed(1)) / 4
-
-
-def local_loss(model, batch, prompts):
-    """The loss with prompts at every block, by plain transformers."""
-
-    def enter(index):
-        def add(_, args, kwargs):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            hidden = torch.cat([hidden[:, :COUNT] + prompts[index], hidden[:, COUNT:]], 1)
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-        return add
-
-    hooks = [
-        layer.register_forward_pre_hook(enter(index), with_kwargs=True)
-        for index, layer in enumerate(model.model.layers)
-    ]
-    try:
-        return model(**batch).loss
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def remote_loss(model, batch, prompts):
-    """The same, with the blocks elsewhere and the rest here."""
-    hidden = model.get_input_embeddings()(batch["input_ids"])
-    hidden = model.blocks(hidden, attention_mask=batch["attention_mask"], prompts=prompts)
-    logits = model.lm_head(model.model.norm(hidden))
-    return model.loss_function(logits, batch["labels"], vocab_size=model.config.vocab_size)
-
-
-def local_gradients(local_model, batch):
-    """Loss, gradients of the embeddings, gradients of the prompts."""
-    local_model.requires_grad_(False)
-    prompts, weight = make_prompts().requires_grad_(), local_model.get_input_embeddings().weight
-    weight.requires_grad_()
-    loss = local_loss(local_model, batch, prompts)
-    found = torch.autograd.grad(loss, [weight, prompts])
-    local_model.requires_grad_(False)
-    return [loss.detach(), *found]
-
-
-def remote_gradients(model, batch, between=lambda: None):
-    prompts, weight = make_prompts().requires_grad_(), model.get_input_embeddings().weight
-    weight.requires_grad_()
-    loss = remote_loss(model, batch, prompts)
-    between()
-    found = torch.autograd.grad(loss, [weight, prompts])
-    weight.requires_grad_(False)
-    return [loss.detach(), *found]
-
-
-def assert_near(found, expected):
-    for ours, right in zip(found, expected, strict=True):
-        assert (ours - right).abs().max() <= 1e-4 * right.abs().max()
-
-
-def training_of(model):
-    remote = model.blocks
-    return remote._remote.trained(remote.blocks).training.remote
 
 
 def test_gradients_are_those_of_local_autograd(trainer, local_model):
@@ -138,83 +59,6 @@ def test_modules_of_ones_own_between_slices_are_trained(trainer, local_model):
         x = layer(own(x) if index == 3 else x, position_embeddings=ropes, position_ids=positions, attention_mask=mask)
     x.square().sum().backward()
     assert_near(found, [parameter.grad for parameter in own.parameters()])
-
-
-@pytest.mark.parametrize("moment", ["between forward and backward", "before forward"])
-@pytest.mark.parametrize("politely", [True, False])
-def test_a_lost_server_changes_no_bit(moment, politely, make_swarm):
-    """What it held is done again elsewhere, and counts once."""
-    swarm = make_swarm("0:3", "3:6")
-    with closing(swarm.connect()) as service:
-        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
-        batch = make_batch()
-        expected = remote_gradients(model, batch)
-        victim = swarm.servers[1]
-        swarm.add_server("2:6")
-
-        def lose():
-            swarm.remove_server(victim, politely=politely)
-
-        if moment == "before forward":
-            lose()
-        found = remote_gradients(model, batch, lose if moment != "before forward" else lambda: None)
-        assert training_of(model).num_chains == 2
-        assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
-
-
-def test_a_server_that_comes_too_late_ends_the_wait(make_swarm):
-    """Without the blocks, patience ends with an error, and the next attempt with the blocks succeeds."""
-    swarm = make_swarm("0:3")
-    with closing(swarm.connect(max_wait_s=0.5)) as service:
-        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
-        with pytest.raises(Exception, match="no server holds blocks 3:6"):
-            remote_gradients(model, make_batch())
-        swarm.add_server("3:6")
-        assert torch.isfinite(remote_gradients(model, make_batch())[0])
-
-
-def test_without_memory_nothing_is_kept_and_all_is_right(make_swarm, local_model):
-    """Micro-batches that a server could not keep go forth again, a few at a time, when their gradients are there."""
-    swarm = make_swarm("0:6")
-    trainer = swarm.servers[0].executor.trainer
-    trainer.budget = HostBudget(2 * 40 * HIDDEN * 4)  # the inputs of two of six rows
-    with closing(swarm.connect()) as service:
-        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
-        batch = make_batch()
-        batch["attention_mask"][:] = 1
-        training_of(model)
-        found = remote_gradients(model, batch)
-        assert_near(found, local_gradients(local_model, batch))
-        assert training_of(model).pipeline.num_restarts > 0
-
-
-def test_a_client_that_leaves_leaves_nothing(make_swarm):
-    """Whatever was kept for it is given back."""
-    swarm = make_swarm("0:6")
-    with closing(swarm.connect()) as service:
-        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
-        prompts = make_prompts().requires_grad_()
-        loss = remote_loss(model, make_batch(), prompts)
-        assert held(swarm) > 0
-        del loss, model
-    swarm.loop.run(eventually(lambda: held_now(swarm) == 0))
-
-
-def held_now(swarm):
-    return swarm.servers[0].executor.trainer.budget.used
-
-
-def held(swarm):
-    done = threading.Event()
-    swarm.servers[0].executor.train(lambda trainer: done.set())
-    assert done.wait(10)
-    return held_now(swarm)
-
-
-async def eventually(condition):
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 def test_gradients_that_are_not_finite_are_refused_and_the_server_lives(trainer, swarm):
