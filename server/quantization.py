@@ -76,7 +76,7 @@ def quantize(layer: nn.Module, format: str, run: Callable[[], object]) -> float:
     hooks = [
         module.register_forward_pre_hook(lambda module, _: called.setdefault(module))
         for module in layer.modules()
-        if _weight_of(module) is not None
+        if weight_of(module) is not None
     ]
     run()
     for hook in hooks:
@@ -85,7 +85,7 @@ def quantize(layer: nn.Module, format: str, run: Callable[[], object]) -> float:
     done = 0
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
-            weight = _weight_of(child)
+            weight = weight_of(child)
             if child in called and weight is not None and min(weight.shape) >= 16 and name not in ROUTERS:
                 done += weight.numel()
                 setattr(parent, name, quantized_linear(weight.detach(), _bias_of(child), format))
@@ -278,7 +278,27 @@ def _bias_of(linear: Any) -> Tensor | None:
     return bias
 
 
-def _weight_of(module: nn.Module) -> Tensor | None:
+def dense_weight(module: nn.Module) -> Tensor:
+    """[out, in] in fp32 of a linear in any format: the weight that its products come from."""
+    if isinstance(module, PackedLinear | Int8Linear | Nf4Linear):
+        return module.dequantize().float()
+    linear: Any = module
+    kind = type(module).__name__
+    if kind == "Linear4bit":
+        import bitsandbytes as bnb
+
+        dequantized: Tensor = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        return dequantized.float()
+    if kind == "Linear8bitLt":
+        scales: Tensor = linear.state.SCB if linear.state.SCB is not None else linear.weight.SCB
+        codes: Tensor = linear.state.CB if linear.state.CB is not None else linear.weight.data
+        return codes.float() * (scales / 127)[:, None]
+    weight = weight_of(module)
+    assert weight is not None, f"{kind} is no linear"
+    return weight.detach().float()
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
     """[out, in] of a linear layer: nn.Linear and its subclasses, or GPT-2's Conv1D, which keeps [in, out]."""
     linear: Any = module
     if isinstance(module, nn.Linear):

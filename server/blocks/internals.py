@@ -107,7 +107,7 @@ def trace_calls(config: PretrainedConfig, attn_implementation: str, ignored: fro
     Args:
         config: of the whole model.
         attn_implementation: name under which to build it.
-        ignored: arguments that an adapter takes care of, so that they may be anything.
+        ignored: arguments that `quirks` take care of, so that they may be anything.
 
     Raises:
         UnsupportedModel: a layer is given something that this runner would not give it, or hidden states don't

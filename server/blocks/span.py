@@ -1,14 +1,15 @@
 """A span of consecutive blocks on one device: transformers' own decoder layers over our paged KV cache.
 
-    load: checkpoint --iter_blocks--> layer --adapt, probe, fuse, quantise--> Block          (one at a time)
+    load: checkpoint --iter_blocks--> layer --quirks, probe, fuse, quantise--> Block         (one at a time)
     run:  [Chunk] --segments--> rows of the active chunks --Block after Block--> [hidden states], one per chunk
+    attach: {block: BlockDelta} --adapters--> a handle, which chunks name
 
 Rows of all sequences are flattened into [1, T, H]; a chunk joins the rows at its entry block and leaves them at its
 exit block. It does not know sessions, networks or who asks; one thread calls it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from swarm.adapters.delta import BlockDelta
 from swarm.adapters.format import BlockShape
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
-from swarm.server.blocks.adapters import Adapter, adapter_for
+from swarm.server.blocks.adapters import AdaptableBlock, SpanAdapters
 from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.fusion import fuse
 from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceState, trace_calls
 from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
 from swarm.server.blocks.probe import BlockSpec, Prober
+from swarm.server.blocks.quirks import Quirks, quirks_of
+from swarm.server.blocks.sites import Current, Site, adaptable_linears, find_sites
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
 from swarm.server.blocks.training_pass import Part, TrainingPass, check_part
 from swarm.server.host_pages import HostBudget
@@ -49,6 +53,8 @@ class Block:
     call: LayerCall
     spec: BlockSpec
     attention: LayerAttention | None
+    sites: Sequence[Site]
+    """Where adapters change it."""
 
     def run(self, hidden_1TH: Tensor, arguments: dict[str, Any]) -> Tensor:
         output = self.layer.forward(hidden_1TH, **arguments)
@@ -69,6 +75,7 @@ class BlockSpan:
         config: PretrainedConfig,
         ropes: Ropes,
         step: Step,
+        current: Current,
         dtype: torch.dtype,
         device: torch.device,
         num_pages: int,
@@ -87,6 +94,8 @@ class BlockSpan:
         for block in loaded:
             if block.attention is not None:
                 block.attention.allocate(num_pages, dtype, device)
+        adaptable = [self._adaptable(block) for block in loaded]
+        self._adapters = SpanAdapters(adaptable, current, torch.empty(0, dtype=dtype, device=device))
 
     @classmethod
     def load(
@@ -120,20 +129,21 @@ class BlockSpan:
         """
         device = torch.device(device)
         config: PretrainedConfig = checkpoint.config()
-        adapter = adapter_for(config.get_text_config(decoder=True))
-        plan = trace_calls(config, adapter.attn_implementation, adapter.ignored)
+        quirks = quirks_of(config.get_text_config(decoder=True))
+        plan = trace_calls(config, quirks.attn_implementation, quirks.ignored)
         ropes = Ropes(build_rotary(config, device=device) if plan.ropes else {}, plan.ropes)
-        prober = Prober(config, adapter, ropes, dtype, device)
-        step, tables, loaded = Step(), RotaryTables(), []
+        prober = Prober(config, quirks, ropes, dtype, device)
+        step, current, tables = Step(), Current(), RotaryTables()
+        loaded: list[Block] = []
         layers = iter_blocks(
-            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=adapter.attn_implementation
+            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=quirks.attn_implementation
         )
         for index, layer in layers:
-            loaded.append(_prepare(index, layer, plan, prober, step, adapter, tables, quantization))
+            loaded.append(_prepare(index, layer, plan, prober, step, current, quirks, tables, quantization))
             if on_progress is not None:
                 on_progress(len(loaded), len(blocks))
         num_pages = _num_pages(loaded, num_pages, kv_bytes, dtype)
-        return cls(blocks, loaded, config=config, ropes=ropes, step=step, dtype=dtype, device=device,
+        return cls(blocks, loaded, config=config, ropes=ropes, step=step, current=current, dtype=dtype, device=device,
                    num_pages=num_pages, quantization=quantization)  # fmt: skip
 
     @property
@@ -211,11 +221,7 @@ class BlockSpan:
         Raises:
             InvalidRequest: it is not in the span.
         """
-        if block not in self.blocks:
-            raise InvalidRequest(f"block {block} is outside this span, {self.blocks}")
-        attention = self._loaded[block - self.blocks.start].attention
-        kv_shape = attention.kv_shape if attention is not None else None
-        return BlockShape(hidden_size=self.hidden_size, linears={}, kv_shape=kv_shape)
+        return self._adapters.shape(block)
 
     def training_pass(self, blocks: BlockRange, parts: Sequence[Part], budget: HostBudget) -> TrainingPass:
         """Whole sequences, to be run through `blocks` with gradients; nothing of them is cached.
@@ -235,6 +241,50 @@ class BlockSpan:
         first = self.blocks.start
         return TrainingPass(self._loaded[blocks.start - first : blocks.end - first], parts, step=self._step,
                             ropes=self._ropes, device=self.device, dtype=self.dtype, budget=budget)  # fmt: skip
+
+    def adapter_pages(self, deltas: Mapping[int, BlockDelta], pages: Sequence[int] = ()) -> int:
+        """Pages that an adapter needs beside these, if they follow the last of these; 0 if these have room for it.
+
+        How much of a run of pages can be used depends on where it begins, so ask again once the pages are known.
+        """
+        return self._adapters.pages_missing(deltas, pages)
+
+    def adapter_bytes(self, deltas: Mapping[int, BlockDelta], *, paged: bool) -> int:
+        """Memory that an adapter takes outside of its pages; all of it if it gets none."""
+        return self._adapters.own_bytes(deltas, paged=paged)
+
+    @torch.inference_mode()
+    def attach(self, deltas: Mapping[int, BlockDelta], pages: Sequence[int] | None = None) -> int:
+        """Copy an adapter to the device, so that chunks may name it.
+
+        Args:
+            deltas: what it does to blocks of this span.
+            pages: of the KV cache, for its rank rows, owned by nobody else until it is detached; None for memory of
+                its own.
+
+        Returns:
+            Its handle, which never names another one.
+
+        Raises:
+            InvalidRequest: it can't be applied to these blocks, or the pages have no room for it; nothing has changed.
+        """
+        return self._adapters.attach(deltas, pages)
+
+    @torch.inference_mode()
+    def detach(self, handle: int) -> None:
+        """Forget an adapter; its pages may be used for something else then.
+
+        Raises:
+            InvalidRequest: no adapter has this handle.
+        """
+        self._adapters.detach(handle)
+
+    def _adaptable(self, block: Block) -> AdaptableBlock:
+        linears = {member.path: member.shape for site in block.sites for member in site.members}
+        kv_shape = block.attention.kv_shape if block.attention is not None else None
+        shape = BlockShape(hidden_size=self.hidden_size, linears=linears, kv_shape=kv_shape)
+        return AdaptableBlock(index=block.index, shape=shape, sites=block.sites, attention=block.attention,
+                              stateful=block.spec.stateful)  # fmt: skip
 
     def _attentions(self, blocks: BlockRange) -> list[LayerAttention]:
         first = self.blocks.start
@@ -257,11 +307,12 @@ class BlockSpan:
         for chunk in batch:
             check_chunk(chunk, start=self.blocks.start, end=self.blocks.end, hidden_size=self.hidden_size,
                         num_pages=self.num_pages, stateful=self.stateful)  # fmt: skip
+            self._adapters.check(chunk)
         hidden = [chunk.hidden_states.to(self.device, self.dtype) for chunk in batch]
         for segment in segments(batch):
             active = [batch[index] for index in segment.active]
             rows = [hidden[index] for index in segment.active]
-            self._step.set(active, self.device)
+            self._enter(active)
             output_TH = self._run_blocks(torch.cat(rows) if len(rows) > 1 else rows[0], segment.start, segment.end)
             for index, part in zip(segment.active, output_TH.split([row.shape[0] for row in rows]), strict=True):
                 hidden[index] = part
@@ -270,6 +321,10 @@ class BlockSpan:
                 chunk.state.position = chunk.position + chunk.num_tokens
         return hidden
 
+    def _enter(self, chunks: Sequence[Chunk]) -> None:
+        self._step.set(chunks, self.device)
+        self._adapters.enter(self._step)
+
     def _run_blocks(self, hidden_TH: Tensor, start: int, end: int) -> Tensor:
         hidden_1TH = hidden_TH[None]
         step, chunks = self._step, self._step.chunks
@@ -277,6 +332,8 @@ class BlockSpan:
         arguments: dict[int, dict[str, Any]] = {}
         offset = self.blocks.start
         for block in self._loaded[start - offset : end - offset]:
+            if step.virtual:
+                hidden_1TH = self._adapters.add_prompts(block.index, hidden_1TH, step.virtual)
             if block.spec.stateful:
                 hidden_1TH = self._run_by_sequence(block, hidden_1TH)
                 continue
@@ -294,11 +351,11 @@ class BlockSpan:
             pieces = chunk.split() if block.spec.token_by_token and chunk.position > 0 else [chunk]
             for piece, piece_1nH in zip(pieces, own_1nH.split([it.num_tokens for it in pieces], dim=1), strict=True):
                 parts.append(self._run_one(block, piece, piece_1nH))
-        self._step.set(chunks, self.device)
+        self._enter(chunks)
         return torch.cat(parts, dim=1)
 
     def _run_one(self, block: Block, chunk: Chunk, hidden_1nH: Tensor) -> Tensor:
-        self._step.set([chunk], self.device)
+        self._enter([chunk])
         positions_1n = self._step.positions_1T
         ropes = self._ropes.compute(hidden_1nH, positions_1n, [chunk.num_tokens])
         given = block.call.arguments(ropes, positions_1n)
@@ -314,19 +371,21 @@ def _prepare(
     plan: CallPlan,
     prober: Prober,
     step: Step,
-    adapter: Adapter,
+    current: Current,
+    quirks: Quirks,
     tables: RotaryTables,
     quantization: str,
 ) -> Block:
-    """Adapt, check, fuse and quantise one freshly loaded layer, and give its attention our cache."""
+    """Patch, check, fuse and quantise one freshly loaded layer, and give its attention our cache."""
     call = plan.layers[index]
-    if adapter.patch is not None:
-        temperature = adapter.temperature(layer)
-        adapter.patch(layer)
+    if quirks.patch is not None:
+        temperature = quirks.temperature(layer)
+        quirks.patch(layer)
     else:
         temperature = None
     spec = prober.check(index, layer, call)
     run_once = partial(prober.run, index, layer, call, slice(None))
+    linears = adaptable_linears(layer, partial(prober.run, index, layer, call))
     fuse(layer, run_once)
     plain = PlainDecoder.of(layer, run_once, tables)
     share = quantize(layer, quantization, run_once)
@@ -339,7 +398,8 @@ def _prepare(
     if spec.attention is not None:
         attention = LayerAttention(spec.attention.form, spec.attention.kv_shape, temperature, step)
         spec.attention.module.__dict__["swarm_attention"] = attention
-    return Block(index=index, layer=layer, call=call, spec=spec, attention=attention)
+    sites = find_sites(layer, linears, current)
+    return Block(index=index, layer=layer, call=call, spec=spec, attention=attention, sites=sites)
 
 
 def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | None, dtype: torch.dtype) -> int:

@@ -37,6 +37,8 @@ class Chunk:
     """The block after the last one to run."""
     state: Any = None
     """What `BlockSpan.new_state` gave for this sequence; None where the span is not stateful."""
+    adapter: int = -1
+    """What `BlockSpan.attach` gave for the adapter of this sequence; -1 for none."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +50,17 @@ class Chunk:
             replace(self, hidden_states=self.hidden_states[i : i + 1], position=self.position + i)
             for i in range(self.num_tokens)
         ]
+
+
+class VirtualRows(NamedTuple):
+    """Rows at positions that an adapter has put before a sequence."""
+
+    row: int
+    """The first one."""
+    position: int
+    """Of the first one."""
+    num_rows: int
+    adapter: int
 
 
 class Segment(NamedTuple):
@@ -108,7 +121,7 @@ class Prefix(NamedTuple):
 class Step:
     """The rows that are being run now; see the module docstring."""
 
-    __slots__ = ("batch", "chunks", "memo", "positions_1T", "whole")
+    __slots__ = ("batch", "chunks", "memo", "positions_1T", "virtual", "whole")
 
     def __init__(self) -> None:
         self.chunks: Sequence[Chunk] = ()
@@ -118,6 +131,7 @@ class Step:
         """What layers derive from the positions, kept for the other layers."""
         self.whole: WholeRows | None = None
         """Set while whole sequences run without a cache (`training_pass`); then there are no chunks and no batch."""
+        self.virtual: Sequence[VirtualRows] = ()
 
     def set(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         """Describe `chunks`, in row order."""
@@ -134,12 +148,14 @@ class Step:
         self.positions_1T = torch.tensor([positions]).to(device, non_blocking=True)
         self.memo = {}
         self.whole = None
+        self.virtual = ()
 
     def set_whole(self, whole: WholeRows) -> None:
         """Describe whole sequences, in row order."""
         self.chunks = ()
         self.positions_1T = whole.positions_1T
         self.memo = {}
+        self.virtual = ()
         self.whole = whole
 
 
