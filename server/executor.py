@@ -29,6 +29,7 @@ from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.prefix_cache import PrefixCache
 from swarm.server.scheduler import TOKEN_BUDGET, Batch, Failed, Notice, Scheduler, Waits
 from swarm.server.sequences import CachedSequence, CachedSession
+from swarm.server.trainer import KEPT_BYTES, Trainer
 from swarm.server.work import Produced, SessionListener, Work
 from swarm.types import BlockRange
 
@@ -46,6 +47,7 @@ class Executor:
         loop: the event loop on which listeners are called.
         token_budget: most tokens in one batch.
         host_bytes: memory for sessions that were swapped out.
+        kept_bytes: memory for what training keeps between forward and backward.
         adapter_bytes: memory of the device for what of adapters does not lie in pages of the cache.
     """
 
@@ -56,6 +58,7 @@ class Executor:
         *,
         token_budget: int = TOKEN_BUDGET,
         host_bytes: int = HOST_BYTES,
+        kept_bytes: int = KEPT_BYTES,
         adapter_bytes: int = ADAPTER_BYTES,
     ):
         self.span = span
@@ -71,6 +74,8 @@ class Executor:
             own_bytes=adapter_bytes,
         )
         self._scheduler = Scheduler(self._memory, token_budget=token_budget)
+        self.trainer = Trainer(span, loop.call_soon_threadsafe, kept_bytes=kept_bytes)
+        """Training beside the sessions; only functions given to `train` may call it."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -185,6 +190,10 @@ class Executor:
         self._sessions.discard(session)
         self._commands.put(lambda: self._scheduler.close(session, time.monotonic()))
 
+    def train(self, command: Callable[[Trainer], None]) -> None:
+        """Let the device thread call this with the trainer."""
+        self._commands.put(lambda: command(self.trainer))
+
     async def pages_in_use(self) -> int:
         """Pages held by sessions, after all commands given so far."""
         future: asyncio.Future[int] = self._loop.create_future()
@@ -231,6 +240,9 @@ class Executor:
                 self._notify(batch.notices)
                 if batch.rows or batch.moves:
                     self._notify(self._run(batch))
+                    self.trainer.inference_at = time.monotonic()
+                if self.trainer.wait_s(time.monotonic()) == 0:
+                    self.trainer.advance()
         except Exception:  # the outermost loop of this thread
             logger.exception("the device thread failed")
             self._loop.call_soon_threadsafe(self._die)
@@ -269,6 +281,8 @@ class Executor:
             except queue.Empty:
                 now = time.monotonic()
                 until = self._scheduler.wait_until(now)
+                if not self._scheduler.can_progress:  # else training would keep a batch waiting
+                    until = min(until, now + self.trainer.wait_s(now))
                 if until <= now:
                     return True
                 continue

@@ -19,7 +19,7 @@ from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
-from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE
+from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, TRAIN_SERVICE
 from swarm.registry import Registry, ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
@@ -30,6 +30,7 @@ from swarm.server.executor import Executor
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
+from swarm.server.training import TrainingDesk
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
 
@@ -187,6 +188,13 @@ class Server:
         self.transport.serve(SESSION_SERVICE, self.handler.session)
         self.transport.serve(PUSH_SERVICE, self.handler.push)
         self.transport.serve(INFO_SERVICE, self.handler.info)
+        desk = TrainingDesk(
+            self.executor,
+            model=plan.checkpoint.digest,
+            model_name=plan.checkpoint.name,
+            state=lambda: self.state,
+        )
+        self.transport.serve(TRAIN_SERVICE, desk.serve)
         self.state = ServerState.ONLINE
         await self._announce()
 

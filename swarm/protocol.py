@@ -61,6 +61,7 @@ SESSION_SERVICE = "session"
 PUSH_SERVICE = "push"
 INFO_SERVICE = "info"
 ADAPTER_SERVICE = "adapter"
+TRAIN_SERVICE = "train"
 
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
@@ -347,6 +348,100 @@ class AdapterLoading(Message, frozen=True, tag=18):
     """As far as known by now."""
 
 
+# -- training: a stream of its own, whose life is the run's life at this server ------------------------------------
+
+
+class OpenTraining(Message, frozen=True, tag=40):
+    """First message of a training stream: which blocks. Answered by `TrainingOpened`."""
+
+    model: Digest
+    start: Block
+    end: Block
+
+    @property
+    def blocks(self) -> BlockRange:
+        """The blocks to run, validated.
+
+        Raises:
+            InvalidRequest: when the range is empty.
+        """
+        return BlockRange(self.start, self.end)
+
+
+class TrainingOpened(Message, frozen=True, tag=41):
+    """The server is ready for micro-batches."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    """Most tokens in one micro-batch."""
+    good_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    """From how many on a larger one is no faster per token, but keeps others waiting: what it should have about."""
+
+
+class TrainParameters(Message, frozen=True, tag=42):
+    """A version of what is trained in the blocks, in the form of an adapter (`swarm.adapters.format`).
+
+    The body is the manifest, which has this digest, and then its shards for the blocks of the stream, one after
+    another. Micro-batches name it by `version`; TrainForget frees it.
+    """
+
+    version: StepId
+    digest: Digest
+    manifest_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+class TrainForward(Message, frozen=True, tag=43):
+    """Whole sequences for the blocks; the body is their hidden states, row after row. Answered by `TrainOutputs`.
+
+    `micro_batch` has not been used on this stream before. `version` -1: the blocks as they are.
+    """
+
+    micro_batch: StepId
+    version: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
+    num_tokens: Rows
+    keep: bool
+    """Whether a `TrainBackward` may follow."""
+    hidden_states: TensorSpec
+
+
+class TrainOutputs(Message, frozen=True, tag=44):
+    """The outputs of a micro-batch; unless it `is_kept`, it can't go back."""
+
+    micro_batch: StepId
+    is_kept: bool
+    hidden_states: TensorSpec
+
+
+class TrainBackward(Message, frozen=True, tag=45):
+    """Gradients of the outputs of a micro-batch. Answered by `TrainGradients` or `TrainLost`; it is not kept after."""
+
+    micro_batch: StepId
+    gradients: TensorSpec
+
+
+class TrainGradients(Message, frozen=True, tag=46):
+    """Gradients of a micro-batch's inputs, then, in fp32, of the numbers of its version of the parameters.
+
+    The latter come block by block, tensors in the order of `swarm.adapters.BlockDelta.tensors`.
+    """
+
+    micro_batch: StepId
+    gradients: TensorSpec
+    num_parameters: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)]
+
+
+class TrainLost(Message, frozen=True, tag=47):
+    """This micro-batch is not kept any more: it must come forward again, under another number."""
+
+    micro_batch: StepId
+
+
+class TrainForget(Message, frozen=True, tag=48):
+    """These micro-batches will not go back, and these versions are stale."""
+
+    micro_batches: Annotated[tuple[StepId, ...], msgspec.Meta(max_length=1 << 14)]
+    versions: Annotated[tuple[StepId, ...], msgspec.Meta(max_length=1 << 10)]
+
+
 AnyMessage = (
     InfoRequest
     | Info
@@ -366,6 +461,15 @@ AnyMessage = (
     | AdapterOffer
     | AdapterPart
     | AdapterLoading
+    | OpenTraining
+    | TrainingOpened
+    | TrainParameters
+    | TrainForward
+    | TrainOutputs
+    | TrainBackward
+    | TrainGradients
+    | TrainLost
+    | TrainForget
 )
 
 _encoder = msgspec.msgpack.Encoder()
