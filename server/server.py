@@ -91,6 +91,7 @@ class Server:
         self.executor: Executor
         self.handler: Handler | None = None
         self.state = ServerState.JOINING
+        self.metrics_url: str | None = None
         self._registry: Registry
         self._decode_tps = 0.0
         self._stack = AsyncExitStack()
@@ -104,6 +105,8 @@ class Server:
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
+        if config.metrics_port is not None:
+            await self._serve_metrics(config.metrics_port)
         self.node = await Node.start(
             NodeConfig(
                 identity_path=config.identity_path,
@@ -174,6 +177,13 @@ class Server:
         self.transport.serve(INFO_SERVICE, self.handler.info)
         self.state = ServerState.ONLINE
         await self._announce()
+
+    async def _serve_metrics(self, port: int) -> None:
+        from swarm.server.metrics import MetricsServer, ServerCollector
+
+        metrics = await MetricsServer.start(ServerCollector(self), host=self.config.metrics_host, port=port)
+        self._stack.push_async_callback(metrics.close)
+        self.metrics_url = metrics.url
 
     async def serve_until(self, stop: asyncio.Event) -> None:
         """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.
