@@ -128,6 +128,7 @@ class Handler:
             num_sessions=self.num_sessions,
             kv_free_tokens=self.executor.free_tokens,
             kv_total_tokens=self.executor.total_tokens,
+            hidden_size=span.hidden_size,
             num_rows=self.num_rows,
             num_waiting=self.executor.num_waiting,
             load=self.load,

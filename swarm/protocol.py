@@ -137,6 +137,8 @@ class Info(Message, frozen=True, tag=2):
     num_sessions: Length
     kv_free_tokens: Count
     kv_total_tokens: Count
+    hidden_size: Length = 0
+    """Width of the hidden states that its blocks take; 0 where it doesn't say."""
     num_rows: Length = 0
     """Sequences of these sessions."""
     num_waiting: Length = 0

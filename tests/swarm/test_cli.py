@@ -94,7 +94,7 @@ def test_bash_completes_a_verb_and_an_option(capsys: pytest.CaptureFixture[str])
     ask = "\n".join(
         [
             script,
-            "complete_for() { COMP_WORDS=(swarm \"$@\"); COMP_CWORD=$#; COMPREPLY=(); _shtab_swarm; }",
+            'complete_for() { COMP_WORDS=(swarm "$@"); COMP_CWORD=$#; COMPREPLY=(); _shtab_swarm; }',
             'complete_for boot; echo "${COMPREPLY[@]}"',
             'complete_for server --quant; echo "${COMPREPLY[@]}"',
         ]

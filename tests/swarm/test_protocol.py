@@ -129,7 +129,7 @@ def test_a_damaged_message_never_raises_anything_else(message: Message, noise: b
 
 @by_name
 def test_a_message_with_a_field_too_few_or_too_many_is_refused(message: Message) -> None:
-    """Arrays are exact; only the trace of a Step and the last fields of Info may be left out, as older senders would."""
+    """Arrays are exact; only the trace of a Step and the last fields of Info may be left out, as by older senders."""
     fields: list[Any] = msgspec.msgpack.decode(encode(message))
     with pytest.raises(PeerMisbehaved, match="malformed"):
         decode(msgspec.msgpack.encode([*fields, 0]))
