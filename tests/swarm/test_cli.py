@@ -9,7 +9,7 @@ import pytest
 
 from swarm import cli
 
-THERE = {"server", "client", "bootstrap", "demo"}
+THERE = {"server", "client", "health", "top", "bootstrap", "demo"}
 """Verbs that must exist; others come and go with their modules."""
 
 
