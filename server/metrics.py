@@ -63,7 +63,7 @@ class MetricsServer:
     def __init__(self, collector: Collector):
         self._registry = CollectorRegistry()
         self._registry.register(collector)
-        self._num_scrapers = 0
+        self._scrapers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server
         self.url = ""
 
@@ -83,21 +83,24 @@ class MetricsServer:
         return server
 
     async def close(self) -> None:
-        """Stop listening; who is being answered has a few seconds left."""
+        """Stop listening, and drop who is being answered."""
         self._server.close()
+        for writer in list(self._scrapers):
+            await _close(writer)
+        await self._server.wait_closed()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._num_scrapers += 1
+        self._scrapers.add(writer)
         try:
-            if self._num_scrapers <= MAX_SCRAPERS:
+            if len(self._scrapers) <= MAX_SCRAPERS:
                 with suppress(TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
                     async with asyncio.timeout(SCRAPE_TIMEOUT_S):
                         head = await reader.readuntil(b"\r\n\r\n")
                         writer.write(self._response(head))
                         await writer.drain()
         finally:
-            self._num_scrapers -= 1
-            writer.close()
+            self._scrapers.discard(writer)
+            await _close(writer)
 
     def _response(self, head: bytes) -> bytes:
         method, target, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
@@ -106,6 +109,12 @@ class MetricsServer:
         if target.split(b"?", 1)[0] != b"/metrics":
             return _http("404 Not Found", b"see /metrics\n")
         return _http("200 OK", generate_latest(self._registry), CONTENT_TYPE_LATEST)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 def _http(status: str, body: bytes, content_type: str = "text/plain; charset=utf-8") -> bytes:

@@ -92,7 +92,7 @@ class Screen:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column(overflow="fold")
-        table.add_row("model", f"{checkpoint.name} [dim]{checkpoint.digest[:12]}[/]")
+        table.add_row("model", Text(checkpoint.name).append(f" {checkpoint.digest[:12]}", style="dim"))
         table.add_row("blocks", f"{plan.blocks} of 0:{plan.num_blocks}")
         table.add_row("weights", f"{plan.quantization}, {_name(plan.dtype)}, on {plan.device}")
         table.add_row("swarm", "joined" if self._config.initial_peers else "new: this server is its first peer")

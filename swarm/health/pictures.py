@@ -245,7 +245,7 @@ def chart(points: Sequence[Point | None], value: Callable[[Point], float | None]
 
 def round_up(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten, and 1 for nothing."""
-    if not 0 < value < math.inf:
+    if not 1e-12 < value < math.inf:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next((step * power for step in (1, 2, 5) if value <= step * power * (1 + 1e-9)), 10 * power)
