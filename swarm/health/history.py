@@ -106,10 +106,12 @@ class History:
             if str(path) != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-            self._file.execute("PRAGMA journal_mode = WAL")
-            self._file.execute("PRAGMA synchronous = NORMAL")
-            self._set_up()
         except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"history file {path}: {error}") from error
+        try:
+            self._set_up()
+        except (sqlite3.Error, ConfigError) as error:
+            self._file.close()
             raise ConfigError(f"history file {path}: {error}") from error
         self._file.create_function("bit_count", 1, lambda bits: int(bits).bit_count(), deterministic=True)
 
@@ -183,11 +185,13 @@ class History:
         self._file.close()
 
     def _set_up(self) -> None:
+        self._file.execute("PRAGMA journal_mode = WAL")
+        self._file.execute("PRAGMA synchronous = NORMAL")
         [version] = self._file.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._file.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
         elif version != SCHEMA:
-            raise ConfigError(f"history of format {version}, known is {SCHEMA}")
+            raise ConfigError(f"it has format {version}, known is {SCHEMA}")
 
     def _transaction(self) -> sqlite3.Connection:
         self._file.execute("BEGIN IMMEDIATE")

@@ -6,7 +6,7 @@ draw_server(before, now) ─► one table: what it is, and what it did in betwee
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +19,8 @@ MAX_ROWS = 40
 """Servers of a model that are listed."""
 BAR = 10
 SPAN = 24
+WIDE = 108
+"""Columns from which on servers are drawn, too."""
 
 _COLOURS = {
     Status.ONLINE: "green",
@@ -39,7 +41,7 @@ def draw_swarm(models: Sequence[Model], *, num_peers: int) -> RenderableType:
         return Text(f"nobody announces a model yet; {num_peers} peers in the DHT", style="dim")
     parts: list[RenderableType] = []
     for model in models:
-        parts += [_headline(model), draw_blocks(model.replicas), _servers(model), Text()]
+        parts += [_headline(model), draw_blocks(model.replicas), _Servers(model), Text()]
     return Group(*parts[:-1])
 
 
@@ -107,26 +109,35 @@ def _headline(model: Model) -> Text:
     )
 
 
-def _servers(model: Model) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    for name in ("server", "blocks", "", "status", "load"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tok/s", "queue", "free KV", "RTT", "up"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for server in model.servers[:MAX_ROWS]:
-        table.add_row(*_row(server, model.num_blocks))
-    if len(model.servers) > MAX_ROWS:
-        table.add_row(Text(f"{len(model.servers) - MAX_ROWS} more", style="dim"))
-    return table
+class _Servers:
+    """The table of a model's servers, with pictures where the terminal is wide enough for them."""
+
+    def __init__(self, model: Model):
+        self._model = model
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        model, is_wide = self._model, options.max_width >= WIDE
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+        table.add_column("server", no_wrap=True, min_width=8)
+        for name in ("blocks", *([""] if is_wide else []), "status"):
+            table.add_column(name, no_wrap=True)
+        for name in ("load", "tok/s", "queue", "free KV", "RTT", "up"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for server in model.servers[:MAX_ROWS]:
+            table.add_row(*_row(server, model.num_blocks, is_wide=is_wide))
+        if len(model.servers) > MAX_ROWS:
+            table.add_row(Text(f"{len(model.servers) - MAX_ROWS} more", style="dim"))
+        yield table
 
 
-def _row(server: Server, num_blocks: int) -> Iterable[Text]:
+def _row(server: Server, num_blocks: int, *, is_wide: bool) -> Iterable[Text]:
     colour = _COLOURS[server.status]
     yield Text(server.label)
     yield Text(str(server.blocks))
-    yield _span(server, num_blocks, colour)
+    if is_wide:
+        yield _span(server, num_blocks, colour)
     yield Text(server.status, style=colour)
-    yield _bar(server.load)
+    yield _bar(server.load) if is_wide else Text(words.percent(server.load))
     yield Text(words.count(server.tokens_per_s))
     yield Text(words.ms(server.queue_ms))
     yield Text(words.count(server.kv_free_tokens))
