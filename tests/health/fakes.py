@@ -105,6 +105,8 @@ def random_model(
             model=digest,
         )
         records.append(record)
+        if record.state is ServerState.JOINING:
+            continue  # nobody asks it
         if number % 17 == 16:
             answers[peer_id] = Answer(asked_at=0.0, reach=Reach.NONE, trouble="no answer within 4 s")
             continue
@@ -129,13 +131,15 @@ def random_model(
 
 def make_canary(records: list[ServerRecord], now: float, *, ok: bool = True) -> Canary:
     """A token that came back, or not."""
-    route = tuple(
-        CanaryHop(peer_id=it.peer_id, name=it.public_name or "nobody", start=it.blocks.start, end=it.blocks.end)
-        for it in records[:3]
-    )
+    route, end = list[CanaryHop](), 0
+    for it in sorted(records, key=lambda record: record.blocks.start):
+        if it.state is ServerState.ONLINE and it.blocks.start <= end < it.blocks.end:
+            name = it.public_name or f"…{it.peer_id[-8:]}"
+            route.append(CanaryHop(peer_id=it.peer_id, name=name, start=end, end=it.blocks.end))
+            end = it.blocks.end
     if not ok:
         return Canary(at=now - 24, ok=False, has_text=True, error="no server holds blocks 3:6")
-    return Canary(at=now - 24, ok=True, has_text=True, first_ms=182.0, next_ms=41.0, text=" Paris.", route=route)
+    return Canary(at=now - 24, ok=True, has_text=True, first_ms=182.0, next_ms=41.0, text=" Paris.", route=tuple(route))
 
 
 def make_state(*models: Model, now: float = NOW, **fields: Any) -> State:
