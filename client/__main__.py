@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swarm.checkpoint.source import DEFAULT_MODEL
+from swarm.command import program
 from swarm.errors import InvalidRequest, SwarmError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m swarm.client",
+        prog=program("client"),
         description="Ask a model whose transformer blocks run on the servers of a swarm.",
-        epilog="e.g. python -m swarm.client 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
+        epilog=f"e.g. {program('client')} 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
     )
     add = parser.add_argument
     add("question", nargs="?", help="what to ask; may be left out with --chat")

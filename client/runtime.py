@@ -225,7 +225,7 @@ class SwarmService:
         for training in self._trainings:
             training.close()
         try:
-            self._loop.run(_leave(self._transport, self._node), CLOSE_TIMEOUT_S)
+            self._loop.run(leave(self._transport, self._node), CLOSE_TIMEOUT_S)
         except TimeoutError:
             logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
         self._loop.stop()
@@ -254,7 +254,7 @@ def connect(
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(_join(tuple(initial_peers)))
+        node, transport = loop.run(join(tuple(initial_peers)))
     except BaseException:
         loop.stop()
         raise
@@ -262,14 +262,16 @@ def connect(
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
-async def _join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
+async def join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
+    """Join a swarm as a client, which neither listens nor stores; errors as `connect`."""
     node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True))
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport
 
 
-async def _leave(transport: Transport, node: Node) -> None:
+async def leave(transport: Transport, node: Node) -> None:
+    """Close what `join` opened."""
     await transport.close()
     await node.close()
 
