@@ -29,7 +29,7 @@ def show(*, terminal: bool, blocks: str = "0:16", metrics_url: str | None = None
     screen.joined([ADDRESS])
     for done in range(1, 4):
         screen.loaded(done, 3)
-    screen.online(SimpleNamespace(metrics_url=metrics_url, executor=SimpleNamespace(total_tokens=4096)))
+    screen.online(SimpleNamespace(adapters={}, metrics_url=metrics_url, executor=SimpleNamespace(total_tokens=4096)))
     screen.stopped()
     return console.file.getvalue()
 
