@@ -54,24 +54,28 @@ class Census:
         """When the DHT answered last."""
 
     async def look(
-        self, canaries: Mapping[str, Canary], before: Iterable[Model], *, wait_s: float = 1.0
+        self, canaries: Mapping[str, Canary], before: Iterable[Model], *, wait_s: float = 0.8
     ) -> tuple[Model, ...]:
         """The models as they stand now.
 
         Args:
             canaries: the last one of each model, by digest.
             before: the models as they stood at the last look.
-            wait_s: how long servers that are asked now may take to be part of this look.
+            wait_s: how long this look may take for the sake of servers' answers; later ones are part of the next.
 
         Raises:
             PeerError: the DHT does not answer, and never has.
         """
+        started = time.monotonic()
+        asked = self._ask_due()  # of those who are known, while the DHT is read
         try:
             await self._read()
         except PeerError:
             if self.read_at is None:
                 raise
-        await self._ask_due(wait_s)
+        asked += self._ask_due()
+        if asked:
+            await asyncio.wait(asked, timeout=max(0.0, wait_s - (time.monotonic() - started)))
         now, known = time.time(), {model.digest: model for model in before}
         return tuple(
             compose_model(
@@ -99,15 +103,22 @@ class Census:
         await self._tasks.close()
 
     async def _read(self) -> None:
-        entries = {entry.digest: entry for entry in await list_models(self._node, MAX_MODELS)}
-        found = await asyncio.gather(*(self._registry.lookup(digest) for digest in entries))
-        self._entries, self._records = entries, dict(zip(entries, found, strict=True))
-        present = {record.peer_id for records in found for record in records}
+        """Read all models and all records; those of known models at once, those of new ones behind the list."""
+        known = list(self._entries)
+        listed, *found = await asyncio.gather(
+            list_models(self._node, MAX_MODELS), *(self._registry.lookup(digest) for digest in known)
+        )
+        records = dict(zip(known, found, strict=True))
+        new = [entry.digest for entry in listed if entry.digest not in records]
+        records |= zip(new, await asyncio.gather(*(self._registry.lookup(digest) for digest in new)), strict=True)
+        self._entries = {entry.digest: entry for entry in listed}
+        self._records = {digest: records[digest] for digest in self._entries}
+        present = {record.peer_id for found in self._records.values() for record in found}
         self._answers = {peer_id: answer for peer_id, answer in self._answers.items() if peer_id in present}
         self.read_at = time.time()
 
-    async def _ask_due(self, wait_s: float) -> None:
-        """Ask everybody whose turn it is, and wait a little for their answers."""
+    def _ask_due(self) -> list[asyncio.Task[None]]:
+        """Begin to ask everybody whose turn it is."""
         now = time.monotonic()
         servers = {it.peer_id for records in self._records.values() for it in records if it.state in _ASKED}
         pause_s = max(self._period_s, len(servers) / ASKS_PER_S) - self._period_s / 2
@@ -115,12 +126,10 @@ class Census:
         waiting = {peer_id: self._answers.get(peer_id, never).asked_at for peer_id in servers - self._asking}
         due = sorted((peer_id for peer_id, at in waiting.items() if now - at >= pause_s), key=waiting.__getitem__)
         room = max(0, int(ASKS_PER_S * self._period_s) + MAX_ASKING - len(self._asking))
-        tasks = [self._tasks.spawn(self._ask(peer_id), name=f"info of {peer_id}") for peer_id in due[:room]]
-        if tasks:
-            await asyncio.wait(tasks, timeout=wait_s)
+        self._asking.update(due[:room])
+        return [self._tasks.spawn(self._ask(peer_id), name=f"info of {peer_id}") for peer_id in due[:room]]
 
     async def _ask(self, peer_id: str) -> None:
-        self._asking.add(peer_id)
         try:
             async with self._slots:
                 self._answers[peer_id] = await ask(self._transport, peer_id)

@@ -43,7 +43,7 @@ def main() -> None:
         address = processes[0].address()
         processes.append(PeerProcess("simulated_servers", [address, str(args.servers)], env=env))
         processes[1].wait_for("READY", START_TIMEOUT_S)
-        few = measure(address, args.looks, lambda state: sum(it.rtt_ms is not None for it in servers_of(state)))
+        few = measure(address, args.looks, lambda state: sum(it.is_serving for it in servers_of(state)))
     processes.clear()
     with all_stopped(processes):
         processes.append(PeerProcess("simulated_servers", ["records", str(args.records)], env=env))
@@ -52,7 +52,7 @@ def main() -> None:
     for name, result in ((f"{args.servers} servers", few), (f"{args.records} records", many)):
         print(
             f"{name:14} first {result['first_s']:.2f} s, then median {result['median_s']:.3f} s,"
-            f" worst {result['worst_s']:.3f} s; {result['found']} found;"
+            f" worst {result['worst_s']:.3f} s; {result['found']} found, {result['fresh']:.0f} answered meanwhile;"
             f" page {result['page_kb']:.1f} KB ({result['gzip_kb']:.1f} KB gzipped)"
         )
     print_report(
@@ -88,11 +88,14 @@ def measure(address: str, num_looks: int, count: Callable[[Any], int]) -> dict[s
         page = loop.run(_start(settings, Path(folder) / "history"), 60)
         try:
             seconds = []
+            fresh = []
             for _ in range(num_looks):
-                started = time.perf_counter()
+                started, asked = time.perf_counter(), time.monotonic()
                 state = loop.run(page.monitor.refresh(), 60)
                 text = urllib.request.urlopen(page.url).read()
                 seconds.append(time.perf_counter() - started)
+                answers = page.monitor._census._answers.values()
+                fresh.append(sum(it.asked_at >= asked and it.info is not None for it in answers))
                 time.sleep(1.0)  # so that everybody is due again
         finally:
             loop.run(page.close(), 60)
@@ -103,6 +106,7 @@ def measure(address: str, num_looks: int, count: Callable[[Any], int]) -> dict[s
         "median_s": statistics.median(seconds[1:]),
         "worst_s": max(seconds[1:]),
         "found": count(state),
+        "fresh": statistics.median(fresh[1:]),
         "page_kb": (len(text) + len(static)) / 1000,
         "gzip_kb": (len(gzip.compress(text)) + len(gzip.compress(static))) / 1000,
     }
