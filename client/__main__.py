@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw from the likeliest tokens of this total probability, above 0 to 1",
     )
     add("--seed", type=int, metavar="N", help="makes random answers repeatable (default: different each time)")
+    add("--adapter", metavar="ADAPTER", help="PEFT adapter to answer with: directory or hub id (default: none)")
     add("--show-route", action="store_true", help="print which peer ran which blocks, and how fast the answer came")
     add("--json", action="store_true", help="print one JSON object per answer instead of streaming the text")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
@@ -124,6 +125,12 @@ def _run(args: argparse.Namespace) -> int:
     model = AutoDistributedModelForCausalLM.from_pretrained(
         args.model, initial_peers=args.initial_peers, revision=args.revision, cache_dir=args.cache_dir
     )
+    if args.adapter is not None:
+        try:
+            model.load_adapter(args.adapter, cache_dir=args.cache_dir)
+        except BaseException:
+            model.close()
+            raise
     with model, Conversation(model, _tokenizer(model), system=args.system) as talk:
         for question in _questions(args):
             _answer(talk, model, question, args)

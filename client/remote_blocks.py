@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarm.client.cache import BlockService, RemoteCache
+from swarm.client.cache import BlockService, BlockSession, RemoteCache
+from swarm.client.row_adapters import RowAdapters
 from swarm.errors import InvalidRequest
 
 
@@ -27,8 +28,10 @@ class Pass:
 
     cache: RemoteCache | None = None
     """The session to continue; None opens one for this call only."""
+    adapters: RowAdapters | None = None
+    """Of the rows of such a session."""
     mask: torch.Tensor | None = None
-    """[B, cache.length + T], nonzero where there is a token; None where all are."""
+    """[B, cache.num_columns + T], nonzero where there is a token; None where all are."""
     outputs: int = 0
     """Trailing positions whose outputs are wanted; 0 means all."""
 
@@ -80,9 +83,16 @@ class RemoteBlocks(nn.Module):
         if values.cache is not None:
             return run(values.cache, hidden_states, mask=values.mask, outputs=values.outputs)
         rows, columns, _ = hidden_states.shape
-        session = self.service.open_session(batch_size=rows, max_length=columns)
-        with RemoteCache(session, max_length=columns) as cache:
+        session = open_session(self.service, rows, columns, values.adapters)
+        with RemoteCache(session, max_length=columns, adapters=values.adapters) as cache:
             return run(cache, hidden_states, mask=values.mask, outputs=values.outputs)
+
+
+def open_session(service: BlockService, rows: int, max_length: int, adapters: RowAdapters | None) -> BlockSession:
+    """A new session; services that know no adapters need not know the argument."""
+    if adapters is None:
+        return service.open_session(batch_size=rows, max_length=max_length)
+    return service.open_session(batch_size=rows, max_length=max_length, adapters=adapters)
 
 
 def run(
@@ -93,7 +103,7 @@ def run(
     Args:
         cache: the session; advanced when the step succeeded. When it failed, unchanged, or empty if rows were permuted.
         hidden_states: [B, T, H].
-        mask: [B, cache.length + T], nonzero where there is a token; None where all are.
+        mask: [B, cache.num_columns + T], nonzero where there is a token; None where all are.
         outputs: trailing positions whose outputs are wanted; 0 means all.
 
     Returns:
@@ -101,7 +111,7 @@ def run(
     """
     rows, columns, _ = hidden_states.shape
     _check(cache, rows, columns)
-    new = _new_columns(mask, cache.length, rows, columns)
+    new = _new_columns(mask, cache.num_columns, rows, columns)
     move = cache.move(rows_are_equal=cache.copies > 1 and _groups_are_equal(hidden_states, new, cache.copies))
     taken = [columns] * rows if new is None else [int(count) for count in new.sum(1).tolist()]
     skipped = columns - (outputs or columns)
@@ -134,9 +144,10 @@ def _check(cache: RemoteCache, rows: int, columns: int) -> None:
     cache.require_open()
     if rows != cache.rows:
         raise InvalidRequest(f"the batch has {rows} rows, the session {cache.rows}")
-    if cache.length + columns > cache.max_length:
+    limit = cache.max_length + (cache.adapters.num_columns if cache.adapters is not None else 0)
+    if cache.num_columns + columns > limit:
         raise InvalidRequest(
-            f"{columns} more tokens after {cache.length} would exceed the session's max_length of {cache.max_length}"
+            f"{columns} more tokens after {cache.num_columns} would exceed the session's max_length of {limit}"
         )
 
 

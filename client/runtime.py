@@ -19,6 +19,7 @@ import torch
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
+from swarm.client.row_adapters import RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
@@ -149,10 +150,15 @@ class SwarmService:
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
         atexit.register(self.close)
 
-    def open_session(self, *, batch_size: int, max_length: int) -> SwarmSession:
+    def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> SwarmSession:
         """A new session; servers are contacted at its first step."""
         remote = RemoteSession(
-            self.peers, self._transport, batch_size=batch_size, max_length=max_length, config=self._config
+            self.peers,
+            self._transport,
+            batch_size=batch_size,
+            max_length=max_length,
+            config=self._config,
+            adapters=adapters,
         )
         session = SwarmSession(self._loop, remote)
         self._sessions.add(session)

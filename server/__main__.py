@@ -73,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory for what was sent to the next servers, so that a lost one can be replaced without asking the"
         " client for everything again; 0 keeps nothing",
     )
+    add("--adapters", nargs="+", default=(), metavar="ADAPTER", help="PEFT adapters to have from the start: directories"
+        " or hub ids; clients may bring others")  # fmt: skip
+    add("--max-adapter-memory", default="1GiB", metavar="SIZE", help="host memory for adapters; 0 takes none")
     add("--threads", type=int, metavar="N", help="CPU threads for the blocks; torch's choice if not given")
     add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
@@ -101,6 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> ServerConfig:
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads is {args.threads}, need at least 1")
+    if args.adapters and not parse_bytes(args.max_adapter_memory):
+        raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(
         model=args.model,
         blocks=BlockRange.parse(args.blocks) if args.blocks else None,
@@ -119,6 +124,8 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         quantization=args.quantization,
         cache_size=CacheSize.parse(args.kv_cache),
         history_bytes=parse_bytes(args.history_memory),
+        adapters=tuple(args.adapters),
+        adapter_bytes=parse_bytes(args.max_adapter_memory),
         threads=args.threads,
     )
 
@@ -167,6 +174,8 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
                 await loading
             return
         await loading
+        for name, digest in server.adapters.items():
+            print(f"adapter {name}: {digest}")
         print(_online_line(server, plan), flush=True)
         await server.serve_until(stop)
     print("stopped", flush=True)

@@ -13,12 +13,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 import torch
 
+from swarm.adapters.delta import BlockDelta
 from swarm.errors import PeerBusy, PeerError, SwarmError
+from swarm.server.adapter_store import ADAPTER_BYTES
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
@@ -44,6 +46,7 @@ class Executor:
         loop: the event loop on which listeners are called.
         token_budget: most tokens in one batch.
         host_bytes: memory for sessions that were swapped out.
+        adapter_bytes: memory of the device for what of adapters does not lie in pages of the cache.
     """
 
     def __init__(
@@ -53,15 +56,21 @@ class Executor:
         *,
         token_budget: int = TOKEN_BUDGET,
         host_bytes: int = HOST_BYTES,
+        adapter_bytes: int = ADAPTER_BYTES,
     ):
         self.span = span
         self._loop = loop
         self._allocator = PageAllocator(span.num_pages)
         self._prefixes = PrefixCache(self._allocator) if span.shares_prefixes else None
-        memory = KvMemory(
-            self._allocator, page_bytes=span.page_bytes, host=HostBudget(host_bytes), prefixes=self._prefixes
+        self._memory = KvMemory(
+            self._allocator,
+            page_bytes=span.page_bytes,
+            host=HostBudget(host_bytes),
+            prefixes=self._prefixes,
+            meter=span,
+            own_bytes=adapter_bytes,
         )
-        self._scheduler = Scheduler(memory, token_budget=token_budget)
+        self._scheduler = Scheduler(self._memory, token_budget=token_budget)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -86,6 +95,11 @@ class Executor:
         """Sessions whose work waits for room in the cache (a snapshot)."""
         return self._scheduler.num_waiting
 
+    @property
+    def attached_adapters(self) -> tuple[str, ...]:
+        """Adapters on the device (a snapshot)."""
+        return self._memory.adapters.attached
+
     def start(self) -> None:
         """Start the device thread."""
         self._thread.start()
@@ -96,7 +110,15 @@ class Executor:
         self._end(PeerBusy("the server is stopping", retry_after_s=60.0))
         await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
 
-    def open(self, blocks: BlockRange, batch_size: int, *, client: str, listener: SessionListener) -> CachedSession:
+    def open(
+        self,
+        blocks: BlockRange,
+        batch_size: int,
+        *,
+        client: str,
+        listener: SessionListener,
+        adapters: Sequence[str | None] = (),
+    ) -> CachedSession:
         """A new session with empty rows.
 
         Args:
@@ -104,13 +126,17 @@ class Executor:
             batch_size: its rows.
             client: who is served with it, for fairness.
             listener: is told what becomes of its work, on the loop, until the session is closed.
+            adapters: of each row; where there are any, work waits for `adapters_ready`.
         """
+        has_adapters = any(adapters)
         session = CachedSession(
             blocks=blocks,
             client=client,
             listener=listener,
-            rows=[self._new_row(blocks) for _ in range(batch_size)],
+            rows=[self._new_row(blocks, adapters[row] if has_adapters else None) for row in range(batch_size)],
+            adapters=tuple(adapters) if has_adapters else (),
             share=len(blocks) / len(self.span.blocks),
+            held_back=[] if has_adapters else None,
         )
         self._sessions.add(session)
         return session
@@ -120,12 +146,38 @@ class Executor:
         session.last_step = work.step_id
         if self._ending is not None:
             self._loop.call_soon(self._tell, session, Failed(step_id=work.step_id, error=self._ending))
+        elif session.held_back is not None:
+            session.held_back.append(work)
         else:
-            self._commands.put(lambda: self._submit(session, work))
+            now = time.monotonic()
+            self._commands.put(lambda: self._submit(session, work, now))
+
+    def adapters_ready(self, session: CachedSession) -> None:
+        """The adapters of a session have been added: its work may run."""
+        works, session.held_back = session.held_back or [], None
+        for work in works:
+            self.submit(session, work)
 
     def drop_queued(self, session: CachedSession) -> None:
         """Forget the work that a session has queued; rows that run now finish."""
+        if session.held_back is not None:
+            session.held_back = []
         self._commands.put(lambda: self._scheduler.drop_queued(session))
+
+    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta]) -> None:
+        """Rows may use this adapter from now on; it is brought to the device as soon as there is room.
+
+        Raises:
+            PeerBusy: the device could never hold it.
+        """
+        needed, num_pages = self.span.adapter_pages(deltas), self._allocator.num_pages
+        if needed >= num_pages:
+            raise PeerBusy(f"the adapter takes {needed} pages, the server has {num_pages}", retry_after_s=3600.0)
+        self._commands.put(lambda: self._memory.adapters.add(digest, deltas))
+
+    def forget_adapter(self, digest: str) -> None:
+        """No row uses this adapter any more; its tensors may go."""
+        self._commands.put(lambda: self._memory.adapters.forget(digest))
 
     def close(self, session: CachedSession) -> None:
         """Forget a session, its work and what it holds; its listener hears nothing more."""
@@ -143,8 +195,8 @@ class Executor:
         self._commands.put(report)
         return await future
 
-    def _new_row(self, blocks: BlockRange) -> CachedSequence:
-        keys = None if self._prefixes is None else self._prefixes.keys(blocks.start, blocks.end)
+    def _new_row(self, blocks: BlockRange, adapter: str | None) -> CachedSequence:
+        keys = None if self._prefixes is None else self._prefixes.keys(blocks.start, blocks.end, adapter or "")
         return CachedSequence(table=PageTable(self._allocator), state=self.span.new_state(), keys=keys)
 
     def _deliver(self, notices: list[Notice]) -> None:
@@ -184,42 +236,46 @@ class Executor:
             self._loop.call_soon_threadsafe(self._die)
 
     def _run(self, batch: Batch) -> list[Notice]:
+        notices: list[Notice] = []
         try:
-            carry_out(batch.moves, self.span)
+            if failures := carry_out(batch.moves, self.span):
+                notices = self._scheduler.drop_adapters(batch, failures)
             started = time.monotonic()
             outputs = to_host(batch.rows, self.span.run(batch.chunks)) if batch.rows else []
         except SwarmError as error:
-            return self._scheduler.fail(batch, error)
+            return notices + self._scheduler.fail(batch, error)
         except Exception:
             logger.exception("a batch of %d rows failed", len(batch.rows))
-            return self._scheduler.fail(batch, PeerError("the blocks failed on this batch"))
+            return notices + self._scheduler.fail(batch, PeerError("the blocks failed on this batch"))
         now = time.monotonic()
-        return self._scheduler.finish(batch, outputs, now - started, now)
+        return notices + self._scheduler.finish(batch, outputs, now - started, now)
 
     def _notify(self, notices: list[Notice]) -> None:
         if notices:
             self._loop.call_soon_threadsafe(self._deliver, notices)
 
-    def _submit(self, session: CachedSession, work: Work) -> None:
-        refusal = self._scheduler.submit(session, work, time.monotonic())
+    def _submit(self, session: CachedSession, work: Work, now: float) -> None:
+        refusal = self._scheduler.submit(session, work, now)
         if refusal is not None:
             self._notify([refusal])
 
     def _read_commands(self) -> bool:
-        """Carry out what the loop asked for; where there is nothing to run, wait for that."""
-        timeout_s = None
-        block = not self._scheduler.can_progress
-        if block and (deadline := self._scheduler.next_deadline()) < inf:
-            timeout_s = max(0.0, deadline - time.monotonic())
+        """Carry out what the loop asked for, until it is time for a batch; false when it is time to end."""
+        until = -inf
         while True:
+            timeout_s = until - time.monotonic()
             try:
-                command = self._commands.get(block, timeout_s)
+                command = self._commands.get(timeout_s > 0, timeout_s if timeout_s < inf else None)
             except queue.Empty:
-                return True
+                now = time.monotonic()
+                until = self._scheduler.wait_until(now)
+                if until <= now:
+                    return True
+                continue
             if command is None:
                 return False
             command()
-            block = False
+            until = -inf  # there may be more
 
 
 def to_host(rows: Sequence[BatchRow], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

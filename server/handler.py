@@ -3,6 +3,7 @@
 Stream ──InfoRequest──► info ─► Info
        ──OpenSession──► session: check, admit ─► ServedSession.run      until FIN, an error or silence
        ──PushHello────► PushDesk ─► ServedSession.receive_pushes
+       ──AdapterOffer, AdapterRequest──► AdapterDesk.serve
 """
 
 import time
@@ -11,7 +12,9 @@ from functools import partial
 
 from swarm import __version__
 from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy
-from swarm.protocol import MAX_META_BYTES, Info, InfoRequest, OpenSession
+from swarm.protocol import ADAPTER_SERVICE, MAX_META_BYTES, Info, InfoRequest, OpenSession
+from swarm.server.adapter_desk import AdapterDesk
+from swarm.server.adapter_intake import Base
 from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
@@ -63,6 +66,9 @@ class Handler:
         self._pending = Budget(self._limits.max_total_pending_bytes)
         self._load = LoadMeter()
         self._desk = PushDesk(transport, self._limits)
+        self._transport = transport
+        self.adapters: AdapterDesk | None = None
+        """None where this server takes none."""
         self._sessions: set[ServedSession] = set()
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
@@ -95,8 +101,20 @@ class Handler:
             f" | {self.tokens_per_s:.0f} tokens/s | load {self.load:.2f}>"
         )
 
+    def take_adapters(self, base: Base, limit_bytes: int) -> AdapterDesk:
+        """Serve sessions with adapters from now on.
+
+        Args:
+            base: what they must fit.
+            limit_bytes: host memory for them.
+        """
+        self.adapters = AdapterDesk(self.executor, base, limit_bytes=limit_bytes, open_stream=self._open_adapter_stream)
+        return self.adapters
+
     async def close(self) -> None:
         """End what the transport does not know of."""
+        if self.adapters is not None:
+            await self.adapters.close()
         await self._desk.close()
 
     async def info(self, stream: Stream) -> None:
@@ -140,6 +158,7 @@ class Handler:
             pending=self._pending,
             load=self._load,
             open_push=partial(self._desk.open, client=stream.peer_id),
+            adapters=self.adapters,
         )
         self._count(stream.peer_id, 1, message.batch_size)
         self._sessions.add(session)
@@ -154,6 +173,19 @@ class Handler:
     async def push(self, stream: Stream) -> None:
         """Let another server send steps into a session whose key it knows."""
         await self._desk.serve(stream)
+
+    async def adapter(self, stream: Stream) -> None:
+        """Take adapters that were asked for, and give others those that are here."""
+        message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
+        if self.adapters is None:
+            raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
+        await self.adapters.serve(stream, message)
+
+    async def _open_adapter_stream(self, peer_id: str, client: str) -> Stream:
+        self._desk.charge(client)
+        if peer_id == self._transport.node.peer_id:
+            raise PeerBusy("that is this server itself", peer_id=peer_id)
+        return await self._transport.open(peer_id, ADAPTER_SERVICE, timeout_s=self._limits.push_open_timeout_s)
 
     def _count(self, peer_id: str, sessions: int, rows: int) -> None:
         self.num_rows += rows
@@ -181,6 +213,8 @@ class Handler:
             raise InvalidRequest(
                 f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions"
             )
+        if any(message.row_adapters) and self.adapters is None:
+            raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {self.state.name}", retry_after_s=60.0)
         self._admit_rows(message.batch_size, peer_id)

@@ -13,7 +13,7 @@ where possible: then the CPU attention reads the cache as a view instead of gath
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -102,6 +102,30 @@ class PageAllocator:
             pages.extend(range(first, first + length))
         return pages
 
+    def allocate_run(self, count: int, *, may_evict: bool = True) -> list[int] | None:
+        """Take `count` >= 1 pages in one run, near the end of the pool, where they are least in the way of sequences.
+
+        Args:
+            count: pages wanted.
+            may_evict: whether idle pages may go for it; of all runs, that whose idle pages are least recently used.
+
+        Returns:
+            The pages, each then owned once; None where there is no such run.
+        """
+        fitting = [start for start in self._starts if self._ends[start] - start >= count]
+        if fitting:
+            start = min(fitting, key=lambda start: (self._ends[start] - start, -start))
+            first = self._ends[start] - count
+        elif may_evict and (found := self._evictable_run(count)) is not None:
+            first = found
+            for page in range(first, first + count):
+                if page in self._idle:
+                    self._evict(page)
+        else:
+            return None
+        self._take(first, count)
+        return list(range(first, first + count))
+
     def share(self, pages: Iterable[int]) -> None:
         """Add one owner to each of `pages`, all of which must be in use or idle."""
         for page in pages:
@@ -148,6 +172,27 @@ class PageAllocator:
         keeper = self._keepers[page]
         self.discard(page)
         keeper.evicted(page)
+
+    def _evictable_run(self, count: int) -> int | None:
+        """First page of the run without owners whose most recently used page was used longest ago."""
+        used_at = {page: number for number, page in enumerate(self._idle)}
+        best, best_age = None, len(used_at)
+        newest: deque[tuple[int, int]] = deque()  # (page, use) of the window, uses descending
+        length = 0
+        for page, references in enumerate(self._references):
+            length = 0 if references else length + 1
+            if not length:
+                newest.clear()
+                continue
+            use = used_at.get(page, -1)
+            while newest and newest[-1][1] <= use:
+                newest.pop()
+            newest.append((page, use))
+            if newest[0][0] <= page - count:
+                newest.popleft()
+            if length >= count and newest[0][1] <= best_age:
+                best, best_age = page - count + 1, newest[0][1]
+        return best
 
     def _place(self, count: int, behind: int | None) -> tuple[int, int]:
         """(first page, length <= count) of the best place for a run of `count` pages."""

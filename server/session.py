@@ -19,6 +19,7 @@ from swarm.codec import decode_tensor
 from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerTimeout, SwarmError
 from swarm.link import Accepted, Intake, StepChunk
 from swarm.protocol import Forward, OpenSession, Probe, ProbeResult, PushAccepted, SessionOpened, Step, Waiting
+from swarm.server.adapter_desk import AdapterDesk, AdapterLease
 from swarm.server.backlog import Backlog, StepStart
 from swarm.server.control import Control
 from swarm.server.executor import Executor
@@ -51,6 +52,7 @@ class ServedSession:
         pending: memory for steps that wait for room, shared by all sessions.
         load: is told what the session cost.
         open_push: opens push streams to peers.
+        adapters: brings the session's adapters, where it uses any.
     """
 
     def __init__(
@@ -65,12 +67,13 @@ class ServedSession:
         pending: Budget,
         load: LoadMeter,
         open_push: Callable[[str], Awaitable[PushStream]],
+        adapters: AdapterDesk | None = None,
     ):
         self.last_active = time.monotonic()
         self._stream, self._opened = stream, opened
         self._executor, self._limits, self._max_step_tokens = executor, limits, max_step_tokens
         self._budget, self._load = budget, load
-        self._intake = Intake(opened.batch_size, max_length=opened.max_length)
+        self._intake = Intake(opened.batch_size, max_length=opened.max_length, adapter_of=opened.adapter_of)
         self._control = Control(stream, timeout_s=limits.send_timeout_s, on_lost=self.end)
         self._sender = Sender(
             opened.batch_size,
@@ -83,7 +86,16 @@ class ServedSession:
             on_progress=self._on_room,
             on_client_lost=self.end,
         )
-        self._cached = executor.open(opened.blocks, opened.batch_size, client=stream.peer_id, listener=self)
+        self._cached = executor.open(
+            opened.blocks,
+            opened.batch_size,
+            client=stream.peer_id,
+            listener=self,
+            adapters=opened.row_adapters,
+        )
+        self._lease: AdapterLease | None = None
+        if adapters is not None and opened.adapters:
+            self._lease = adapters.lease(opened, stream.peer_id, self._control.tell)
         self._backlog = Backlog()
         self._was_reordered = self._is_waiting = False
         self._pending: deque[tuple[Step, memoryview]] = deque()
@@ -106,7 +118,7 @@ class ServedSession:
         try:
             async with asyncio.TaskGroup() as group:
                 self._control.tell(SessionOpened(max_step_tokens=self._max_step_tokens, can_rollback=can_rollback))
-                for coroutine in (self._read(group), self._sender.run(), self._control.run()):
+                for coroutine in (self._read(group), self._sender.run(), self._control.run(), self._bring_adapters()):
                     group.create_task(self._until_end(coroutine))
                 await self._over.wait()
                 if self._error is not None:
@@ -138,11 +150,19 @@ class ServedSession:
         if self._stalled is not None:
             self._stalled.cancel()
         self._executor.close(self._cached)
+        if self._lease is not None:
+            self._lease.close()
         self._budget.forget(self, self._stream.peer_id)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
+
+    async def _bring_adapters(self) -> None:
+        """Let work run once the session's adapters are here; until then it waits, and others go on."""
+        if self._lease is not None:
+            await self._lease.load()
+            self._executor.adapters_ready(self._cached)
 
     # -- what comes in ------------------------------------------------------------------------------------------
 

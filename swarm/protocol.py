@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from swarm.errors import (
+    AdapterError,
     CheckpointMismatch,
     ConfigError,
     InvalidRequest,
@@ -36,7 +37,7 @@ from swarm.errors import (
 )
 from swarm.types import MAX_BLOCKS, BlockRange
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Both sides must speak the same version; it is the first thing that either side checks."""
 
 MAX_BATCH_SIZE = 1024
@@ -51,16 +52,25 @@ MAX_META_BYTES = 1 << 18
 MAX_HOPS = 256
 """Servers that one step may pass."""
 
+MAX_ADAPTERS = 128
+"""Different adapters of one session."""
+MAX_HOLDERS = 8
+"""Peers of whom a client says that they may have its adapters."""
+
 SESSION_SERVICE = "session"
 PUSH_SERVICE = "push"
 INFO_SERVICE = "info"
+ADAPTER_SERVICE = "adapter"
 
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Rows = Annotated[tuple[Length, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH_SIZE)]
+AdapterIndex = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_ADAPTERS)]
+PeerId = Annotated[str, msgspec.Meta(max_length=128)]
 StepId = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+NumBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 PushKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 """Chosen by the client for one link: the right to push steps into the session that was opened with it."""
@@ -142,6 +152,31 @@ class OpenSession(Message, frozen=True, tag=3):
     max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
     is_last: bool
     """Whether the outputs are the client's, from each step's `outputs_from` on; if not, they wait for a `Forward`."""
+    adapters: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MAX_ADAPTERS)] = ()
+    """The different adapters of its rows."""
+    adapter_of: Annotated[tuple[AdapterIndex, ...], msgspec.Meta(max_length=MAX_BATCH_SIZE)] = ()
+    """Which of them each row uses, -1 for none; may be left out where no row uses any."""
+    holders: Annotated[tuple[PeerId, ...], msgspec.Meta(max_length=MAX_HOLDERS)] = ()
+    """Servers that may have them; they are asked before the client is."""
+
+    @property
+    def row_adapters(self) -> tuple[str | None, ...]:
+        """The adapter of each row, validated.
+
+        Raises:
+            InvalidRequest: rows and adapters don't belong to each other.
+        """
+        if not self.adapters and not self.adapter_of:
+            return (None,) * self.batch_size
+        used = {index for index in self.adapter_of if index >= 0}
+        if len(self.adapter_of) != self.batch_size or used != set(range(len(self.adapters))):
+            raise InvalidRequest(
+                f"{len(self.adapters)} adapters, of which {len(used)} are used by {len(self.adapter_of)} rows of"
+                f" {self.batch_size}"
+            )
+        if len(set(self.adapters)) != len(self.adapters):
+            raise InvalidRequest(f"of {len(self.adapters)} adapters only {len(set(self.adapters))} are different")
+        return tuple(self.adapters[index] if index >= 0 else None for index in self.adapter_of)
 
     @property
     def blocks(self) -> BlockRange:
@@ -274,6 +309,44 @@ class ProbeResult(Message, frozen=True, tag=14):
     is_waiting: bool
 
 
+class AdapterRequest(Message, frozen=True, tag=15):
+    """Send me of this adapter its manifest and what it has for these blocks, in `AdapterPart`s.
+
+    From a server to a client over the session stream, which answers with an `AdapterOffer` on a stream of its own; or
+    first message of a stream to a peer's `adapter` service, which sends what it has and ends the stream.
+    """
+
+    digest: Digest
+    with_manifest: bool
+    blocks: Annotated[tuple[Block, ...], msgspec.Meta(max_length=MAX_BLOCKS)]
+
+
+class AdapterOffer(Message, frozen=True, tag=16):
+    """First message of a stream to the `adapter` service: the parts that an `AdapterRequest` asked for follow.
+
+    The server ends the stream when it has checked them all, or fails it with what is wrong with them.
+    """
+
+    digest: Digest
+
+
+class AdapterPart(Message, frozen=True, tag=17):
+    """Bytes of the manifest (`block` None) or of one block's shard, from `offset` on; the body. Parts come in order."""
+
+    block: Block | None
+    offset: NumBytes
+    num_bytes: NumBytes
+    """Of the whole manifest or shard."""
+
+
+class AdapterLoading(Message, frozen=True, tag=18):
+    """The session's steps wait for its adapters, of which so many bytes are there; once a second."""
+
+    num_bytes: NumBytes
+    total_bytes: NumBytes
+    """As far as known by now."""
+
+
 AnyMessage = (
     InfoRequest
     | Info
@@ -289,6 +362,10 @@ AnyMessage = (
     | Waiting
     | Probe
     | ProbeResult
+    | AdapterRequest
+    | AdapterOffer
+    | AdapterPart
+    | AdapterLoading
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -331,6 +408,7 @@ _REQUEST_CODES: dict[int, type[RequestError]] = {
     5: CheckpointMismatch,
     6: ProtocolMismatch,
     7: ConfigError,
+    8: AdapterError,
 }
 _PEER_CODES: dict[int, type[PeerError]] = {
     32: PeerError,

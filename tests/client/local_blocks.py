@@ -42,8 +42,9 @@ class LocalBlockService:
         decoder = model.get_submodule(path.rpartition(".")[0])
         self.run_row = _row_runner(decoder if decoder is not model else model, blocks)
 
-    def open_session(self, *, batch_size: int, max_length: int) -> "LocalBlockSession":
+    def open_session(self, *, batch_size: int, max_length: int, adapters: Any = None) -> "LocalBlockSession":
         session = LocalBlockSession(self, batch_size, max_length)
+        session.adapters = adapters
         self.sessions.append(session)
         return session
 
@@ -70,6 +71,8 @@ class LocalBlockSession:
         self.lengths = [0] * batch_size
         self.steps: list[SentStep] = []
         self.is_closed = False
+        self.adapters: Any = None
+        """As given; nothing is done with them here."""
 
     @property
     def route(self) -> tuple[Hop, ...]:

@@ -1,7 +1,7 @@
 """Page bookkeeping: no page is lost or given away twice, and sequences never share what they write."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
@@ -235,3 +235,28 @@ def test_a_length_in_the_wrong_direction_is_refused(change):
     table.grow(8)
     with pytest.raises(InvalidRequest):
         change(table)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=24), st.integers(1, 6))
+def test_a_run_is_found_wherever_there_is_one(states, count):
+    """Pages in use stay; of the runs without any, the one with the least recently used idle pages is taken."""
+
+    class Keeps:
+        def evicted(self, page):
+            gone.append(page)
+
+    gone, allocator = [], PageAllocator(len(states))
+    pages = allocator.allocate(len(states))
+    idle = [page for page, state in zip(pages, states, strict=True) if state == 1]
+    for page in idle:
+        allocator.keep(page, Keeps())
+    allocator.free(idle)
+    allocator.free([page for page, state in zip(pages, states, strict=True) if state == 0])
+    windows = [range(start, start + count) for start in range(len(states) - count + 1)]
+    possible = [window for window in windows if all(states[page] < 2 for page in window)]
+    found = allocator.allocate_run(count)
+    assert (found is None) == (not possible)
+    if found is not None:
+        assert range(found[0], found[-1] + 1) in possible and gone == [page for page in found if states[page] == 1]
+        assert max(gone, default=-1) == min(max([p for p in it if states[p] == 1], default=-1) for it in possible)
+        assert all(allocator.references(page) == 1 for page in found)
