@@ -20,9 +20,11 @@ from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
+from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
 from swarm.transport import Transport
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +160,15 @@ class SwarmService:
         self._sessions.add(session)
         return session
 
+    def find_route(self) -> tuple[Hop, ...]:
+        """The servers that a new session would go through, by what is known now.
+
+        Raises:
+            RouteNotFound: blocks are missing.
+            PeerTimeout: the DHT doesn't answer.
+        """
+        return self._loop.run(self.peers.route(BlockRange(0, self.num_blocks)))
+
     def close(self) -> None:
         """Close all sessions, leave the swarm and stop the loop; may be called twice."""
         atexit.unregister(self.close)
@@ -179,6 +190,7 @@ def connect(
     hidden_size: int,
     initial_peers: Sequence[str],
     config: SessionConfig | None = None,
+    identity: Identity | None = None,
 ) -> SwarmService:
     """Join the swarm as a client of one model.
 
@@ -188,6 +200,7 @@ def connect(
         hidden_size: width of its hidden states.
         initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
         config: patience and encoding of sessions.
+        identity: who the servers see; somebody new by default.
 
     Raises:
         PeerUnreachable: none of the initial peers answers.
@@ -195,7 +208,7 @@ def connect(
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(_join(tuple(initial_peers)))
+        node, transport = loop.run(_join(tuple(initial_peers), identity))
     except BaseException:
         loop.stop()
         raise
@@ -203,8 +216,8 @@ def connect(
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
-async def _join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True))
+async def _join(initial_peers: tuple[str, ...], identity: Identity | None) -> tuple[Node, Transport]:
+    node = await Node.start(NodeConfig(identity=identity, initial_peers=initial_peers, client_mode=True))
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport

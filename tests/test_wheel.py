@@ -27,7 +27,7 @@ def tree() -> set[str]:
         f"{target}/{path.relative_to(ROOT / folder)}"
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in {".py", ".html", ".css", ".js", ".svg"} or path.name == "py.typed"
     }
 
 
