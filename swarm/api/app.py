@@ -167,7 +167,7 @@ class Api:
             model=model,
             prompt=prompt,
             rows=options.n,
-            max_tokens=wanted or min(self.limits.max_tokens, room),
+            max_tokens=wanted or min(self.limits.max_tokens, room, options.usual_max_tokens or room),
             sampling=model.sampling(options),
             stop=options.stop,
             ignore_eos=options.ignore_eos,

@@ -39,7 +39,9 @@ class Options:
     n: int
     """Answers per prompt."""
     max_tokens: int | None
-    """Most tokens of an answer; None: all that fit."""
+    """Most tokens of an answer, if the request says it ..."""
+    usual_max_tokens: int | None
+    """... and otherwise as many of these as fit; None: all that fit."""
     temperature: float | None
     """0 takes the likeliest token; None is the model's own default."""
     top_p: float | None
@@ -112,10 +114,13 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def _options(self, max_tokens: int | None, top_logprobs: int | None) -> Options:
+    def _options(
+        self, max_tokens: int | None, top_logprobs: int | None, usual_max_tokens: int | None = None
+    ) -> Options:
         return Options(
             n=self.n or 1,
             max_tokens=max_tokens,
+            usual_max_tokens=usual_max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -190,7 +195,7 @@ class TextRequest(_Common, frozen=True, kw_only=True):
         _refuse("best_of", self.best_of, self.n or 1)
         _refuse("echo", self.echo)
         _refuse("suffix", self.suffix)
-        return self._options(self.max_tokens or DEFAULT_TEXT_TOKENS, self.logprobs)
+        return self._options(self.max_tokens, self.logprobs, DEFAULT_TEXT_TOKENS)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -209,6 +209,8 @@ def test_limits_are_told_with_both_numbers(serve: Callable[..., RunningApi], nam
         with pytest.raises(openai.BadRequestError, match="3 answers asked for, at most 2"):
             ask(client, name, n=3, max_tokens=1)
         assert ask(client, name, max_tokens=None).usage.completion_tokens == 8
+        text = client.completions.create(model=name, prompt="w3", temperature=0)
+        assert text.usage is not None and text.usage.completion_tokens == 8
 
 
 def test_a_key_is_needed_where_there_are_keys(serve: Callable[..., RunningApi], name: str, tmp_path: Any) -> None:

@@ -35,7 +35,7 @@ def test_defaults_are_openais() -> None:
     options = chat().options
     assert (options.n, options.max_tokens, options.temperature, options.stop) == (1, None, None, ())
     assert (options.top_logprobs, options.stream, options.seed) == (None, False, None)
-    assert text().options.max_tokens == 16
+    assert (text().options.max_tokens, text().options.usual_max_tokens) == (None, 16)
 
 
 def test_null_is_the_default() -> None:
