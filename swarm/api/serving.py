@@ -35,10 +35,12 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address can't be listened on.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port {port} is not in 0..65535")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"can't listen on {host}, port {port}: {error}") from error
 
 
