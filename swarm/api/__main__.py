@@ -18,10 +18,12 @@ from swarm.api.config import ApiLimits
 from swarm.api.keys import Keys
 from swarm.api.serving import listen, make_server, url
 from swarm.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve
+from swarm.command import program
 from swarm.errors import InvalidRequest, SwarmError
 from swarm.identity import Identity
 
 if TYPE_CHECKING:
+    from swarm.api.models import ServedModel
     from swarm.client.runtime import SwarmService
 
 DEFAULT_PORT = 8000
@@ -48,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     limits = ApiLimits()
     parser = argparse.ArgumentParser(
-        prog="python -m swarm.api",
+        prog=program("api"),
         description="Serve an OpenAI-compatible API and a chat page from the models of a swarm.",
         epilog="e.g. python -m swarm.api --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3... --port 8000",
     )
@@ -65,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDR",
         default=[],
         help="full addresses of any peers of the swarm (required)",
+    )
+    add(
+        "--adapters",
+        nargs="+",
+        metavar="NAME=PATH",
+        default=[],
+        help="adapters that PEFT has saved, directories or hub ids; each is a model of its own, MODEL:NAME",
     )
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=int, default=DEFAULT_PORT, help="TCP port; 0 picks a free one (default: %(default)s)")
@@ -106,6 +115,10 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
     if not args.initial_peers:
         raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
+    for text in args.adapters:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise InvalidRequest(f"--adapters: {text!r} is not NAME=PATH")
     for name in ("max_tokens", "max_answers", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -132,7 +145,8 @@ def _run(args: argparse.Namespace) -> None:
         checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
         join = partial(_join, checkpoint, tuple(args.initial_peers))
         with closing(join(identity)) as service:
-            models = Models([serve_model(distribute(checkpoint, service))])
+            base = serve_model(distribute(checkpoint, service))
+            models = Models([base, *_adapters(base, args.adapters, args.cache_dir)])
             secret = identity.key.private_bytes_raw()
             identities = Identities(join, secret=secret, max_clients=limits.max_clients) if keys else None
             app = make_app(
@@ -153,6 +167,16 @@ def _join(checkpoint: Checkpoint, initial_peers: Sequence[str], identity: Identi
         initial_peers=initial_peers,
         identity=identity,
     )
+
+
+def _adapters(base: "ServedModel", named: Sequence[str], cache_dir: str | None) -> "list[ServedModel]":
+    """The base model with each of the adapters."""
+    found = []
+    for text in named:
+        name, _, path = text.partition("=")
+        base.model.load_adapter(path, adapter_name=name, cache_dir=cache_dir)
+        found.append(base.with_adapter(name))
+    return found
 
 
 def _limits(args: argparse.Namespace) -> ApiLimits:

@@ -18,6 +18,7 @@ from swarm.api.models import ServedModel
 from swarm.api.sampling import Logprob, Sampler, Sampling
 from swarm.api.text import Detokenizer, StopStrings
 from swarm.client.cache import BlockService, RemoteCache
+from swarm.client.remote_blocks import open_session
 from swarm.client.timings import HopTiming
 from swarm.errors import SwarmError
 
@@ -97,9 +98,10 @@ class Generation:
             SwarmError: the swarm failed.
         """
         job = self.job
-        max_length = len(job.prompt) + job.max_tokens
-        session = self._service.open_session(batch_size=job.rows, max_length=max_length)
-        with RemoteCache(session, max_length=max_length, copies=job.rows) as cache:
+        max_length, adapters = len(job.prompt) + job.max_tokens, job.model.adapters(job.rows)
+        columns = adapters.num_columns if adapters is not None else 0
+        session = open_session(self._service, job.rows, max_length + columns, adapters)
+        with RemoteCache(session, max_length=max_length, copies=job.rows, adapters=adapters) as cache:
             self._cache = cache
             self.raise_if_cancelled()  # for one that came before there was anything to close
             try:

@@ -1,6 +1,6 @@
 """What can be asked for by name: the one place that turns the `model` of a request into what runs it.
 
-    name ─Models.find─► ServedModel: a distributed model, its tokenizer and its limits
+    "base" | "base:adapter" ─Models.find─► ServedModel: a distributed model, its adapter, its tokenizer, its limits
 
 Knows nothing of HTTP. Changes the model's generation settings once: `generate` runs greedily and without end, since
 choosing tokens and ending answers is `swarm.api.generation`'s business.
@@ -17,8 +17,10 @@ from swarm.api.errors import ApiError
 from swarm.api.prompts import Prompts
 from swarm.api.requests import Options
 from swarm.api.sampling import Sampling
+from swarm.client.adapters import BASE
 from swarm.client.chat import load_tokenizer
 from swarm.client.generation import DistributedModel, max_positions
+from swarm.client.row_adapters import RowAdapters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +36,24 @@ class ServedModel:
     """What its authors recommend where a request says nothing."""
     max_positions: int
     """Prompt and answer together, in tokens."""
+    adapter: str | None = None
+    """The model's name for the adapter that answers under this name."""
 
     @property
     def digest(self) -> str:
-        """Which content the name stands for."""
+        """Which content the model's name stands for."""
         return self.model.checkpoint.digest
+
+    def adapters(self, rows: int) -> RowAdapters | None:
+        """The adapters of a session of so many rows."""
+        return self.model.adapters.rows(self.adapter or BASE, rows)
+
+    def with_adapter(self, adapter: str) -> "ServedModel":
+        """This model with one of its adapters, which then has a name of its own."""
+        rows = self.model.adapters.rows(adapter, 1)
+        columns = rows.num_columns if rows is not None else 0
+        name = f"{self.name}:{adapter}"
+        return replace(self, name=name, adapter=adapter, max_positions=self.max_positions - columns)
 
     def sampling(self, options: Options) -> Sampling:
         """How tokens are chosen for a request.

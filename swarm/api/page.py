@@ -1,4 +1,4 @@
-"""The chat page at `/`: plain HTML, CSS and JavaScript in this folder, nothing from outside and nothing to build.
+"""The chat page at `/`: plain HTML, CSS and JavaScript in static/, nothing from outside and nothing to build.
 
 GET / ─► chat.html ─► chat.css, chat.js ─► the API of the same server, as any other client uses it
 """
@@ -27,7 +27,7 @@ HEADERS = {
 
 def page_routes() -> list[Route]:
     """A route for each file."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "static"
     return [Route(path, _send((folder / name).read_bytes(), kind)) for path, (name, kind) in FILES.items()]
 
 

@@ -1,20 +1,35 @@
 """The chat page in a real browser, at a phone's size, against an API with local blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+import pytest
+from playwright.sync_api import Browser, Page, expect
 
 from swarm.api.config import ApiLimits
 from swarm.api.keys import Keys, add_key
 from swarm.errors import RouteNotFound
-from tests.api.conftest import RunningApi, _llama, make_pair, pair, serve, served, tokenizer, wait_until
+from tests.api.conftest import RunningApi, wait_until
+from tests.browser import browser
 from tests.client.conftest import Pair
 
-__all__ = ["_llama", "make_pair", "pair", "serve", "served", "tokenizer"]
+__all__ = ["browser"]
 
+PHONE = {"width": 360, "height": 640}
 
 LIMITS = ApiLimits(max_tokens=9)
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page as large as a phone's; what it complains about on its console fails the test."""
+    with browser.new_context(viewport=PHONE) as context:
+        page = context.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda it: complaints.append(it.text) if it.type in ("error", "warning") else None)
+        page.on("pageerror", lambda it: complaints.append(str(it)))
+        yield page
+        assert complaints == []
 
 
 def ask(page: Page, question: str) -> None:
