@@ -121,7 +121,8 @@ class Executor:
         if self._ending is not None:
             self._loop.call_soon(self._tell, session, Failed(step_id=work.step_id, error=self._ending))
         else:
-            self._commands.put(lambda: self._submit(session, work))
+            now = time.monotonic()
+            self._commands.put(lambda: self._submit(session, work, now))
 
     def drop_queued(self, session: CachedSession) -> None:
         """Forget the work that a session has queued; rows that run now finish."""
@@ -200,26 +201,28 @@ class Executor:
         if notices:
             self._loop.call_soon_threadsafe(self._deliver, notices)
 
-    def _submit(self, session: CachedSession, work: Work) -> None:
-        refusal = self._scheduler.submit(session, work, time.monotonic())
+    def _submit(self, session: CachedSession, work: Work, now: float) -> None:
+        refusal = self._scheduler.submit(session, work, now)
         if refusal is not None:
             self._notify([refusal])
 
     def _read_commands(self) -> bool:
-        """Carry out what the loop asked for; where there is nothing to run, wait for that."""
-        timeout_s = None
-        block = not self._scheduler.can_progress
-        if block and (deadline := self._scheduler.next_deadline()) < inf:
-            timeout_s = max(0.0, deadline - time.monotonic())
+        """Carry out what the loop asked for, until it is time for a batch; false when it is time to end."""
+        until = -inf
         while True:
+            timeout_s = until - time.monotonic()
             try:
-                command = self._commands.get(block, timeout_s)
+                command = self._commands.get(timeout_s > 0, timeout_s if timeout_s < inf else None)
             except queue.Empty:
-                return True
+                now = time.monotonic()
+                until = self._scheduler.wait_until(now)
+                if until <= now:
+                    return True
+                continue
             if command is None:
                 return False
             command()
-            block = False
+            until = -inf  # there may be more
 
 
 def to_host(rows: Sequence[BatchRow], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -19,6 +19,7 @@ from swarm.server.admission import admit
 from swarm.server.blocks.step import Chunk
 from swarm.server.chooser import BatchRow, Chooser
 from swarm.server.fairness import VirtualCounters
+from swarm.server.gathering import Gathering
 from swarm.server.host_pages import CopyPage, Move
 from swarm.server.memory import Hit, KvMemory
 from swarm.server.pages import PAGE_SIZE
@@ -30,8 +31,6 @@ TOKEN_BUDGET = 512
 """Tokens in one batch; a longer prompt runs in chunks, so that it stalls nobody's decode for longer than one chunk."""
 PAGE_WAIT_S = 30.0
 """How long work may find no free page before its session is told that the server is busy."""
-DECODING_S = 1.0
-"""A session that has decoded so recently is about to send its next token."""
 TELL_PERIOD_S = 1.0
 """How often a session that waits for pages is told so."""
 
@@ -86,6 +85,7 @@ class Scheduler:
         token_budget: most tokens in one batch.
         counters: service of each client.
         costs: what batches cost.
+        gathering: how long batches wait for decode rows.
     """
 
     def __init__(
@@ -95,23 +95,34 @@ class Scheduler:
         token_budget: int = TOKEN_BUDGET,
         counters: VirtualCounters | None = None,
         costs: StepCost | None = None,
+        gathering: Gathering | None = None,
     ):
         self.memory = memory
         self.counters = VirtualCounters() if counters is None else counters
         self.costs = StepCost() if costs is None else costs
+        self.gathering = Gathering() if gathering is None else gathering
         self.token_budget = token_budget
         self.can_progress = False
         """Whether the last batch did something, or something changed since: if not, wait for a command."""
         self.num_waiting = 0
         """Sessions whose work waits for pages."""
         self._ready: dict[CachedSession, None] = {}
-        self._decoding: dict[CachedSession, float] = {}
-        """When sessions decoded last, the latest at the end."""
+        self._idle_since = 0.0
 
     @property
     def num_ready(self) -> int:
         """Sessions with work."""
         return len(self._ready)
+
+    def wait_until(self, now: float) -> float:
+        """When the next batch should be made, whatever comes before; not after `now` for at once."""
+        if not self.can_progress:
+            return self.next_deadline()
+        sessions = self._ready
+        if not sessions or self.num_waiting or not all(session.job.is_decode for session in sessions):
+            return now
+        since = max(self._idle_since, min(session.job.ready_since for session in sessions))
+        return self.gathering.until(sum(len(session.rows) for session in sessions), since, now, self.costs)
 
     def next_deadline(self) -> float:
         """When to look again although nothing happened."""
@@ -128,6 +139,8 @@ class Scheduler:
         if len(session.jobs) == 1:
             self._ready[session] = None
             self.counters.arrive(session.client)
+            if session.job.is_decode:
+                self.gathering.returned(session, now)
         self.memory.add(session)
         self.can_progress = True
         return None
@@ -140,7 +153,7 @@ class Scheduler:
     def close(self, session: CachedSession, now: float) -> None:
         """Forget a session: its work and all that it holds."""
         self.drop_queued(session)
-        self._decoding.pop(session, None)
+        self.gathering.forget(session)
         self.memory.free(session, now)
 
     def _rest(self, session: CachedSession) -> None:
@@ -159,7 +172,8 @@ class Scheduler:
         notices = self._refuse_starved(now)
         sessions = admit(self.memory, list(self._ready), self.counters, self.token_budget, now)
         notices += self._told_by_memory(now)
-        chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, self._num_expected(now))
+        expected = self.gathering.num_rows(now)
+        chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, expected)
         chooser.run()
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
@@ -186,6 +200,7 @@ class Scheduler:
             compute_s: how long it took.
             now: the time.
         """
+        self._idle_since = now
         if batch.rows:
             self.costs.observe(batch.num_decode, batch.num_tokens - batch.num_decode, compute_s)
         notices: list[Notice] = []
@@ -220,21 +235,11 @@ class Scheduler:
 
     # -- details ------------------------------------------------------------------------------------------------
 
-    def _num_expected(self, now: float) -> int:
-        """Decode rows that are to be expected in a moment."""
-        while self._decoding:
-            session, last = next(iter(self._decoding.items()))
-            if now - last <= DECODING_S:
-                break
-            del self._decoding[session]
-        return sum(len(session.rows) for session in self._decoding)
-
     def _advance(self, session: CachedSession, job: Job, count: int, now: float) -> None:
         session.last_used = now
         session.turn_tokens += count
         if job.is_decode:
-            self._decoding.pop(session, None)
-            self._decoding[session] = now
+            self.gathering.answered(session, len(session.rows), now)
         if job.num_left:
             job.ready_since = now
             return

@@ -526,3 +526,18 @@ def test_who_can_get_no_pages_is_not_waited_for_until_all_are_refused():
         engine.now = min(max(engine.now, engine.scheduler.next_deadline()), engine.now + 1.0)
     other.check()
     assert HOLD_S - 1 <= waited < PAGE_WAIT_S and engine.told[stuck.session].failed
+
+
+def test_decode_rows_wait_for_others_that_are_about_to_come_but_no_prompt_does():
+    """Two sessions that decode in turn meet in one batch; as soon as a prompt is there, nothing waits."""
+    engine = Engine()
+    first, second = engine.open("a"), engine.open("b")
+    for _ in range(3):
+        for session in (first, second):
+            engine.decode(session)
+        assert len(engine.turn().rows) == 2
+        engine.now += 0.020
+    engine.decode(first)
+    assert engine.scheduler.wait_until(engine.now) > engine.now
+    engine.prompt(engine.open("c"), 20)
+    assert engine.scheduler.wait_until(engine.now) == engine.now
