@@ -90,6 +90,8 @@ class CachedSession:
     """Who is served with it, for fairness."""
     listener: SessionListener
     rows: list[CachedSequence]
+    adapters: tuple[str | None, ...] = ()
+    """The adapter of each row; empty where no row has one."""
     share: float = 1.0
     """Part of the span's blocks that it runs."""
     jobs: deque[Job] = field(default_factory=deque)

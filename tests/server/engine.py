@@ -1,6 +1,6 @@
 """The device thread's work without a thread or a device: a scheduler, a fake span, and a clock of our own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,8 @@ class Engine:
         stateful: whether sequences have a state.
         weights: of clients.
         seconds: how long a batch takes, from its numbers of decode rows and prompt tokens.
+        ranks: rank rows of each adapter.
+        adapter_seconds: how much longer it takes for its adapters.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Engine:
         stateful: bool = False,
         weights: dict[str, float] | None = None,
         seconds=lambda num_decode, num_prompt: 0.01 + 0.0005 * num_decode + 0.0005 * num_prompt,
+        ranks: Mapping[str, int] | None = None,
+        adapter_seconds=lambda load: 0.0,
     ):
         self.span = FakeSpan(num_pages, stateful=stateful) if span is None else span
         self.allocator = PageAllocator(self.span.num_pages)
@@ -80,15 +84,22 @@ class Engine:
             prefixes=self.prefixes,
             min_turn_tokens=min_turn_tokens,
         )
-        self.scheduler = Scheduler(self.memory, token_budget=token_budget, counters=VirtualCounters(weights))
+        self.scheduler = Scheduler(
+            self.memory,
+            token_budget=token_budget,
+            counters=VirtualCounters(weights),
+            num_ranks=(ranks or {}).__getitem__,
+        )
         self.now = 100.0
         self.told: dict[CachedSession, Told] = {}
         self.num_swaps = 0
         self.left_out: set[str] = set()
         """Clients of whose ready work the last batch left something out."""
-        self._seconds = seconds
+        self._seconds, self._adapter_seconds = seconds, adapter_seconds
 
-    def open(self, client: str = "a", rows: int = 1, blocks: BlockRange = BLOCKS) -> CachedSession:
+    def open(
+        self, client: str = "a", rows: int = 1, blocks: BlockRange = BLOCKS, adapters: tuple[str | None, ...] = ()
+    ) -> CachedSession:
         """A session."""
         session = CachedSession(
             blocks=blocks,
@@ -96,6 +107,7 @@ class Engine:
             listener=None,  # type: ignore[arg-type]
             rows=[self._row(blocks) for _ in range(rows)],
             share=len(blocks) / len(self.span.blocks),
+            adapters=adapters,
         )
         self.told[session] = Told()
         return session
@@ -129,6 +141,7 @@ class Engine:
         if batch.rows:
             outputs = to_host(batch.rows, self.span.run(batch.chunks))
             seconds = self._seconds(batch.num_decode, batch.num_tokens - batch.num_decode)
+            seconds += self._adapter_seconds(batch.adapters)
             self.now += seconds
             self._tell(self.scheduler.finish(batch, outputs, seconds, self.now))
         return batch
