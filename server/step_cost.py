@@ -21,9 +21,9 @@ MIN_PROMPT_TOKENS = 4
 """Prompt tokens that go along whatever they cost."""
 FADE = 0.97
 """Weight of a batch relative to the next one of its kind."""
-PRIOR = (24.0, 1.0, 1.0, 4.0, 0.3, 3e-4)
-"""What (fixed, decode row, prompt token, adapters at all, distinct adapter, rank row) cost relative to each other as
-long as nothing is known."""
+PRIOR = (24.0, 1.0, 1.0, 4.0, 0.3, 1.2)
+"""What (fixed, decode row, prompt token, adapters at all, distinct adapter, the rank rows of one) cost relative to each
+other as long as nothing is known."""
 PRIOR_WEIGHT = 1e-3
 """How many batches the prior is worth."""
 
@@ -77,6 +77,8 @@ class StepCost:
         self._sums: dict[tuple[bool, bool], _Sums] = {}
         """By whether batches had prompt tokens, and adapters."""
         self._coefficients: list[float] | None = list(PRIOR)
+        self._ranks_of_one = 0.0
+        """Rank rows of an adapter, on average in the first batch that had any: the unit of the last term."""
 
     @property
     def is_measured(self) -> bool:
@@ -89,7 +91,8 @@ class StepCost:
             return
         features = [1.0, float(num_decode), float(num_prompt)]
         if adapters.num_adapters:
-            features += [1.0, float(adapters.num_adapters), float(adapters.num_ranks)]
+            self._ranks_of_one = self._ranks_of_one or adapters.num_ranks / adapters.num_adapters
+            features += self._terms(adapters)
         kind = num_prompt > 0, adapters.num_adapters > 0
         if kind not in self._sums:
             self._sums[kind] = _Sums(len(features))
@@ -106,8 +109,11 @@ class StepCost:
         """What adapters add to a batch."""
         if not adapters.num_adapters:
             return 0.0
-        present, per_adapter, per_rank = self._fit()[_BASE:]
-        return present + per_adapter * adapters.num_adapters + per_rank * adapters.num_ranks
+        return sum(map(float.__mul__, self._fit()[_BASE:], self._terms(adapters)))
+
+    def _terms(self, adapters: AdapterLoad) -> list[float]:
+        unit = self._ranks_of_one or adapters.num_ranks / adapters.num_adapters or 1.0
+        return [1.0, float(adapters.num_adapters), adapters.num_ranks / unit]
 
     def prompt_limit(self, num_decode: int, budget: int, adapters: AdapterLoad = NO_ADAPTERS) -> int:
         """Prompt tokens, of at most `budget`, that may run next to so many decode rows with these adapters."""
