@@ -1,12 +1,13 @@
 """Which adapters a batch of decode rows has: those that cost more than their rows are worth sit it out.
 
     sessions that decode ─► by their adapters, most service per second first ─► as many as cost the batch no more than
-                                                 a tenth of its service per second ─► the others sit out
+                                                 a fifth of its service per second ─► the others sit out
 
 Another adapter prolongs the batch for everybody in it, by what `server.step_cost` has learnt, and its rows add to what
 the batch gets done. So the number of distinct adapters is limited by what they cost and not by a constant: where the
 base is all that costs, nobody sits out; adapters of large rank that come with single rows into a large batch wait for
-rows of their own, or for their time. A tenth is given away for not keeping anybody waiting for little.
+rows of their own, or for their time. A fifth is given away, since who sits out keeps others' rows waiting in the end:
+simulated, a limit without it costs up to 4 % of all tokens, and this one none (docs/benchmarks, 2026-11-27).
 
 Nobody sits out for long, nor at the cost of fairness: not who has waited GUARD_S, and not a client that would fall
 more than `lead` behind any other, which is what the bound in `server.chooser` rests upon. Sessions without adapters
@@ -26,7 +27,7 @@ _Group = frozenset[str]
 
 GUARD_S = 0.25
 """How long a decode row may sit out, in batches of others, before it is in the next one."""
-LOSS = 0.1
+LOSS = 0.2
 """Part of the service per second that a batch may lose by having more adapters."""
 
 

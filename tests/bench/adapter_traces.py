@@ -3,8 +3,8 @@
     slora(n, alpha, cv)   S-LoRA's generator: P(adapter < k) = (k / n) ** alpha, so that less alpha is more skew; gaps are
                           Gamma with coefficient of variation cv; uniform lengths
     dlora(n)              after dLoRA's: each window, each model's share of the rate is drawn anew and its requests come
-                          as a Gamma process; lengths like ShareGPT's. Its shares come from Azure's traces, which are not
-                          at hand: here they are Zipf with exponent 1.5, dealt to the models anew in each window
+                          as a Gamma process; lengths like ShareGPT's. Its shares come from Azure's traces, which
+                          are not at hand: here they are Zipf with exponent 1.5
     punica(kind, n)       Punica's popularities: distinct, identical, uniform (sqrt(n) adapters), skewed (each group 1.5
                           times as large as the next); Poisson arrivals
 

@@ -69,15 +69,16 @@ def kinds() -> list[Kind]:
     found = []
     for rows in ROWS:
         found.append(Kind((-1,) * rows))
-        for count in sorted({it for it in (1, 2, 4, 8, 16, rows) if it <= rows}):
-            found.append(Kind(tuple(row % count for row in range(rows))))
+        counts = sorted({it for it in (1, 2, 4, 8, 16, rows) if it <= rows})
+        found += [Kind(tuple(row % count for row in range(rows))) for count in counts]
         if rows > 1:
             found.append(Kind((*(0,) * (rows - 1), -1)))
             found.append(Kind((*(0,) * (rows - 1), 32)))
         if rows >= 8:
             found.append(Kind(tuple(32 + row % 8 for row in range(rows))))
     for tokens in (16, 64, 256):
-        found += [Kind((), ((-1, tokens),)), Kind((), ((0, tokens),)), Kind(tuple(range(8)), ((8, tokens),))]
+        found += [Kind((), ((-1, tokens),)), Kind((), ((0, tokens),))]
+        found += [Kind((-1,) * 8, ((-1, tokens),)), Kind(tuple(range(8)), ((8, tokens),))]
     return found
 
 
@@ -112,7 +113,7 @@ def fit(measured: dict[str, Any]) -> StepTimes:
     """Times of batches in general."""
     base, prompts, alone, mixed = {}, [], [], []
     for step in measured["steps"]:
-        if set(step["decode"]) == {-1}:
+        if set(step["decode"]) == {-1} and not step["prompts"]:
             base[len(step["decode"])] = step["s"]
     rows = tuple(sorted(base))
     fixed = base[rows[0]]
@@ -201,13 +202,11 @@ def run_traces(times: StepTimes, rows_per_rank: int, duration: float) -> dict[st
 
 def print_trace(name: str, results: dict[str, dict[str, Any]]) -> None:
     first = results["unmerged"]["tokens_per_s"]
-    print(
-        f"\n{name}\n  {'':<24} tokens/s  x unmerged  ttft p50  p99 s  gap p50  p99 ms  adapters/step  merged  building s"
-    )
+    print(f"\n{name}\n  {'':<24} tokens/s  x unmerged  ttft p50  p99 s  gap p50  p99 ms  adapters  merged  building s")
     for policy, it in results.items():
         print(f"  {policy:<24} {it['tokens_per_s']:>8} {it['tokens_per_s'] / first:>11.3f} {it['ttft_p50_s']:>9.2f} "
               f"{it['ttft_p99_s']:>6.2f} {it['gap_p50_ms']:>8.0f} {it['gap_p99_ms']:>7.0f} "
-              f"{it['adapters_per_step']:>14} {it['merged_steps']:>7.1%} {it['build_s']:>11}")  # fmt: skip
+              f"{it['adapters_per_step']:>9} {it['merged_steps']:>7.1%} {it['build_s']:>11}")  # fmt: skip
 
 
 if __name__ == "__main__":
