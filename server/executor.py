@@ -25,6 +25,7 @@ from swarm.server.blocks.span import BlockSpan
 from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
 from swarm.server.memory import KvMemory
+from swarm.server.meters import BatchMeter
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.prefix_cache import PrefixCache
 from swarm.server.scheduler import TOKEN_BUDGET, Batch, Failed, Notice, Scheduler, Waits
@@ -62,6 +63,7 @@ class Executor:
         adapter_bytes: int = ADAPTER_BYTES,
     ):
         self.span = span
+        self.meter = BatchMeter()
         self._loop = loop
         self._allocator = PageAllocator(span.num_pages)
         self._prefixes = PrefixCache(self._allocator) if span.shares_prefixes else None
@@ -94,6 +96,11 @@ class Executor:
     def total_tokens(self) -> int:
         """Tokens that the cache holds in all."""
         return self._allocator.num_pages * PAGE_SIZE
+
+    @property
+    def num_ready(self) -> int:
+        """Sessions with work that runs or waits for its turn (a snapshot)."""
+        return self._scheduler.num_ready
 
     @property
     def num_waiting(self) -> int:
@@ -237,6 +244,7 @@ class Executor:
         try:
             while self._read_commands():
                 batch = self._scheduler.schedule(time.monotonic())
+                self.meter.scheduled(batch)
                 self._notify(batch.notices)
                 if batch.rows or batch.moves:
                     self._notify(self._run(batch))
@@ -255,12 +263,17 @@ class Executor:
             started = time.monotonic()
             outputs = to_host(batch.rows, self.span.run(batch.chunks)) if batch.rows else []
         except SwarmError as error:
-            return notices + self._scheduler.fail(batch, error)
+            return notices + self._fail(batch, error)
         except Exception:
             logger.exception("a batch of %d rows failed", len(batch.rows))
-            return notices + self._scheduler.fail(batch, PeerError("the blocks failed on this batch"))
+            return notices + self._fail(batch, PeerError("the blocks failed on this batch"))
         now = time.monotonic()
+        self.meter.ran(batch, now - started)
         return notices + self._scheduler.finish(batch, outputs, now - started, now)
+
+    def _fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
+        self.meter.failed()
+        return self._scheduler.fail(batch, error)
 
     def _notify(self, notices: list[Notice]) -> None:
         if notices:

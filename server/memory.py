@@ -10,7 +10,7 @@ takes a small part of the time. Who gets pages is decided in `server.admission`;
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +95,9 @@ class KvMemory:
         self.host = host
         self.moves: list[Move] = []
         """What is to be moved before the next batch runs, in order."""
-        self.adapters = Residency(allocator, lambda move: self.moves.append(move), meter, own_bytes=own_bytes)
+        self.adapters = Residency(
+            allocator, lambda move: self.moves.append(move), meter, own_bytes=own_bytes, relocate=self._relocate
+        )
         self.hits: list[Hit] = []
         """What was found in the cache since the last batch."""
         self.failures: list[tuple[CachedSession, SwarmError]] = []
@@ -245,6 +247,14 @@ class KvMemory:
             self.adapters.release(victim)
             assert victim.swapped is not None
             self.moves.append(SwapOut(session=victim, swapped=victim.swapped, pages=tuple(pages)))
+
+    def _relocate(self, moved: Sequence[tuple[int, int]]) -> None:
+        """Pages of sequences, (old, new), have made room for something that needs a run."""
+        self.moves += [CopyPage(source=old, destination=new) for old, new in moved]
+        places = dict(moved)
+        for session in self._sessions:
+            for row in session.rows:
+                row.table.relocate(places)
 
     def _num_bytes(self, session: CachedSession) -> int:
         states: int = sum(row.state.num_bytes for row in session.rows if row.state is not None)

@@ -6,8 +6,9 @@
 
 An adapter is held by the sessions that are in the cache; one that moves to host memory lets go of it. What nobody
 holds is idle like a cached prefix: it counts as free, and the least recently used goes first, whole. An adapter's pages
-must be in a run; where the pool is in pieces, and for what does not lie in pages at all (vectors, prefixes), there is
-some memory beside it. Pure; what is decided is executed by `server.host_pages.carry_out`.
+must be in a run; where the pool is in pieces, pages of sequences move out of the way. For what does not lie in pages
+(vectors, prefixes), and where adapters stand in each other's way, there is some memory beside the pool. Pure; what is
+decided is executed by `server.host_pages.carry_out`.
 """
 
 from collections import Counter
@@ -67,16 +68,23 @@ class Residency:
         move: is given what is to be moved, in order.
         meter: says what adapters take.
         own_bytes: memory beside the pages.
+        relocate: is told which pages of sequences, (old, new), made room.
     """
 
     def __init__(
-        self, allocator: PageAllocator, move: Callable[[Move], None], meter: AdapterMeter | None, *, own_bytes: int
+        self,
+        allocator: PageAllocator,
+        move: Callable[[Move], None],
+        meter: AdapterMeter | None,
+        *,
+        own_bytes: int,
+        relocate: Callable[[Sequence[tuple[int, int]]], None] = lambda moved: None,
     ):
         self.num_attached = 0
         """Times that an adapter was brought to the device."""
         self.attached: tuple[str, ...] = ()
         """Adapters on the device; other threads may look at it."""
-        self._allocator, self._move, self._meter = allocator, move, meter
+        self._allocator, self._move, self._meter, self._relocate = allocator, move, meter, relocate
         self._own_limit, self._own_used = own_bytes, 0
         self._adapters: dict[str, _Adapter] = {}
         self._soon: dict[str, None] = {}
@@ -188,6 +196,10 @@ class Residency:
         adapter.pages.remove(page)
         self._detach(adapter)
 
+    def moved(self, page: int, new: int) -> None:
+        """Pages of an adapter in use are never moved."""
+        raise AssertionError(f"page {page} of an adapter was moved to {new}")
+
     def _of(self, sessions: Iterable[Any]) -> list[_Adapter]:
         """The different adapters of these sessions."""
         digests = dict.fromkeys(digest for session in sessions for digest in session.adapters if digest is not None)
@@ -248,13 +260,22 @@ class Residency:
         while count <= adapter.most_pages:
             pages = self._allocator.allocate_run(count, may_evict=may_evict)
             if pages is None:
-                return None
+                return self._clear(adapter) if may_evict else None
             missing = self._meter.adapter_pages(adapter.deltas, pages)
             if not missing:
                 return pages
             self._allocator.free(pages)
             count += missing
         return None
+
+    def _clear(self, adapter: _Adapter) -> list[int] | None:
+        """A run where sequences had pages, which make room; as many as it takes at most, wherever the run begins."""
+        found = self._allocator.clear_run(adapter.most_pages, lambda page: page in self._by_page)
+        if found is None:
+            return None
+        pages, moved = found
+        self._relocate(moved)
+        return pages
 
     def _make_own_room(self, num_bytes: int, may_evict: bool) -> bool:
         if num_bytes > self._own_limit:

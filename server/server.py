@@ -97,6 +97,7 @@ class Server:
         self.state = ServerState.JOINING
         self.adapters: dict[str, str] = {}
         """Digests of the adapters that it was told to have."""
+        self.metrics_url: str | None = None
         self._registry: Registry
         self._decode_tps = 0.0
         self._stack = AsyncExitStack()
@@ -110,6 +111,8 @@ class Server:
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
+        if config.metrics_port is not None:
+            await self._serve_metrics(config.metrics_port)
         self.node = await Node.start(
             NodeConfig(
                 identity_path=config.identity_path,
@@ -211,6 +214,13 @@ class Server:
             )
             await desk.keep(loaded.manifest, loaded.shards)
             self.adapters[name] = loaded.digest
+
+    async def _serve_metrics(self, port: int) -> None:
+        from swarm.server.metrics import MetricsServer, ServerCollector
+
+        metrics = await MetricsServer.start(ServerCollector(self), host=self.config.metrics_host, port=port)
+        self._stack.push_async_callback(metrics.close)
+        self.metrics_url = metrics.url
 
     async def serve_until(self, stop: asyncio.Event) -> None:
         """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.

@@ -51,6 +51,8 @@ MAX_META_BYTES = 1 << 18
 
 MAX_HOPS = 256
 """Servers that one step may pass."""
+MAX_PINGS = 64
+"""Round trips that a server tells of."""
 
 MAX_ADAPTERS = 128
 """Different adapters of one session."""
@@ -73,6 +75,9 @@ PeerId = Annotated[str, msgspec.Meta(max_length=128)]
 StepId = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 NumBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+PeerName = Annotated[str, msgspec.Meta(max_length=128)]
 PushKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 """Chosen by the client for one link: the right to push steps into the session that was opened with it."""
 
@@ -122,6 +127,13 @@ class InfoRequest(Message, frozen=True, tag=1):
     """Ask a server what it is. Answered by `Info`."""
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A round trip between the server that says so and another peer."""
+
+    peer_id: PeerName
+    rtt_us: Microseconds
+
+
 class Info(Message, frozen=True, tag=2):
     """What a server is and how busy it is now."""
 
@@ -134,8 +146,31 @@ class Info(Message, frozen=True, tag=2):
     dtype: Text
     quantization: Text
     num_sessions: Length
-    kv_free_tokens: Annotated[int, msgspec.Meta(ge=0)]
-    kv_total_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    kv_free_tokens: Count
+    kv_total_tokens: Count
+    hidden_size: Length = 0
+    """Width of the hidden states that its blocks take; 0 where it doesn't say."""
+    num_rows: Length = 0
+    """Sequences of these sessions."""
+    num_waiting: Length = 0
+    """Sessions whose work waits for room in the cache."""
+    load: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of its capacity that is in use."""
+    tokens_per_s: Rate = 0.0
+    """Tokens of all sessions that ran through its blocks lately."""
+    queue_us: Microseconds = 0
+    """How long tokens waited lately before their batch began, on average."""
+    step_us: Microseconds = 0
+    """How long their batch took, on average."""
+    uptime_s: Annotated[float, msgspec.Meta(ge=0, le=1e10)] = 0.0
+    num_tokens: Count = 0
+    """Tokens that ran through its blocks since it started."""
+    num_opened: Count = 0
+    """Sessions that it let in since it started."""
+    num_failed: Count = 0
+    """Sessions among them that ended with an error, other than that somebody left."""
+    pings: Annotated[tuple[Ping, ...], msgspec.Meta(max_length=MAX_PINGS)] = ()
+    """Round trips to servers that it sends to."""
 
 
 class OpenSession(Message, frozen=True, tag=3):
@@ -247,7 +282,7 @@ class Forward(Message, frozen=True, tag=7):
     """
 
     epoch: StepId
-    peer_id: Annotated[str, msgspec.Meta(max_length=128)]
+    peer_id: PeerName
     push_key: PushKey
     held: Rows
     as_of: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]

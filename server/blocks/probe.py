@@ -66,6 +66,7 @@ class Prober:
         self._text_config = config.get_text_config(decoder=True)
         self._quirks = quirks
         self._ropes = ropes
+        self.device = device
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, _ROWS, self._text_config.hidden_size, generator=generator)
         self._hidden = hidden.to(dtype).to(device)

@@ -192,15 +192,24 @@ class OwnPool(RankPool):
         self._write(handle, blocks, wanted, placement.rows)
         return size > old_size
 
-    def remove(self, handle: int) -> None:
-        """Forget an adapter, whose rows others may have then."""
+    def detach(self, handle: int) -> bool:
+        """Forget an adapter, whose rows others may have then; the last one takes all memory with it.
+
+        Returns:
+            Whether the buffers were replaced.
+        """
         freed = list(self._free)
         for path, ranks in self._ranks.items():
             if (mine := ranks.get(handle)) is not None:
                 freed += row_segments(mine.a_rows, self._linears[path].num_inputs)
                 freed += row_segments(mine.b_rows, self._linears[path].num_outputs)
         self._free = merged(freed)
-        super().remove(handle)
+        self.remove(handle)
+        if any(self._ranks.values()) or not self._buffers[0].numel():
+            return False
+        self._set_buffers([buffer.new_empty(0) for buffer in self._buffers])
+        self._free = []
+        return True
 
 
 def _wanted(blocks: Sequence[Linears]) -> list[_Wanted]:

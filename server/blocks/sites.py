@@ -21,6 +21,7 @@ from swarm.adapters.format import LinearShape
 from swarm.checkpoint.layout import is_expert
 from swarm.kernels.lora import LoraBatch, LoraTarget, add_lora
 from swarm.server.blocks.fusion import GroupMember, LinearGroup
+from swarm.server.blocks.vector_pool import RowVectors, VectorPool
 from swarm.server.quantization import weight_of
 
 _ROW_COUNTS = (1, 3)
@@ -83,17 +84,6 @@ class Member(NamedTuple):
     shape: LinearShape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Vectors:
-    """What an adapter does to a site beside its rank rows; None where it does nothing."""
-
-    factor_O: Tensor | None
-    """On the output, all members side by side."""
-    offset_O: Tensor | None
-    input_scales: Mapping[int, Tensor]
-    """By member, of those whose inputs are scaled."""
-
-
 class RowAdapters:
     """Which adapter each row of a step uses, and what the sites have derived from that.
 
@@ -125,23 +115,32 @@ class Site:
         product: the module that multiplies: a linear, or the inner one of a group.
         members: the linears that it is made of, by columns.
         current: shared by all sites of a span.
+        device: where they are.
     """
 
-    def __init__(self, product: nn.Module, members: Sequence[Member], current: Current):
+    def __init__(self, product: nn.Module, members: Sequence[Member], current: Current, device: torch.device):
         self.product = product
         self.members = tuple(members)
         self.targets: list[Sequence[LoraTarget]] = []
         """By pool, those of all members: the same objects until a pool is replaced."""
-        self.vectors: dict[int, Vectors] = {}
-        """By adapter."""
         self.width = sum(member.shape.num_outputs for member in members)
+        self.output = VectorPool(self.width, device)
+        """o and b, of all members side by side."""
+        self.inputs = {index: VectorPool(member.shape.num_inputs, device) for index, member in enumerate(self.members)}
+        """i of each member."""
         self._forward: Callable[[Tensor], Tensor] = product.forward
         self._current = current
 
     @property
     def used(self) -> bool:
         """Whether any adapter changes it."""
-        return bool(self.vectors) or any(target.ranks for targets in self.targets for target in targets)
+        vectors = bool(self.output) or any(self.inputs.values())
+        return vectors or any(target.ranks for targets in self.targets for target in targets)
+
+    def forget(self, handle: int) -> None:
+        """Drop the vectors of an adapter."""
+        for pool in (self.output, *self.inputs.values()):
+            pool.remove(handle)
 
     def install(self) -> None:
         """Run in place of the product's own forward."""
@@ -188,30 +187,27 @@ class Site:
         return y_TO
 
     def _plan(self, batch: LoraBatch) -> "_Plan":
-        mine = {adapter: self.vectors[adapter] for adapter in batch.adapters if adapter in self.vectors}
-        output = {adapter: (it.factor_O, it.offset_O) for adapter, it in mine.items()}
-        inputs = {
-            index: {adapter: (it.input_scales[index], None) for adapter, it in mine.items() if index in it.input_scales}
-            for index in range(len(self.members))
-        }
         return _Plan(
             targets=[
                 targets
                 for targets in self.targets
                 if any(target.ranks.get(adapter) for target in targets for adapter in batch.adapters)
             ],
-            inputs={index: it for index, given in inputs.items() if (it := _Rowwise.of(given, batch)) is not None},
-            output=_Rowwise.of(output, batch),
+            inputs={index: it for index, pool in self.inputs.items() if (it := pool.rows_of(batch)) is not None},
+            output=self.output.rows_of(batch),
         )
 
 
-def find_sites(layer: nn.Module, linears: Mapping[str, LinearShape], current: Current) -> list[Site]:
+def find_sites(
+    layer: nn.Module, linears: Mapping[str, LinearShape], current: Current, device: torch.device
+) -> list[Site]:
     """The sites of a layer that is ready to run.
 
     Args:
         layer: fused and in its final format.
         linears: what `adaptable_linears` found.
         current: of the span.
+        device: where it is.
     """
     products: dict[nn.Module, list[Member]] = {}
     for path, shape in linears.items():
@@ -222,7 +218,9 @@ def find_sites(layer: nn.Module, linears: Mapping[str, LinearShape], current: Cu
             index: int = module.__dict__["index"]
             module, column = group.linear, sum(group.sizes[:index])
         products.setdefault(module, []).append(Member(path, column, shape))
-    return [Site(module, sorted(members, key=lambda it: it.column), current) for module, members in products.items()]
+    return [
+        Site(module, sorted(members, key=lambda it: it.column), current, device) for module, members in products.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,68 +228,10 @@ class _Plan:
     """What a site does for the rows of a step."""
 
     targets: list[Sequence[LoraTarget]]
-    inputs: Mapping[int, "_Rowwise"]
+    inputs: Mapping[int, RowVectors]
     """By member."""
-    output: "_Rowwise | None"
+    output: RowVectors | None
 
     @property
     def changes(self) -> bool:
         return bool(self.targets or self.inputs or self.output)
-
-
-class _Rowwise(NamedTuple):
-    """factor * row + offset for some rows of a step."""
-
-    rows: Tensor | None
-    """None for all."""
-    which: Tensor | None
-    """For each of these rows, the row of `factor` and `offset`; None if all have the first."""
-    factor_SW: Tensor | None
-    offset_SW: Tensor | None
-
-    @classmethod
-    def of(cls, given: Mapping[int, tuple[Tensor | None, Tensor | None]], batch: LoraBatch) -> "_Rowwise | None":
-        """From what each adapter does: (factor, offset)."""
-        given = {adapter: it for adapter, it in given.items() if it[0] is not None or it[1] is not None}
-        if not given:
-            return None
-        any_tensor = next(tensor for it in given.values() for tensor in it if tensor is not None)
-        order = sorted((row, index) for index, adapter in enumerate(given) for row in batch.rows_of[adapter])
-        which = None if len(given) == 1 else torch.tensor([index for _, index in order]).to(any_tensor.device)
-        every = len(order) == batch.num_rows
-        return cls(
-            rows=None if every else torch.tensor([row for row, _ in order]).to(any_tensor.device),
-            which=which,
-            factor_SW=_stacked([factor for factor, _ in given.values()], torch.ones_like(any_tensor)),
-            offset_SW=_stacked([offset for _, offset in given.values()], torch.zeros_like(any_tensor)),
-        )
-
-    def part(self, source_TW: Tensor) -> Tensor:
-        """The changed rows alone."""
-        part_nW = source_TW if self.rows is None else source_TW.index_select(0, self.rows)
-        factor, offset = (
-            None if it is None else it[0] if self.which is None else it.index_select(0, self.which)
-            for it in (self.factor_SW, self.offset_SW)
-        )
-        if factor is None:
-            assert offset is not None
-            changed = part_nW + offset
-        else:
-            changed = part_nW * factor if offset is None else torch.addcmul(offset, part_nW, factor)
-        return changed.to(source_TW.dtype)
-
-    def apply(self, source_TW: Tensor) -> Tensor:
-        """All rows, in a new tensor."""
-        return self.part(source_TW) if self.rows is None else source_TW.index_copy(0, self.rows, self.part(source_TW))
-
-    def apply_(self, source_TW: Tensor) -> Tensor:
-        """All rows, in place unless gradients are recorded."""
-        if self.rows is None or torch.is_grad_enabled():
-            return self.apply(source_TW)
-        return source_TW.index_copy_(0, self.rows, self.part(source_TW))
-
-
-def _stacked(vectors: Sequence[Tensor | None], neutral: Tensor) -> Tensor | None:
-    if all(vector is None for vector in vectors):
-        return None
-    return torch.stack([neutral if vector is None else vector for vector in vectors])

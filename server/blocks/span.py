@@ -10,8 +10,6 @@ exit block. It does not know sessions, networks or who asks; one thread calls it
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,44 +20,27 @@ from swarm.adapters.delta import BlockDelta
 from swarm.adapters.format import BlockShape
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
-from swarm.server.blocks.adapters import AdaptableBlock, SpanAdapters
+from swarm.server.blocks.adapter_checks import AdaptableBlock
+from swarm.server.blocks.adapters import SpanAdapters
 from swarm.server.blocks.attention import LayerAttention
-from swarm.server.blocks.fusion import fuse
-from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceState, trace_calls
-from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
-from swarm.server.blocks.probe import BlockSpec, Prober
-from swarm.server.blocks.quirks import Quirks, quirks_of
-from swarm.server.blocks.sites import Current, Site, adaptable_linears, find_sites
+from swarm.server.blocks.block import Block, prepare
+from swarm.server.blocks.internals import Ropes, SequenceState, trace_calls
+from swarm.server.blocks.plain_decoder import RotaryTables
+from swarm.server.blocks.probe import Prober
+from swarm.server.blocks.quirks import quirks_of
+from swarm.server.blocks.sites import Current
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
 from swarm.server.blocks.training_pass import Part, TrainingPass, check_part
 from swarm.server.host_pages import HostBudget
 from swarm.server.packing import PackedLinear
 from swarm.server.pages import PAGE_SIZE
-from swarm.server.quantization import Int8Linear, quantize
+from swarm.server.quantization import Int8Linear
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
 _PAGES_WITHOUT_ATTENTION = 1 << 14
 """Pages of a span whose blocks keep no keys and values: they cost nothing, and only count tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """One decoder layer, ready to run."""
-
-    index: int
-    layer: nn.Module
-    call: LayerCall
-    spec: BlockSpec
-    attention: LayerAttention | None
-    sites: Sequence[Site]
-    """Where adapters change it."""
-
-    def run(self, hidden_1TH: Tensor, arguments: dict[str, Any]) -> Tensor:
-        output = self.layer.forward(hidden_1TH, **arguments)
-        hidden: Tensor = output[0] if self.spec.returns_tuple else output
-        return hidden
 
 
 class BlockSpan:
@@ -139,7 +120,7 @@ class BlockSpan:
             checkpoint, blocks, dtype=dtype, device=device, attn_implementation=quirks.attn_implementation
         )
         for index, layer in layers:
-            loaded.append(_prepare(index, layer, plan, prober, step, current, quirks, tables, quantization))
+            loaded.append(prepare(index, layer, plan, prober, step, current, quirks, tables, quantization))
             if on_progress is not None:
                 on_progress(len(loaded), len(blocks))
         num_pages = _num_pages(loaded, num_pages, kv_bytes, dtype)
@@ -367,43 +348,6 @@ class BlockSpan:
         chunk.state.position = chunk.position
         given[block.call.cache_argument] = chunk.state
         return block.run(hidden_1nH, given)
-
-
-def _prepare(
-    index: int,
-    layer: nn.Module,
-    plan: CallPlan,
-    prober: Prober,
-    step: Step,
-    current: Current,
-    quirks: Quirks,
-    tables: RotaryTables,
-    quantization: str,
-) -> Block:
-    """Patch, check, fuse and quantise one freshly loaded layer, and give its attention our cache."""
-    call = plan.layers[index]
-    if quirks.patch is not None:
-        temperature = quirks.temperature(layer)
-        quirks.patch(layer)
-    else:
-        temperature = None
-    spec = prober.check(index, layer, call)
-    run_once = partial(prober.run, index, layer, call, slice(None))
-    linears = adaptable_linears(layer, partial(prober.run, index, layer, call))
-    fuse(layer, run_once)
-    plain = PlainDecoder.of(layer, run_once, tables)
-    share = quantize(layer, quantization, run_once)
-    if quantization != "none" and share < 0.9:
-        logger.warning("block %d: only %.0f %% of its weights could be quantised to %s (experts and other parameters "
-                       "that are no linear layers stay as they are)", index, 100 * share, quantization)  # fmt: skip
-    if plain is not None:
-        plain.install()
-    attention = None
-    if spec.attention is not None:
-        attention = LayerAttention(spec.attention.form, spec.attention.kv_shape, temperature, step)
-        spec.attention.module.__dict__["swarm_attention"] = attention
-    sites = find_sites(layer, linears, current)
-    return Block(index=index, layer=layer, call=call, spec=spec, attention=attention, sites=sites)
 
 
 def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | None, dtype: torch.dtype) -> int:

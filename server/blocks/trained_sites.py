@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swarm.adapters.delta import BlockDelta, LinearDelta
-from swarm.server.blocks.adapters import factor_and_offset
+from swarm.server.blocks.adapter_vectors import factor_and_offset
 from swarm.server.blocks.sites import Current, Member, Site
 
 

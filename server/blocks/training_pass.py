@@ -27,7 +27,7 @@ from swarm.server.blocks.trained_sites import PartRows, trained_sites
 from swarm.server.host_pages import HostBudget
 
 if TYPE_CHECKING:
-    from swarm.server.blocks.span import Block
+    from swarm.server.blocks.block import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -63,7 +63,7 @@ class PeftFiles:
         if path.stat().st_size > MAX_ADAPTER_BYTES:
             raise AdapterError(f"{path} has {path.stat().st_size} bytes, limit {MAX_ADAPTER_BYTES}")
         try:
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
             keys = list(file.keys())
             slices = {key: file.get_slice(key) for key in keys[: MAX_TENSORS + 1]}
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -95,7 +95,7 @@ class PeftFiles:
             raise AdapterError(f"{self.method} adapter has no tensor {key}")
         if self.shapes[key] != tuple(shape):
             raise AdapterError(f"{self.method} adapter: {key} has shape {self.shapes[key]}, expected {tuple(shape)}")
-        tensor: Tensor = self._file.get_tensor(key)
+        tensor: Tensor = self._file.get_tensor(key).clone()  # not a view of a file that somebody may change
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{self.method} adapter: {key} has numbers that are not finite")
         return tensor
@@ -169,20 +169,19 @@ class Patterns:
     def __init__(self, patterns: object, what: str):
         if not isinstance(patterns, dict | None) or len(patterns or {}) > MAX_TENSORS:
             raise AdapterError(f"{what} is {type(patterns).__name__}, expected an object")
-        self._values: dict[str, Any] = dict(patterns or {})
-        plain = [key for key in self._values if re.fullmatch(r"[\w.\-]*", key)]
-        self._plain = frozenset(plain)
-        self._expressions = [(self._compiled(key, what), key) for key in self._values if key not in self._plain]
+        self._cases = [(key, self._compiled(key, what), value) for key, value in (patterns or {}).items()]
 
     def get(self, name: str, default: Any) -> Any:
         """The value for a module."""
-        for key in self._values:
-            if key == name or (key in self._plain and name.endswith(f".{key}")):
-                return self._values[key]
-        return next((self._values[key] for expression, key in self._expressions if expression.match(name)), default)
+        for key, expression, value in self._cases:
+            if name == key or name.endswith(f".{key}") or (expression is not None and expression.match(name)):
+                return value
+        return default
 
     @staticmethod
-    def _compiled(key: str, what: str) -> "re.Pattern[str]":
+    def _compiled(key: str, what: str) -> "re.Pattern[str] | None":
+        if re.fullmatch(r"[\w.\-]*", key):
+            return None  # a name, as nearly all are
         quantifiers = re.findall(r"(?<!\\)[*+{]", key)
         if len(key) > 256 or len(quantifiers) > 3 or re.search(r"\)[*+{?]", key):
             raise AdapterError(f"{what} has an expression that is too involved: {key[:80]!r}")

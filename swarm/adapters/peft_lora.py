@@ -128,11 +128,13 @@ def _lora_linear(parts: LinearParts, ranks: Patterns, alphas: Patterns) -> Linea
     alpha = finite(alphas.get(parts.name, config.get("lora_alpha")), f"LORA adapter: alpha of {parts.name}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     lora_bias_O = parts.read_if_there("lora_bias", (outputs,))
+    if "magnitude" in parts.keys and not config.get("use_dora"):
+        raise AdapterError(f"LORA adapter: {parts.name} has a magnitude, which its config denies")
     return LinearDelta(
         a_rI=parts.read("lora_A", (rank, inputs)),
         b_Or=parts.read("lora_B", (outputs, rank)),
         scale=scale,
-        magnitude_O=parts.read("magnitude", (outputs,)) if config.get("use_dora") else _none(parts, "magnitude"),
+        magnitude_O=parts.read("magnitude", (outputs,)) if config.get("use_dora") else None,
         bias_O=None if lora_bias_O is None else lora_bias_O.float() * scale,
         base_bias_O=base_bias_O,
     )
@@ -161,11 +163,6 @@ def _vera_linear(parts: LinearParts, a_rI: Tensor, b_Or: Tensor, rank: int) -> L
         b_Or=parts.read("vera_lambda_b", (outputs,)).float()[:, None] * b_Or[:outputs],
         base_bias_O=base_bias_O,
     )
-
-
-def _none(parts: LinearParts, parameter: str) -> None:
-    if parameter in parts.keys:
-        raise AdapterError(f"{parts.files.method} adapter: {parts.name} has a {parameter}, which its config denies")
 
 
 def _shared(files: PeftFiles, key: str, rank_axis: int, rank: int, least: int) -> Tensor:

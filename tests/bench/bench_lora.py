@@ -7,11 +7,13 @@ in the cache; LoRA on q, k, v, o, gate, up and down, its rank rows in pages of t
 the adapters. All ways are run in turn, round by round, so that a drift of the machine's speed hits all alike; figures
 are medians over rounds of the ratio to the same round's step without adapters (or to what is named).
 
+    new company     the rows of "32 of rank 16" in another order at every step, so that nothing derived from it is kept
     PEFT            transformers' own blocks with PEFT's `adapter_names`, the same batch, tokens and adapters
     one at a time   our blocks, but every row is a step of its own: what a server does that doesn't batch users
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -59,6 +61,9 @@ def main() -> None:
     for case, mine in handles.items():
         adapters = [mine[row * len(mine) // args.rows] for row in range(args.rows)]
         runs[case] = lambda adapters=adapters: server.step(adapters)
+    mixed = handles["32 of rank 16"]
+    turns = itertools.count()
+    runs["32 of rank 16, new company"] = lambda: server.step(rotated(mixed, next(turns), args.rows))
     runs["one at a time"] = lambda: server.one_at_a_time(handles["32 of rank 16"])
     if not args.no_peft:
         peft = Peft(args.rows, args.context)
@@ -66,7 +71,14 @@ def main() -> None:
         for case in WITH_PEFT:
             names = [f"a{row * len(CASES[case]) // args.rows}" for row in range(args.rows)]
             runs[f"PEFT {case}"] = lambda names=names: peft.step(names)
+    attached = sorted(seconds for rank, _, seconds in server.attached if rank == 16)
+    pages = next(pages for rank, pages, _ in server.attached if rank == 16)
+    print(f"attach, rank 16: median {attached[len(attached) // 2] * 1e3:.1f} ms, {pages} pages\n")
     report(measure(runs, args.rounds), args)
+
+
+def rotated(handles: list[int], by: int, rows: int) -> list[int]:
+    return [handles[(row + by) % len(handles)] for row in range(rows)]
 
 
 class Server:
@@ -77,6 +89,8 @@ class Server:
         self.span = BlockSpan.load(resolve(MODEL), BlockRange(0, 30), num_pages=pages)
         self.allocator = PageAllocator(pages)
         self.context = context
+        self.attached: list[tuple[int, int, float]] = []
+        """(rank, pages, seconds) of each adapter."""
         self.tables = [PageTable(self.allocator) for _ in range(rows)]
         prompt = torch.randn(context, self.span.hidden_size)
         for table in self.tables:
@@ -88,9 +102,12 @@ class Server:
         """A random adapter in pages of its own -> its handle."""
         deltas = {block: random_delta(self.span, block, rank) for block in range(30)}
         pages: list[int] = []
+        start = time.perf_counter()
         while missing := self.span.adapter_pages(deltas, pages):
             pages += self.allocator.allocate(missing, after=pages[-1] if pages else None)
-        return self.span.attach(deltas, pages)
+        handle = self.span.attach(deltas, pages)
+        self.attached.append((rank, len(pages), time.perf_counter() - start))
+        return handle
 
     def chunk(self, table: PageTable, rows: Tensor, position: int, adapter: int) -> Chunk:
         return Chunk(hidden_states=rows, position=position, pages=table.pages, entry=0, exit=30, adapter=adapter)
@@ -164,10 +181,10 @@ def report(seconds: dict[str, list[float]], args: argparse.Namespace) -> None:
     def ratio(name: str, base: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
-    print(f"{'':26}{'ms, median':>12}{'ms, least':>12}{'x none':>10}")
+    print(f"{'':28}{'ms, median':>12}{'ms, least':>12}{'x none':>10}")
     for name, values in seconds.items():
         own = "PEFT none" if name.startswith("PEFT") else "none"
-        print(f"{name:26}{statistics.median(values) * 1e3:12.1f}{min(values) * 1e3:12.1f}{ratio(name, own):10.2f}")
+        print(f"{name:28}{statistics.median(values) * 1e3:12.1f}{min(values) * 1e3:12.1f}{ratio(name, own):10.2f}")
     targets = {
         "1 adapter / none": judged(ratio("1 of rank 16", "none"), "<=", 1.15),
         "32 adapters / none": judged(ratio("32 of rank 16", "none"), "<=", 1.6),

@@ -2,7 +2,7 @@
 
 from swarm.errors import AdapterError, PeerError
 from swarm.server.admission import MAX_ATTACHES
-from swarm.server.host_pages import Attach, Detach, carry_out
+from swarm.server.host_pages import Attach, CopyPage, Detach, carry_out
 from swarm.server.pages import PAGE_SIZE
 from tests.server.engine import Engine, User
 from tests.server.fake_span import FakeDelta
@@ -15,8 +15,8 @@ def add(engine, *names, num_pages=2):
         engine.memory.adapters.add(name, {0: FakeDelta(NAMES.index(name) + 1.0, num_pages)})
 
 
-def user_of(engine, name, client="a"):
-    add(engine, name)
+def user_of(engine, name, client="a", num_pages=2):
+    add(engine, name, num_pages=num_pages)
     return User(engine, client, 1, adapters=[(name, NAMES.index(name) + 1.0)])
 
 
@@ -70,12 +70,38 @@ def test_an_adapter_in_use_is_not_evicted_for_another():
     assert engine.allocator.num_used == 0
 
 
-def test_a_pool_in_pieces_is_no_reason_to_wait():
-    """Where no run of pages is free, an adapter gets memory beside them, as long as there is some."""
+def test_sequences_make_room_for_an_adapter():
+    """Pages in pieces are put together: what was in the way lies elsewhere then, unharmed, shared prefixes as well."""
+    engine = Engine(24)
+    users = [User(engine, client, 2) for client in "abcdef"]
+    for number, user in enumerate(users):
+        user.send([[1000.0 * number + i for i in range(PAGE_SIZE + 4)]] * 2)
+        engine.run()
+    for user in users[::2]:
+        user.close()
+    engine.allocator.trim(0)
+    holes = engine.allocator.num_free
+    late = user_of(engine, NAMES[0], num_pages=holes - 4)
+    late.send([[1.0]])
+    batch = engine.turn()
+    assert any(isinstance(move, CopyPage) for move in batch.moves) and attached(engine) == {NAMES[0]}
+    engine.check()
+    for user in users[1::2]:
+        user.send([[7.0], [8.0]])
+    engine.run()
+    for user in (late, *users[1::2]):
+        user.check()
+        user.close()
+    assert engine.allocator.num_used == 0
+
+
+def test_adapters_that_stand_in_the_way_are_no_reason_to_wait():
+    """Where no run of pages can be had, an adapter gets memory beside them, as long as there is some."""
     for own_bytes, is_placed in ((4 * 1024, True), (1024, False)):
         engine = Engine(16, own_bytes=own_bytes)
         pages = engine.allocator.allocate(16)
         engine.allocator.free(pages[::2])
+        engine.memory.adapters._by_page = dict.fromkeys(pages[1::2])
         user = user_of(engine, NAMES[0])
         user.send([[1.0]])
         engine.turn()

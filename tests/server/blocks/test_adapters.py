@@ -126,6 +126,7 @@ def test_memory_of_its_own_is_used_again(server):
         sizes.add(sum(kind.own.num_bytes for kind in span._adapters._kinds))
     assert len(sizes) == 1
     span.detach(kept)
+    assert sum(kind.own.num_bytes for kind in span._adapters._kinds) == 0
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(server):
@@ -163,9 +164,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(server):
 def test_prefixes_are_refused_by_recurrent_blocks(tmp_path):
     """Rows for virtual positions would go through their state."""
     span = Server("qwen3_next", tmp_path).span
-    recurrent = next(block for block in range(4) if span.shape(block).kv_shape is None)
-    with pytest.raises(InvalidRequest, match="no attention or a recurrent state"):
-        span.attach({recurrent: BlockDelta(prefix_k_PKD=torch.zeros(2, 2, 8), prefix_v_PKE=torch.zeros(2, 2, 8))})
+    for block in range(4):
+        heads, key_width, value_width = span.shape(block).kv_shape or (2, 8, 8)
+        k, v = torch.zeros(2, heads, key_width), torch.zeros(2, heads, value_width)
+        with pytest.raises(InvalidRequest, match="has no attention|through recurrent states"):
+            span.attach({block: BlockDelta(prefix_k_PKD=k, prefix_v_PKE=v)})
 
 
 def test_deep_prompts_are_added_where_rows_enter_a_block(server):
