@@ -2,6 +2,7 @@
 
     registry.lookup ──records──┐
     step timings, failures ────┴──► Offers ──swarm.routing──► hops
+    who has which adapter (client.adapter_needs) ──► a little less cost
 
 Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. Which servers can't
 send to each other is remembered for a while, too.
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm.catalog import refuse_other_content
+from swarm.client.adapter_needs import AdapterNeeds, WhoHas
+from swarm.client.row_adapters import RowAdapters
 from swarm.errors import PeerError, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.registry import Registry, ServerRecord
@@ -67,6 +70,7 @@ class Peers:
         self._read_at = float("-inf")
         self._behaviour: dict[str, _Behaviour] = {}
         self._no_push: dict[tuple[str, str], float] = {}
+        self._who_has = WhoHas()
         self._reading = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
 
@@ -93,10 +97,25 @@ class Peers:
                 logger.info("the DHT does not answer, going on with what is known: %s", error)
                 return
             self._records = {record.peer_id: record for record in records if record.blocks.end <= self.num_blocks}
+            self._who_has.announced(self._records.values())
             self._read_at = time.monotonic()
 
-    async def route(self, blocks: BlockRange) -> tuple[Hop, ...]:
+    def adapters_of(self, adapters: RowAdapters) -> AdapterNeeds | None:
+        """What servers need for a session with these adapters; None where that is nothing."""
+        if not adapters.remote:
+            return None
+        return AdapterNeeds(adapters, self._who_has)
+
+    def have_adapters(self, hops: Sequence[Hop], adapters: AdapterNeeds) -> None:
+        """These servers have answered a step of a session with these adapters."""
+        self._who_has.seen(hops, adapters.digests)
+
+    async def route(self, blocks: BlockRange, *, adapters: AdapterNeeds | None = None) -> tuple[Hop, ...]:
         """The best chain over `blocks` by what is known now.
+
+        Args:
+            blocks: which ones.
+            adapters: servers that have these cost a little less than others; nobody is left out.
 
         Raises:
             RouteNotFound: when blocks are missing.
@@ -107,16 +126,16 @@ class Peers:
             await self.refresh()
         self.keep_fresh()
         try:
-            hops = find_route(self._offers(), blocks)
+            hops = find_route(self._offers(adapters), blocks)
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
             await self.refresh(max_age_s=0.5)  # nobody better is known: perhaps there is news
-            return find_route(self._offers(), blocks)
+            return find_route(self._offers(adapters), blocks)
         except RouteNotFound:
             await self.refresh(max_age_s=0.5)
             if not self._records:
                 await refuse_other_content(self._node, self.model_name, self.model)
-            return find_route(self._offers(), blocks)
+            return find_route(self._offers(adapters), blocks)
 
     def keep_fresh(self) -> None:
         """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""
@@ -164,7 +183,7 @@ class Peers:
         behaviour = self._behaviour.get(peer_id)
         return behaviour is not None and behaviour.penalty > 0 and behaviour.penalised_at > self._read_at
 
-    def _offers(self) -> Sequence[Offer]:
+    def _offers(self, adapters: AdapterNeeds | None) -> Sequence[Offer]:
         now = time.monotonic()
         offers = []
         for record in self.records:
@@ -176,7 +195,9 @@ class Peers:
                     peer_id=record.peer_id,
                     blocks=record.blocks,
                     block_s=block_s * (1.0 + record.load),
-                    hop_s=hop_s + behaviour.penalty_at(now),
+                    hop_s=hop_s
+                    + behaviour.penalty_at(now)
+                    + (adapters.load_s(record) if adapters is not None else 0.0),
                 )
             )
         return offers

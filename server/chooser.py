@@ -25,6 +25,7 @@ from typing import NamedTuple
 from swarm.server.adapter_limit import AdapterLimit, adapters_of
 from swarm.server.blocks.step import Chunk
 from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
+from swarm.server.host_pages import Seat
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
@@ -48,6 +49,8 @@ class BatchRow(NamedTuple):
     chunk: Chunk
     skip: int
     """Leading outputs that nobody wants."""
+    seat: Seat | None = None
+    """Where its adapter is."""
 
 
 class _Turns:
@@ -215,5 +218,6 @@ class Chooser:
         if session.adapters and (adapter := session.adapters[index]) is not None:
             self._adapters.add(adapter)
         skip = max(0, job.work.outputs_from[index] - position)
-        self.rows.append(BatchRow(session, job, index, chunk, skip))
+        seat = self._memory.adapters.seat(session.adapters[index]) if session.adapters else None
+        self.rows.append(BatchRow(session, job, index, chunk, skip, seat))
         return count

@@ -9,20 +9,20 @@
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 
 from swarm.errors import PeerBusy, SwarmError
 from swarm.server.adapter_limit import AdapterLimit
-from swarm.server.admission import admit
+from swarm.server.admission import MAX_ATTACHES, admit
 from swarm.server.blocks.step import Chunk
 from swarm.server.chooser import BatchRow, Chooser, lead
 from swarm.server.fairness import VirtualCounters
 from swarm.server.gathering import Gathering
-from swarm.server.host_pages import CopyPage, Move
+from swarm.server.host_pages import Attach, Move, SwapIn, SwapOut
 from swarm.server.memory import Hit, KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
@@ -71,12 +71,13 @@ class Batch:
 
     @property
     def chunks(self) -> list[Chunk]:
-        return [row.chunk for row in self.rows]
+        """What the span runs; the adapters of rows are known only once the moves have been carried out."""
+        return [row.chunk if row.seat is None else replace(row.chunk, adapter=row.seat.handle) for row in self.rows]
 
     @property
     def sessions(self) -> list[CachedSession]:
         """All whose cache it touches."""
-        moved = (move.session for move in self.moves if not isinstance(move, CopyPage))
+        moved = (move.session for move in self.moves if isinstance(move, SwapOut | SwapIn))
         return list(dict.fromkeys([*(row.session for row in self.rows), *moved]))
 
 
@@ -89,7 +90,6 @@ class Scheduler:
         counters: service of each client.
         costs: what batches cost.
         gathering: how long batches wait for decode rows.
-        num_ranks: rank rows of an adapter in the whole span.
     """
 
     def __init__(
@@ -100,13 +100,12 @@ class Scheduler:
         counters: VirtualCounters | None = None,
         costs: StepCost | None = None,
         gathering: Gathering | None = None,
-        num_ranks: Callable[[str], int] = lambda _: 0,
     ):
         self.memory = memory
         self.counters = VirtualCounters() if counters is None else counters
         self.costs = StepCost() if costs is None else costs
         self.gathering = Gathering() if gathering is None else gathering
-        self.adapter_limit = AdapterLimit(self.costs, num_ranks)
+        self.adapter_limit = AdapterLimit(self.costs, memory.adapters.num_ranks)
         self.token_budget = token_budget
         self.can_progress = False
         """Whether the last batch did something, or something changed since: if not, wait for a command."""
@@ -184,6 +183,7 @@ class Scheduler:
             sessions, self.memory, self.counters, self.costs, self.token_budget, expected, self.adapter_limit
         )
         chooser.run()
+        self.can_progress |= self.memory.adapters.prefetch(MAX_ATTACHES)
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
         moves, self.memory.moves = self.memory.moves, []
@@ -241,7 +241,21 @@ class Scheduler:
 
     def fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
         """A batch has failed: what its sessions have in the cache can't be trusted any more."""
-        return [self._fail(session, error) for session in batch.sessions]
+        came = {move.seat.digest: error for move in batch.moves if isinstance(move, Attach)}
+        sessions, batch.rows = batch.sessions, []
+        notices = self.drop_adapters(batch, came)
+        return notices + [self._fail(session, error) for session in sessions if session.error is None]
+
+    def drop_adapters(self, batch: Batch, failures: Mapping[str, SwarmError]) -> list[Notice]:
+        """These adapters could not be brought to the device: who holds them fails, the rest of the batch may run."""
+        notices: list[Notice] = []
+        for digest, error in failures.items():
+            users = [it for it in self.memory.sessions if it.holds_adapters and digest in it.adapters]
+            self.memory.adapters.failed(digest)
+            notices += [self._fail(session, error) for session in users if session.error is None]
+        if failures:
+            batch.rows = [row for row in batch.rows if row.session.error is None]
+        return notices
 
     # -- details ------------------------------------------------------------------------------------------------
 

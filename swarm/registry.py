@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from swarm.adapters.notes import AdapterNote, pack_notes, unpack_notes
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.network import Node
 from swarm.types import BlockRange, ServerState
@@ -33,7 +34,7 @@ MAX_NAME_BYTES = 32
 MAX_DECODE_TPS = 1e9
 MAX_KV_TOKENS = (1 << 48) - 1
 
-_FORMAT = 1
+_FORMAT = 2
 _head = struct.Struct("!BBHHffQd")
 
 
@@ -54,6 +55,7 @@ class ServerRecord:
         public_name: chosen by its owner, at most 32 bytes of UTF-8.
         version: of its software.
         expires_at: unix time after which the record is void.
+        adapters: those that it has, the most recently used ones.
 
     Raises:
         InvalidRequest: for a field out of range.
@@ -71,6 +73,7 @@ class ServerRecord:
     public_name: str
     version: str
     expires_at: float
+    adapters: tuple[AdapterNote, ...] = ()
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.decode_tps <= MAX_DECODE_TPS, f"decode_tps {self.decode_tps}, range 0..{MAX_DECODE_TPS:g}")
@@ -99,7 +102,7 @@ class ServerRecord:
         for text in (self.quantization, self.dtype, self.public_name, self.version):
             data = text.encode()
             parts += (bytes([len(data)]), data)
-        return b"".join(parts)
+        return b"".join((*parts, pack_notes(self.adapters)))
 
     @classmethod
     def decode(cls, data: bytes, *, peer_id: str, model: str) -> "ServerRecord":
@@ -114,7 +117,7 @@ class ServerRecord:
             form, state, start, end, decode_tps, load, kv_free_tokens, expires_at = _head.unpack_from(data)
             if form != _FORMAT:
                 raise InvalidRequest(f"format {form}, known is {_FORMAT}")
-            quantization, dtype, public_name, version = _texts(data[_head.size :])
+            (quantization, dtype, public_name, version), rest = _texts(data[_head.size :])
             return cls(
                 peer_id=peer_id,
                 model=model,
@@ -128,6 +131,7 @@ class ServerRecord:
                 public_name=public_name,
                 version=version,
                 expires_at=expires_at,
+                adapters=unpack_notes(rest),
             )
         except (InvalidRequest, ValueError, struct.error) as error:
             raise PeerMisbehaved(f"bad record of {peer_id}: {error}", peer_id=peer_id) from error
@@ -192,17 +196,15 @@ def shard_key(model: str, shard: int) -> str:
     return f"swarm/servers/v1/{model}/{shard}"
 
 
-def _texts(data: bytes) -> list[str]:
-    """Four strings, each behind a byte that holds its length, and nothing after them."""
+def _texts(data: bytes) -> tuple[list[str], bytes]:
+    """Four strings, each behind a byte that holds its length, and what comes after them."""
     texts, position = [], 0
     for _ in range(4):
         if position >= len(data) or position + 1 + data[position] > len(data):
             raise InvalidRequest("cut short")
         texts.append(data[position + 1 : position + 1 + data[position]].decode())
         position += 1 + data[position]
-    if position != len(data):
-        raise InvalidRequest(f"{len(data) - position} bytes too many")
-    return texts
+    return texts, data[position:]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,10 +1,10 @@
 """What one adapter changes in one block, whatever method it was trained with.
 
-    each linear:  y = o * (W (i * x) + c + s * B (A x)) + b           W, c: the base's own weight and bias
+    each linear:  y = o * (W (i * x) + c + s * B (A x)) + b           W, c: the base's own weight and bias (or a new c)
     the block:    keys and values of the first positions, and what is added to their hidden states
 
     LoRA, rsLoRA A, B, s   AdaLoRA, VeRA folded into A, B, s   DoRA A, B, s, magnitude (o, b follow from W)
-    IA3 i or o             BitFit b                            prefix tuning keys, values   deep prompts
+    IA3 i or o             BitFit b, or a new c                prefix tuning keys, values   deep prompts
     prompt tuning changes no block: its embeddings stay with the client
 
 Values on their own: this module knows neither files nor bytes (`format`), nor how a server applies them. Legend: I and
@@ -35,6 +35,9 @@ class LinearDelta:
     magnitude_O: Tensor | None = None
     """DoRA: the norm of each row of W + s B A; the server derives o = magnitude / norm, and leaves c unscaled."""
     bias_O: Tensor | None = None
+    """b."""
+    base_bias_O: Tensor | None = None
+    """What c becomes, where training has changed the base's own bias; with a magnitude, too, it is not scaled."""
 
     @property
     def rank(self) -> int:
@@ -54,6 +57,7 @@ LINEAR_TENSORS = {
     "output_scale": "output_scale_O",
     "magnitude": "magnitude_O",
     "bias": "bias_O",
+    "base_bias": "base_bias_O",
 }
 """Name in a shard -> attribute of LinearDelta."""
 

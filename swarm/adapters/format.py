@@ -17,7 +17,6 @@ from hashlib import sha256
 from typing import Annotated
 
 import msgspec
-import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -35,6 +34,10 @@ MAX_SHARD_TENSORS = 4096
 _MAX_HEADER_BYTES = 1 << 20
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _PREFIX_K, _PREFIX_V, _PROMPT = "prefix.k", "prefix.v", "prompt"
+
+
+class HashMismatch(InvalidRequest):
+    """Bytes are not those of the name that they were asked for by: whoever sent them is to blame, not the adapter."""
 
 
 class ShardInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -89,7 +92,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbi
         """Read a manifest from a peer.
 
         Raises:
-            InvalidRequest: it is malformed, or not the one of that name.
+            HashMismatch: it is not the one of that name.
+            InvalidRequest: it is malformed.
         """
         if len(data) > MAX_MANIFEST_BYTES:
             raise InvalidRequest(f"adapter manifest of {len(data)} bytes, limit {MAX_MANIFEST_BYTES}")
@@ -154,13 +158,15 @@ def decode_shard(
     """Read one block's part of an adapter from a peer.
 
     Args:
-        data: the bytes, already as many as `info` says.
+        data: the bytes, already as many as `info` says. Where they can be written to (a bytearray), tensors are views
+            into them, so that they take memory once; nobody may change them then.
         info: what the manifest says of them.
         shape: of the block.
         num_virtual: positions that the manifest says the adapter puts before a sequence.
 
     Raises:
-        InvalidRequest: other bytes than the manifest names, or tensors that don't fit the block; names which.
+        HashMismatch: other bytes than the manifest names.
+        InvalidRequest: tensors that don't fit the block; names which.
     """
     if len(data) != info.num_bytes:
         raise InvalidRequest(f"adapter shard of {len(data)} bytes, {info.num_bytes} declared")
@@ -191,28 +197,45 @@ def check_digest(data: bytes | bytearray | memoryview, digest: str, what: str) -
     """Refuse bytes that are not those of this name.
 
     Raises:
-        InvalidRequest: they are others.
+        HashMismatch: they are others.
     """
     found = sha256(data).hexdigest()
     if found != digest:
-        raise InvalidRequest(f"{what} has hash {found[:12]}, expected {digest[:12]}")
+        raise HashMismatch(f"{what} has hash {found[:12]}, expected {digest[:12]}")
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARD_BYTES)]]
+    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 def _parse(data: bytes | bytearray | memoryview, info: ShardInfo) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, which own their memory, and metadata of a safetensors file."""
+    """Tensors and metadata of a safetensors file; the tensors are views into `data`, which must not be changed then."""
     where = f"adapter, block {info.block}"
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > min(_MAX_HEADER_BYTES, len(data) - 8):
+        raise InvalidRequest(f"{where}: header of {header_bytes} bytes, limit {_MAX_HEADER_BYTES}")
     try:
-        header_bytes = int.from_bytes(data[:8], "little")
-        if header_bytes > min(_MAX_HEADER_BYTES, len(data) - 8):
-            raise InvalidRequest(f"{where}: header of {header_bytes} bytes, limit {_MAX_HEADER_BYTES}")
-        header = msgspec.json.decode(bytes(data[8 : 8 + header_bytes]), type=dict[str, dict[str, object]])
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        if len(header) > MAX_SHARD_TENSORS:
-            raise InvalidRequest(f"{where}: {len(header)} tensors, limit {MAX_SHARD_TENSORS}")
-        found = safetensors.deserialize(bytes(data))
-    except (msgspec.MsgspecError, safetensors.SafetensorError, UnicodeDecodeError, RecursionError) as error:
+        raw = msgspec.json.decode(bytes(data[8 : 8 + header_bytes]), type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str])
+        if len(raw) > MAX_SHARD_TENSORS:
+            raise InvalidRequest(f"{where}: {len(raw)} tensors, limit {MAX_SHARD_TENSORS}")
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"{where}: not a safetensors file: {error}") from error
-    tensors = {name: _tensor(name, entry, where) for name, entry in found}
+    body = memoryview(data)[8 + header_bytes :]
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        if start != end or stop - start != _num_bytes(name, entry, where):
+            raise InvalidRequest(f"{where}: {name} lies at {start}:{stop}, expected {end} and its own size")
+        end = stop
+    if end != len(body):
+        raise InvalidRequest(f"{where}: {end} bytes of tensors, the file has {len(body)}")
+    tensors = {name: _tensor(name, entry, body, where) for name, entry in entries.items()}
     if sum(tensor.numel() for tensor in tensors.values()) != info.num_elements:
         raise InvalidRequest(f"{where}: not the {info.num_elements} numbers that the manifest declares")
     return tensors, metadata
@@ -221,17 +244,27 @@ def _parse(data: bytes | bytearray | memoryview, info: ShardInfo) -> tuple[dict[
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _tensor(name: str, entry: Mapping[str, object], where: str) -> Tensor:
-    dtype, shape, data = _SAFETENSORS_DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data"]
+def _num_bytes(name: str, entry: _Entry, where: str) -> int:
+    dtype = _SAFETENSORS_DTYPES.get(entry.dtype)
     if dtype is None:
-        raise InvalidRequest(f"{where}: {name} is {entry['dtype']}, expected F32, F16 or BF16")
-    assert isinstance(shape, list) and isinstance(data, bytes | bytearray)
-    if not shape or 0 in shape:
-        raise InvalidRequest(f"{where}: {name} has shape {tuple(shape)}")
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+        raise InvalidRequest(f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16")
+    if not entry.shape:
+        raise InvalidRequest(f"{where}: {name} has shape ()")
+    return math.prod(entry.shape) * dtype.itemsize
+
+
+def _tensor(name: str, entry: _Entry, body: memoryview, where: str) -> Tensor:
+    dtype, (start, stop) = _SAFETENSORS_DTYPES[entry.dtype], entry.data_offsets
+    piece = body[start:stop]
+    is_view = not piece.readonly and _address(piece) % dtype.itemsize == 0
+    tensor = torch.frombuffer(piece if is_view else bytearray(piece), dtype=dtype).view(entry.shape)
     if not torch.isfinite(tensor).all():
         raise InvalidRequest(f"{where}: {name} has numbers that are not finite")
     return tensor
+
+
+def _address(piece: memoryview) -> int:
+    return torch.frombuffer(piece, dtype=torch.uint8).data_ptr()
 
 
 def _linear(
@@ -254,6 +287,7 @@ def _linear(
         "output_scale": (outputs,),
         "magnitude": (outputs,),
         "bias": (outputs,),
+        "base_bias": (outputs,),
     }
     for name, tensor in named.items():
         if tuple(tensor.shape) != expected[name]:
@@ -262,7 +296,7 @@ def _linear(
         raise InvalidRequest(f"{where}: {path} has a magnitude, which goes with lora_A and without output_scale")
     tensors = {LINEAR_TENSORS[name]: tensor for name, tensor in named.items()}
     scale = _scale(path, metadata, where) if rank else 1.0
-    return LinearDelta(scale=scale, **tensors)  # type: ignore[arg-type]
+    return LinearDelta(scale=scale, **tensors)
 
 
 def _scale(path: str, metadata: Mapping[str, str], where: str) -> float:
