@@ -1,6 +1,6 @@
 """A server of many adapters in simulated time: continuous batching of a trace by a policy, on measured step times.
 
-    trace ─► waiting ─► up to MAX_ROWS active ─policy.choose─► a batch ─StepTimes─► time passes, everybody in it advances
+    trace ─► waiting ─► up to MAX_ROWS active ─policy.choose─► a batch ─StepTimes─► time passes, its rows advance
 
 Policies differ in who is in a batch, and whether a merged copy of an adapter runs it. The limit on adapters is the
 server's own (`swarm.server.adapter_limit`, with a cost model that learns from the simulated batches). Prompts run in
@@ -121,7 +121,8 @@ class Limited(Everybody):
     def choose(self, active: list[Live], now: float) -> list[Live]:
         for live in active:
             self._counters.arrive(live.client)
-        chosen: list[Any] = self._limit.choose(list(active), self._counters, W_DECODE * 256, now)  # type: ignore[arg-type]
+        sessions: list[Any] = list(active)
+        chosen: list[Any] = self._limit.choose(sessions, self._counters, W_DECODE * 256, now)
         for live in chosen:
             self._counters.charge(live.client, W_DECODE)
         self._counters.settle({live.client for live in active if live not in chosen})

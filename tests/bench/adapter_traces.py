@@ -1,7 +1,7 @@
 """Requests for adapters over time, as published for S-LoRA, dLoRA and Punica, rebuilt from their descriptions.
 
-    slora(n, alpha, cv)   S-LoRA's generator: P(adapter < k) = (k / n) ** alpha, so that less alpha is more skew; gaps are
-                          Gamma with coefficient of variation cv; uniform lengths
+    slora(n, alpha, cv)   S-LoRA's generator: P(adapter < k) = (k / n) ** alpha, so that less alpha is more skew; gaps
+                          are Gamma with coefficient of variation cv; uniform lengths
     dlora(n)              after dLoRA's: each window, each model's share of the rate is drawn anew and its requests come
                           as a Gamma process; lengths like ShareGPT's. Its shares come from Azure's traces, which
                           are not at hand: here they are Zipf with exponent 1.5
