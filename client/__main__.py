@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from swarm.checkpoint.source import DEFAULT_MODEL
 from swarm.command import program
-from swarm.errors import InvalidRequest, SwarmError, UnsupportedModel
+from swarm.errors import InvalidRequest, SwarmError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from swarm.client.chat import Answer, Conversation
     from swarm.client.generation import DistributedModel
 
@@ -116,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from swarm.client.auto import AutoDistributedModelForCausalLM
-    from swarm.client.chat import Conversation
+    from swarm.client.chat import Conversation, load_tokenizer
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.threads is not None:
@@ -132,20 +130,10 @@ def _run(args: argparse.Namespace) -> int:
         except BaseException:
             model.close()
             raise
-    with model, Conversation(model, _tokenizer(model), system=args.system) as talk:
+    with model, Conversation(model, load_tokenizer(model.checkpoint), system=args.system) as talk:
         for question in _questions(args):
             _answer(talk, model, question, args)
     return 0
-
-
-def _tokenizer(model: "DistributedModel") -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.checkpoint.path)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{model.checkpoint.name} has no tokenizer that transformers can read") from error
-    return tokenizer
 
 
 def _questions(args: argparse.Namespace) -> Iterator[str]:

@@ -22,6 +22,7 @@ from swarm.client.peers import Peers
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.client.training import Call, Parameters, RemoteTraining
+from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
 from swarm.transport import Transport
@@ -208,6 +209,15 @@ class SwarmService:
         self._sessions.add(session)
         return session
 
+    def find_route(self) -> tuple[Hop, ...]:
+        """The servers that a new session would go through, by what is known now.
+
+        Raises:
+            RouteNotFound: blocks are missing.
+            PeerTimeout: the DHT doesn't answer.
+        """
+        return self._loop.run(self.peers.route(BlockRange(0, self.num_blocks)))
+
     def open_training(self, blocks: BlockRange) -> SwarmTraining:
         """A new training run through some blocks; servers are contacted at its first use."""
         remote = RemoteTraining(self.peers, self._transport, blocks=blocks, config=self._config)
@@ -238,6 +248,7 @@ def connect(
     hidden_size: int,
     initial_peers: Sequence[str],
     config: SessionConfig | None = None,
+    identity: Identity | None = None,
 ) -> SwarmService:
     """Join the swarm as a client of one model.
 
@@ -247,6 +258,7 @@ def connect(
         hidden_size: width of its hidden states.
         initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
         config: patience and encoding of sessions.
+        identity: who the servers see; somebody new by default.
 
     Raises:
         PeerUnreachable: none of the initial peers answers.
@@ -254,7 +266,7 @@ def connect(
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(join(tuple(initial_peers)))
+        node, transport = loop.run(join(tuple(initial_peers), identity))
     except BaseException:
         loop.stop()
         raise
@@ -262,9 +274,9 @@ def connect(
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
-async def join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
+async def join(initial_peers: tuple[str, ...], identity: Identity | None = None) -> tuple[Node, Transport]:
     """Join a swarm as a client, which neither listens nor stores; errors as `connect`."""
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True))
+    node = await Node.start(NodeConfig(identity=identity, initial_peers=initial_peers, client_mode=True))
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport

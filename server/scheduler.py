@@ -9,7 +9,7 @@
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -90,6 +90,7 @@ class Scheduler:
         counters: service of each client.
         costs: what batches cost.
         gathering: how long batches wait for decode rows.
+        num_ranks: rank rows of an adapter in the whole span; what `memory` says if not given.
     """
 
     def __init__(
@@ -100,12 +101,13 @@ class Scheduler:
         counters: VirtualCounters | None = None,
         costs: StepCost | None = None,
         gathering: Gathering | None = None,
+        num_ranks: Callable[[str], int] | None = None,
     ):
         self.memory = memory
         self.counters = VirtualCounters() if counters is None else counters
         self.costs = StepCost() if costs is None else costs
         self.gathering = Gathering() if gathering is None else gathering
-        self.adapter_limit = AdapterLimit(self.costs, memory.adapters.num_ranks)
+        self.adapter_limit = AdapterLimit(self.costs, num_ranks or memory.adapters.num_ranks)
         self.token_budget = token_budget
         self.can_progress = False
         """Whether the last batch did something, or something changed since: if not, wait for a command."""

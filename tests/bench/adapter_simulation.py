@@ -1,6 +1,6 @@
 """A server of many adapters in simulated time: continuous batching of a trace by a policy, on measured step times.
 
-    trace ─► waiting ─► up to MAX_ROWS active ─policy.choose─► a batch ─StepTimes─► time passes, its rows advance
+    trace ─► waiting ─► up to MAX_ROWS active ─policy.choose─► a batch ─StepTimes─► time passes, all in it advance
 
 Policies differ in who is in a batch, and whether a merged copy of an adapter runs it. The limit on adapters is the
 server's own (`swarm.server.adapter_limit`, with a cost model that learns from the simulated batches). Prompts run in

@@ -4,6 +4,7 @@ It honours positions, rollback, row order and wanted outputs, refuses what a ser
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -180,9 +181,10 @@ def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCac
     """A function that runs hidden states [n, H] of one row through the layers, with whatever its model hands them.
 
     The decoder's own forward runs on dummy tokens; hooks put the hidden states in before the first layer and take them
-    out behind the last one.
+    out behind the last one. One thread at a time.
     """
     decoder = decoder.eval()
+    lock = threading.Lock()
     state: dict[str, torch.Tensor] = {}
     cache_name = "cache_params" if "cache_params" in signature(decoder.forward).parameters else "past_key_values"
 
@@ -200,17 +202,18 @@ def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCac
     blocks[-1].register_forward_hook(take_out)
 
     def run_row(hidden_states: torch.Tensor, cache: DynamicCache, position: int) -> torch.Tensor:
-        state["in"] = hidden_states[None]
         count = len(hidden_states)
-        try:
-            decoder(
-                input_ids=torch.zeros(1, count, dtype=torch.long),
-                attention_mask=torch.ones(1, position + count, dtype=torch.long),
-                **{cache_name: cache},
-                use_cache=True,
-            )
-            return state["out"][0]
-        finally:
-            state.clear()
+        with lock:
+            state["in"] = hidden_states[None]
+            try:
+                decoder(
+                    input_ids=torch.zeros(1, count, dtype=torch.long),
+                    attention_mask=torch.ones(1, position + count, dtype=torch.long),
+                    **{cache_name: cache},
+                    use_cache=True,
+                )
+                return state["out"][0]
+            finally:
+                state.clear()
 
     return run_row

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class Engine:
         weights: of clients.
         own_bytes: memory for adapters beside the pages.
         seconds: how long a batch takes, from its numbers of decode rows and prompt tokens.
-        ranks: of adapters that are there, and take no pages.
+        ranks: rank rows of each adapter.
         adapter_seconds: how much longer it takes for its adapters.
     """
 
@@ -89,16 +88,18 @@ class Engine:
             meter=self.span,
             own_bytes=own_bytes,
         )
-        for name, rank in (ranks or {}).items():
-            self.memory.adapters.add(name, {0: FakeDelta(0.0, num_pages=0, linears={"q": SimpleNamespace(rank=rank)})})
-        self.memory.adapters.prefetch(len(ranks or {}))
-        self.scheduler = Scheduler(self.memory, token_budget=token_budget, counters=VirtualCounters(weights))
+        self.scheduler = Scheduler(
+            self.memory,
+            token_budget=token_budget,
+            counters=VirtualCounters(weights),
+            num_ranks=ranks.__getitem__ if ranks else None,
+        )
         self.now = 100.0
         self.told: dict[CachedSession, Told] = {}
         self.num_swaps = 0
         self.left_out: set[str] = set()
         """Clients of whose ready work the last batch left something out."""
-        self._seconds, self._adapter_seconds = seconds, adapter_seconds
+        self._seconds, self._adapter_seconds, self._ranks = seconds, adapter_seconds, ranks or {}
 
     def open(
         self,
@@ -107,7 +108,11 @@ class Engine:
         blocks: BlockRange = BLOCKS,
         adapters: Sequence[str | None] = (),
     ) -> CachedSession:
-        """A session."""
+        """A session; adapters of `ranks` are on the device by now."""
+        if known := self._ranks.keys() & set(adapters):
+            for name in known:
+                self.memory.adapters.add(name, {0: FakeDelta(0.0, 1)})
+            self.memory.adapters.prefetch(len(known))
         session = CachedSession(
             blocks=blocks,
             client=client,

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.server.adapter_limit import GUARD_S, AdapterLimit
+from swarm.server.scheduler import Scheduler
 from swarm.server.step_cost import NO_ADAPTERS, AdapterLoad, StepCost
 from tests.server.engine import Engine
 from tests.server.test_fairness import BOUND, Simulation, loads
@@ -111,7 +112,7 @@ def test_traffic_without_adapters_never_asks():
         raise AssertionError(f"{adapter} was looked up")
 
     engine = Engine()
-    engine.scheduler.adapter_limit = AdapterLimit(engine.scheduler.costs, never)
+    engine.scheduler = Scheduler(engine.memory, token_budget=64, num_ranks=never)
     prompt = engine.open()
     engine.prompt(prompt, 100)
     for _ in range(3):
