@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swarm.checkpoint.source import DEFAULT_MODEL
-from swarm.errors import InvalidRequest, SwarmError, UnsupportedModel
+from swarm.command import program
+from swarm.errors import InvalidRequest, SwarmError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from swarm.client.chat import Answer, Conversation
     from swarm.client.generation import DistributedModel
 
@@ -44,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m swarm.client",
+        prog=program("client"),
         description="Ask a model whose transformer blocks run on the servers of a swarm.",
-        epilog="e.g. python -m swarm.client 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
+        epilog=f"e.g. {program('client')} 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
     )
     add = parser.add_argument
     add("question", nargs="?", help="what to ask; may be left out with --chat")
@@ -115,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from swarm.client.auto import AutoDistributedModelForCausalLM
-    from swarm.client.chat import Conversation
+    from swarm.client.chat import Conversation, load_tokenizer
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.threads is not None:
@@ -131,20 +130,10 @@ def _run(args: argparse.Namespace) -> int:
         except BaseException:
             model.close()
             raise
-    with model, Conversation(model, _tokenizer(model), system=args.system) as talk:
+    with model, Conversation(model, load_tokenizer(model.checkpoint), system=args.system) as talk:
         for question in _questions(args):
             _answer(talk, model, question, args)
     return 0
-
-
-def _tokenizer(model: "DistributedModel") -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.checkpoint.path)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{model.checkpoint.name} has no tokenizer that transformers can read") from error
-    return tokenizer
 
 
 def _questions(args: argparse.Namespace) -> Iterator[str]:

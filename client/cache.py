@@ -17,8 +17,10 @@ from typing import Any, Protocol, Self
 import torch
 from transformers import Cache
 
+from swarm.client.autograd import BlockTraining
 from swarm.client.row_adapters import RowAdapters
 from swarm.errors import InvalidRequest
+from swarm.types import BlockRange
 
 
 class BlockSession(Protocol):
@@ -67,6 +69,10 @@ class BlockService(Protocol):
 
     def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> BlockSession:
         """A new session of `batch_size` rows of at most `max_length` tokens, each with its own adapter or none."""
+        ...
+
+    def open_training(self, blocks: BlockRange) -> BlockTraining:
+        """A new training run through some of the blocks."""
         ...
 
     def close(self) -> None:

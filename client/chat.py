@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
+from swarm.checkpoint.source import Checkpoint
 from swarm.client.cache import RemoteCache
 from swarm.client.generation import DistributedModel, longest
-from swarm.errors import InvalidRequest
+from swarm.errors import InvalidRequest, UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +142,19 @@ class Conversation:
         )
         self._session.crop(min(common, len(ids) - 1) - self._session.length)
         return self._session
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.path)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{checkpoint.name} has no tokenizer that transformers can read") from error
+    return tokenizer
 
 
 class _Timer(TextStreamer):

@@ -20,10 +20,11 @@ from swarm.checkpoint.source import Checkpoint
 from swarm.client.adapter_methods import AdapterMethods
 from swarm.client.adapters import Choice
 from swarm.client.cache import BlockService, RemoteCache
-from swarm.client.remote_blocks import Pass, model_pass, open_session
+from swarm.client.remote_blocks import BlockSlice, Pass, RemoteBlocks, model_pass, open_session
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.virtual import with_virtual
 from swarm.errors import InvalidRequest, SwarmError
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,12 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
     checkpoint: Checkpoint
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
+
+    @property
+    def blocks(self) -> BlockSlice:
+        """The remote blocks: `model.blocks[4:12](hidden_states)` runs some of them, with gradients where wanted."""
+        remote = next(module for module in self.modules() if isinstance(module, RemoteBlocks))
+        return BlockSlice(remote, BlockRange(0, self.block_service.num_blocks))
 
     def inference_session(
         self, *, max_length: int | None = None, batch_size: int = 1, adapter_name: Choice = None

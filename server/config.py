@@ -80,5 +80,9 @@ class ServerConfig:
     """Host memory for adapters, and device memory for what of them does not lie in the KV cache; 0 takes none."""
     threads: int | None = None
     """CPU threads for the blocks; None leaves torch's choice."""
+    metrics_port: int | None = None
+    """TCP port of the metrics for Prometheus; 0 picks a free one, None serves none."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which the metrics are served."""
     announce_period_s: float = 20.0
     """How often the record is renewed; it expires after three periods."""

@@ -25,10 +25,12 @@ from swarm.server.blocks.span import BlockSpan
 from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
 from swarm.server.memory import KvMemory
+from swarm.server.meters import BatchMeter
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.prefix_cache import PrefixCache
 from swarm.server.scheduler import TOKEN_BUDGET, Batch, Failed, Notice, Scheduler, Waits
 from swarm.server.sequences import CachedSequence, CachedSession
+from swarm.server.trainer import KEPT_BYTES, Trainer
 from swarm.server.work import Produced, SessionListener, Work
 from swarm.types import BlockRange
 
@@ -46,6 +48,7 @@ class Executor:
         loop: the event loop on which listeners are called.
         token_budget: most tokens in one batch.
         host_bytes: memory for sessions that were swapped out.
+        kept_bytes: memory for what training keeps between forward and backward.
         adapter_bytes: memory of the device for what of adapters does not lie in pages of the cache.
     """
 
@@ -56,9 +59,11 @@ class Executor:
         *,
         token_budget: int = TOKEN_BUDGET,
         host_bytes: int = HOST_BYTES,
+        kept_bytes: int = KEPT_BYTES,
         adapter_bytes: int = ADAPTER_BYTES,
     ):
         self.span = span
+        self.meter = BatchMeter()
         self._loop = loop
         self._allocator = PageAllocator(span.num_pages)
         self._prefixes = PrefixCache(self._allocator) if span.shares_prefixes else None
@@ -71,6 +76,8 @@ class Executor:
             own_bytes=adapter_bytes,
         )
         self._scheduler = Scheduler(self._memory, token_budget=token_budget)
+        self.trainer = Trainer(span, loop.call_soon_threadsafe, kept_bytes=kept_bytes)
+        """Training beside the sessions; only functions given to `train` may call it."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -89,6 +96,11 @@ class Executor:
     def total_tokens(self) -> int:
         """Tokens that the cache holds in all."""
         return self._allocator.num_pages * PAGE_SIZE
+
+    @property
+    def num_ready(self) -> int:
+        """Sessions with work that runs or waits for its turn (a snapshot)."""
+        return self._scheduler.num_ready
 
     @property
     def num_waiting(self) -> int:
@@ -185,6 +197,10 @@ class Executor:
         self._sessions.discard(session)
         self._commands.put(lambda: self._scheduler.close(session, time.monotonic()))
 
+    def train(self, command: Callable[[Trainer], None]) -> None:
+        """Let the device thread call this with the trainer."""
+        self._commands.put(lambda: command(self.trainer))
+
     async def pages_in_use(self) -> int:
         """Pages held by sessions, after all commands given so far."""
         future: asyncio.Future[int] = self._loop.create_future()
@@ -228,9 +244,13 @@ class Executor:
         try:
             while self._read_commands():
                 batch = self._scheduler.schedule(time.monotonic())
+                self.meter.scheduled(batch)
                 self._notify(batch.notices)
                 if batch.rows or batch.moves:
                     self._notify(self._run(batch))
+                    self.trainer.inference_at = time.monotonic()
+                if self.trainer.wait_s(time.monotonic()) == 0:
+                    self.trainer.advance()
         except Exception:  # the outermost loop of this thread
             logger.exception("the device thread failed")
             self._loop.call_soon_threadsafe(self._die)
@@ -243,12 +263,17 @@ class Executor:
             started = time.monotonic()
             outputs = to_host(batch.rows, self.span.run(batch.chunks)) if batch.rows else []
         except SwarmError as error:
-            return notices + self._scheduler.fail(batch, error)
+            return notices + self._fail(batch, error)
         except Exception:
             logger.exception("a batch of %d rows failed", len(batch.rows))
-            return notices + self._scheduler.fail(batch, PeerError("the blocks failed on this batch"))
+            return notices + self._fail(batch, PeerError("the blocks failed on this batch"))
         now = time.monotonic()
+        self.meter.ran(batch, now - started)
         return notices + self._scheduler.finish(batch, outputs, now - started, now)
+
+    def _fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
+        self.meter.failed()
+        return self._scheduler.fail(batch, error)
 
     def _notify(self, notices: list[Notice]) -> None:
         if notices:
@@ -269,6 +294,8 @@ class Executor:
             except queue.Empty:
                 now = time.monotonic()
                 until = self._scheduler.wait_until(now)
+                if not self._scheduler.can_progress:  # else training would keep a batch waiting
+                    until = min(until, now + self.trainer.wait_s(now))
                 if until <= now:
                     return True
                 continue

@@ -19,7 +19,7 @@ from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
-from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE
+from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, TRAIN_SERVICE
 from swarm.registry import Registry, ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
@@ -30,6 +30,7 @@ from swarm.server.executor import Executor
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
+from swarm.server.training import TrainingDesk
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
 
@@ -96,6 +97,7 @@ class Server:
         self.state = ServerState.JOINING
         self.adapters: dict[str, str] = {}
         """Digests of the adapters that it was told to have."""
+        self.metrics_url: str | None = None
         self._registry: Registry
         self._decode_tps = 0.0
         self._stack = AsyncExitStack()
@@ -109,6 +111,8 @@ class Server:
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
+        if config.metrics_port is not None:
+            await self._serve_metrics(config.metrics_port)
         self.node = await Node.start(
             NodeConfig(
                 identity_path=config.identity_path,
@@ -187,6 +191,13 @@ class Server:
         self.transport.serve(SESSION_SERVICE, self.handler.session)
         self.transport.serve(PUSH_SERVICE, self.handler.push)
         self.transport.serve(INFO_SERVICE, self.handler.info)
+        desk = TrainingDesk(
+            self.executor,
+            model=plan.checkpoint.digest,
+            model_name=plan.checkpoint.name,
+            state=lambda: self.state,
+        )
+        self.transport.serve(TRAIN_SERVICE, desk.serve)
         self.state = ServerState.ONLINE
         await self._announce()
 
@@ -203,6 +214,13 @@ class Server:
             )
             await desk.keep(loaded.manifest, loaded.shards)
             self.adapters[name] = loaded.digest
+
+    async def _serve_metrics(self, port: int) -> None:
+        from swarm.server.metrics import MetricsServer, ServerCollector
+
+        metrics = await MetricsServer.start(ServerCollector(self), host=self.config.metrics_host, port=port)
+        self._stack.push_async_callback(metrics.close)
+        self.metrics_url = metrics.url
 
     async def serve_until(self, stop: asyncio.Event) -> None:
         """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.

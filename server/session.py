@@ -25,7 +25,7 @@ from swarm.server.control import Control
 from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
-from swarm.server.load import LoadMeter
+from swarm.server.meters import SessionMeter
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushStream
 from swarm.server.sender import Sender
@@ -50,7 +50,7 @@ class ServedSession:
         max_step_tokens: most tokens in one Step.
         budget: memory for histories, shared by all sessions.
         pending: memory for steps that wait for room, shared by all sessions.
-        load: is told what the session cost.
+        meter: counts what the session does.
         open_push: opens push streams to peers.
         adapters: brings the session's adapters, where it uses any.
     """
@@ -65,16 +65,16 @@ class ServedSession:
         max_step_tokens: int,
         budget: HistoryBudget,
         pending: Budget,
-        load: LoadMeter,
+        meter: SessionMeter,
         open_push: Callable[[str], Awaitable[PushStream]],
         adapters: AdapterDesk | None = None,
     ):
         self.last_active = time.monotonic()
         self._stream, self._opened = stream, opened
         self._executor, self._limits, self._max_step_tokens = executor, limits, max_step_tokens
-        self._budget, self._load = budget, load
+        self._budget, self._meter = budget, meter
         self._intake = Intake(opened.batch_size, max_length=opened.max_length, adapter_of=opened.adapter_of)
-        self._control = Control(stream, timeout_s=limits.send_timeout_s, on_lost=self.end)
+        self._control = Control(stream, timeout_s=limits.send_timeout_s, on_lost=self.end, on_tell=meter.told)
         self._sender = Sender(
             opened.batch_size,
             stream,
@@ -309,6 +309,8 @@ class ServedSession:
         if step.step_id < self._intake.step_id:
             return
         chunk = self._check(step, body)
+        if self._intake.step_id < 0 < step.step_id:
+            self._meter.replayed(sum(step.num_tokens))
         self._sender.trace = step.trace
         accepted = self._intake.accept(chunk)
         if accepted is None:
@@ -391,12 +393,7 @@ class ServedSession:
         self._sender.append(produced)
         self._sender.pump()
         self._budget.use(self, self._stream.peer_id, self._sender.link)
-        self._load.record(
-            self.last_active,
-            queue_s=produced.queue_s,
-            compute_s=produced.compute_s,
-            num_tokens=produced.num_tokens,
-        )
+        self._meter.record(self.last_active, produced)
         self._on_room()
 
     def failed(self, step_id: int, error: SwarmError) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from swarm.errors import RouteNotFound
 from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, name_ranges
 
 BEAM_WIDTH = 16
 """Partial routes kept per block boundary."""
@@ -48,7 +48,7 @@ def find_route(offers: Sequence[Offer], blocks: BlockRange) -> tuple[Hop, ...]:
     """
     missing = [block for block in blocks if not any(block in offer.blocks for offer in offers)]
     if missing:
-        raise RouteNotFound(f"no server holds blocks {_ranges(missing)}", missing=missing)
+        raise RouteNotFound(f"no server holds blocks {name_ranges(missing)}", missing=missing)
     exits = _exits(offers, blocks)
     beams: dict[int, list[_Partial]] = {blocks.start: [_Partial(0.0, ())]}
     for boundary in sorted({blocks.start} | set(exits)):
@@ -80,17 +80,6 @@ def _extend(
 def _exits(offers: Sequence[Offer], blocks: BlockRange) -> list[int]:
     edges = {edge for offer in offers for edge in (offer.blocks.start, offer.blocks.end)} | {blocks.end}
     return sorted(edge for edge in edges if blocks.start < edge <= blocks.end)
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """[3, 4, 5, 9] as "3:6, 9:10"."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and ranges[-1][1] == index:
-            ranges[-1][1] = index + 1
-        else:
-            ranges.append([index, index + 1])
-    return ", ".join(f"{start}:{end}" for start, end in ranges)
 
 
 def route_cost(route: Sequence[Hop], offers: Mapping[str, Offer]) -> float:

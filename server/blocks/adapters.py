@@ -35,12 +35,6 @@ class _Kind(NamedTuple):
     own: OwnPool
 
 
-class _Attached(NamedTuple):
-    paged: bool
-    own_bytes: int
-    num_virtual: int
-
-
 class SpanAdapters:
     """See the module docstring.
 
@@ -54,7 +48,8 @@ class SpanAdapters:
         self._blocks = {block.index: block for block in blocks}
         self._current = current
         self._like = like
-        self._attached: dict[int, _Attached] = {}
+        self._num_virtual: dict[int, int] = {}
+        """Virtual positions of each attached adapter."""
         self._prompts: dict[int, dict[int, Tensor]] = {}
         """By block and adapter."""
         self._next_handle = 0
@@ -102,14 +97,13 @@ class SpanAdapters:
             self._attach_ranks(handle, kind, _linears(kind, deltas), pages)
         for index, delta in deltas.items():
             self._attach_rest(handle, self._blocks[index], delta)
-        size = self.own_bytes(deltas, paged=pages is not None)
-        self._attached[handle] = _Attached(pages is not None, size, num_virtual)
+        self._num_virtual[handle] = num_virtual
         self._remove_sites()
         return handle
 
     def detach(self, handle: int) -> None:
         """See BlockSpan.detach."""
-        if self._attached.pop(handle, None) is None:
+        if self._num_virtual.pop(handle, None) is None:
             raise InvalidRequest(f"no adapter is attached as {handle}")
         for kind in self._kinds:
             if kind.paged is not None:
@@ -133,7 +127,7 @@ class SpanAdapters:
         Raises:
             InvalidRequest: it names one.
         """
-        if chunk.adapter != -1 and chunk.adapter not in self._attached:
+        if chunk.adapter != -1 and chunk.adapter not in self._num_virtual:
             raise InvalidRequest(f"no adapter is attached as {chunk.adapter}")
 
     def enter(self, step: Step) -> None:
@@ -169,7 +163,7 @@ class SpanAdapters:
     def _virtual_rows(self, chunks: Sequence[Chunk]) -> list[VirtualRows]:
         found, row = [], 0
         for chunk in chunks:
-            length = self._attached[chunk.adapter].num_virtual if chunk.adapter >= 0 else 0
+            length = self._num_virtual[chunk.adapter] if chunk.adapter >= 0 else 0
             if chunk.position < length:
                 count = min(chunk.num_tokens, length - chunk.position)
                 found.append(VirtualRows(row, chunk.position, count, chunk.adapter))

@@ -4,6 +4,7 @@ transformers layer --q, k, v of the new rows--> internals.attend --> LayerAttent
                                                                          |
                                                           k_pool, v_pool (all pages of this block), Step
 
+Rows of whole sequences that are trained on (`Step.whole`) are attended to without the cache, with gradients.
 The rows at positions that an adapter has put before a sequence get the keys and values that the adapter has for them.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from swarm.errors import UnsupportedModel
 from swarm.kernels.paged_attention import AttentionForm, paged_attention, write_kv
+from swarm.kernels.ragged_attention import ragged_attention
 from swarm.server.blocks.rank_pages import Strip
 from swarm.server.blocks.step import Step
 from swarm.server.pages import PAGE_SIZE
@@ -101,9 +103,11 @@ class LayerAttention:
         Returns:
             [1, T, H, E].
         """
-        batch = self._step.batch
         if self._temperature is not None:
             query = query * self._query_scale(query.dtype)
+        if self._step.whole is not None:
+            return self._attend_whole(query[0], key[0].transpose(0, 1), value[0].transpose(0, 1))[None]
+        batch = self._step.batch
         key, value = key[0], value[0]
         if self._step.virtual:
             key, value = self._with_prefixes(key, value)
@@ -112,12 +116,22 @@ class LayerAttention:
 
     def attend_rows(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
         """The same for rows as they come out of a projection -> [T, H, E]."""
+        if self._step.whole is not None:
+            return self._attend_whole(q_THD.transpose(0, 1), k_TKD, v_TKE)
         batch = self._step.batch
         k_KTD, v_KTE = k_TKD.transpose(0, 1), v_TKE.transpose(0, 1)
         if self._step.virtual:
             k_KTD, v_KTE = self._with_prefixes(k_KTD, v_KTE)
         write_kv(k_KTD, v_KTE, self.k_pool, self.v_pool, batch)
         return paged_attention(q_THD.transpose(0, 1), self.k_pool, self.v_pool, batch, self.form)
+
+    def _attend_whole(self, q_HTD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
+        """Rows of whole sequences: nothing is cached -> [T, H, E]."""
+        whole = self._step.whole
+        assert whole is not None
+        if whole.prefix is not None:
+            k_TKD, v_TKE = whole.prefix.put(k_TKD, v_TKE)
+        return ragged_attention(q_HTD, k_TKD.transpose(0, 1), v_TKE.transpose(0, 1), whole.batch, self.form)
 
     def _with_prefixes(self, k_KTD: Tensor, v_KTE: Tensor) -> tuple[Tensor, Tensor]:
         """The same, with what adapters have for the rows at their virtual positions."""

@@ -79,13 +79,3 @@ def prepare(
         spec.attention.module.__dict__["swarm_attention"] = attention
     sites = find_sites(layer, linears, current, prober.device)
     return Block(index=index, layer=layer, call=call, spec=spec, attention=attention, sites=sites)
-
-
-def call_arguments(call: LayerCall, ropes: list[Any], positions_1T: Tensor) -> dict[str, Any]:
-    """What a layer is called with beside hidden states, for rows at these positions."""
-    given = dict(call.constants)
-    if call.rope is not None:
-        given["position_embeddings"] = ropes[call.rope]
-    if call.takes_positions:
-        given["position_ids"] = positions_1T
-    return given

@@ -23,13 +23,15 @@ from swarm.errors import ConfigError, InvalidRequest
 from swarm.server.blocks.adapter_checks import AdaptableBlock
 from swarm.server.blocks.adapters import SpanAdapters
 from swarm.server.blocks.attention import LayerAttention
-from swarm.server.blocks.block import Block, call_arguments, prepare
+from swarm.server.blocks.block import Block, prepare
 from swarm.server.blocks.internals import Ropes, SequenceState, trace_calls
 from swarm.server.blocks.plain_decoder import RotaryTables
 from swarm.server.blocks.probe import Prober
 from swarm.server.blocks.quirks import quirks_of
 from swarm.server.blocks.sites import Current
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
+from swarm.server.blocks.training_pass import Part, TrainingPass, check_part
+from swarm.server.host_pages import HostBudget
 from swarm.server.packing import PackedLinear
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.quantization import Int8Linear
@@ -202,6 +204,25 @@ class BlockSpan:
         """
         return self._adapters.shape(block)
 
+    def training_pass(self, blocks: BlockRange, parts: Sequence[Part], budget: HostBudget) -> TrainingPass:
+        """Whole sequences, to be run through `blocks` with gradients; nothing of them is cached.
+
+        Args:
+            blocks: of this span.
+            parts: sequences of one tenant each.
+            budget: of memory for what is kept for the way back.
+
+        Raises:
+            InvalidRequest: a part has a wrong shape, or lengths or a delta that don't fit.
+        """
+        if not self.blocks.covers(blocks):
+            raise InvalidRequest(f"blocks {blocks} are outside this span, {self.blocks}")
+        for part in parts:
+            check_part(part, self.hidden_size)
+        first = self.blocks.start
+        return TrainingPass(self._loaded[blocks.start - first : blocks.end - first], parts, step=self._step,
+                            ropes=self._ropes, device=self.device, dtype=self.dtype, budget=budget)  # fmt: skip
+
     def adapter_pages(self, deltas: Mapping[int, BlockDelta], pages: Sequence[int] = ()) -> int:
         """Pages that an adapter needs beside these, if they follow the last of these; 0 if these have room for it.
 
@@ -299,7 +320,7 @@ class BlockSpan:
                 continue
             given = arguments.get(id(block.call))
             if given is None:
-                given = arguments[id(block.call)] = call_arguments(block.call, ropes, step.positions_1T)
+                given = arguments[id(block.call)] = block.call.arguments(ropes, step.positions_1T)
             hidden_1TH = block.run(hidden_1TH, given)
         return hidden_1TH[0]
 
@@ -318,7 +339,7 @@ class BlockSpan:
         self._enter([chunk])
         positions_1n = self._step.positions_1T
         ropes = self._ropes.compute(hidden_1nH, positions_1n, [chunk.num_tokens])
-        given = call_arguments(block.call, ropes, positions_1n)
+        given = block.call.arguments(ropes, positions_1n)
         assert block.call.cache_argument is not None
         chunk.state.position = chunk.position
         given[block.call.cache_argument] = chunk.state

@@ -63,9 +63,7 @@ def main() -> None:
         runs[case] = lambda adapters=adapters: server.step(adapters)
     mixed = handles["32 of rank 16"]
     turns = itertools.count()
-    runs["32 of rank 16, new company"] = lambda: server.step(
-        [mixed[(row + next(turns)) % len(mixed)] for row in range(args.rows)]
-    )
+    runs["32 of rank 16, new company"] = lambda: server.step(rotated(mixed, next(turns), args.rows))
     runs["one at a time"] = lambda: server.one_at_a_time(handles["32 of rank 16"])
     if not args.no_peft:
         peft = Peft(args.rows, args.context)
@@ -77,6 +75,10 @@ def main() -> None:
     pages = next(pages for rank, pages, _ in server.attached if rank == 16)
     print(f"attach, rank 16: median {attached[len(attached) // 2] * 1e3:.1f} ms, {pages} pages\n")
     report(measure(runs, args.rounds), args)
+
+
+def rotated(handles: list[int], by: int, rows: int) -> list[int]:
+    return [handles[(row + by) % len(handles)] for row in range(rows)]
 
 
 class Server:

@@ -4,6 +4,7 @@ It honours positions, rollback, row order and wanted outputs, refuses what a ser
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -47,6 +48,9 @@ class LocalBlockService:
         session.adapters = adapters
         self.sessions.append(session)
         return session
+
+    def open_training(self, blocks: BlockRange) -> "LocalTraining":
+        return LocalTraining(self, blocks)
 
     def close(self) -> None:
         self.is_closed = True
@@ -141,13 +145,46 @@ class LocalBlockSession:
             self.rows[row].crop(position - length)
 
 
+class LocalTraining:
+    """One training run of a LocalBlockService, through all of its blocks."""
+
+    def __init__(self, service: LocalBlockService, blocks: BlockRange):
+        assert blocks == BlockRange(0, service.num_blocks)
+        self.service = service
+        self.num_calls = 0
+        self.dropped: list[Any] = []
+        self.forgotten: list[int] = []
+
+    def forth(
+        self, hidden_states: torch.Tensor, lengths: Sequence[int], *, parameters: Any, wants_gradients: bool
+    ) -> Any:
+        assert parameters is None
+        self.num_calls += 1
+        with torch.set_grad_enabled(wants_gradients):
+            leaf = hidden_states.detach().requires_grad_(wants_gradients)
+            rows = [self.service.run_row(row, DynamicCache(), 0) for row in leaf.split(list(lengths))]
+            outputs = torch.cat(rows)
+        return (leaf, outputs), outputs.detach()
+
+    def back(self, call: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        leaf, outputs = call
+        return torch.autograd.grad(outputs, leaf, gradients, retain_graph=True)[0], {}
+
+    def drop(self, call: Any) -> None:
+        self.dropped.append(call)
+
+    def forget(self, version: int) -> None:
+        self.forgotten.append(version)
+
+
 def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCache, int], torch.Tensor]:
     """A function that runs hidden states [n, H] of one row through the layers, with whatever its model hands them.
 
     The decoder's own forward runs on dummy tokens; hooks put the hidden states in before the first layer and take them
-    out behind the last one.
+    out behind the last one. One thread at a time.
     """
     decoder = decoder.eval()
+    lock = threading.Lock()
     state: dict[str, torch.Tensor] = {}
     cache_name = "cache_params" if "cache_params" in signature(decoder.forward).parameters else "past_key_values"
 
@@ -165,17 +202,18 @@ def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCac
     blocks[-1].register_forward_hook(take_out)
 
     def run_row(hidden_states: torch.Tensor, cache: DynamicCache, position: int) -> torch.Tensor:
-        state["in"] = hidden_states[None]
         count = len(hidden_states)
-        try:
-            decoder(
-                input_ids=torch.zeros(1, count, dtype=torch.long),
-                attention_mask=torch.ones(1, position + count, dtype=torch.long),
-                **{cache_name: cache},
-                use_cache=True,
-            )
-            return state["out"][0]
-        finally:
-            state.clear()
+        with lock:
+            state["in"] = hidden_states[None]
+            try:
+                decoder(
+                    input_ids=torch.zeros(1, count, dtype=torch.long),
+                    attention_mask=torch.ones(1, position + count, dtype=torch.long),
+                    **{cache_name: cache},
+                    use_cache=True,
+                )
+                return state["out"][0]
+            finally:
+                state.clear()
 
     return run_row

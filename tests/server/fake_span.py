@@ -48,6 +48,7 @@ class FakeSpan:
     blocks = BLOCKS
     hidden_size = HIDDEN
     page_bytes = 1024
+    device = torch.device("cpu")
     failure: Exception | None = None
 
     def __init__(self, num_pages: int = 64, *, stateful: bool = False):

@@ -26,6 +26,7 @@ from swarm.protocol import (
 )
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
+from swarm.server.meters import BatchMeter
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.work import Produced, ProducedRow, SessionListener, Work
 from swarm.transport import Stream, Transport
@@ -67,7 +68,8 @@ class FakeExecutor:
             stateful=stateful, hidden_size=HIDDEN, blocks=BlockRange(0, 8), dtype=torch.float32, max_positions=4096
         )
         self.constant, self.budget, self.num_pages = constant, budget, num_pages
-        self.num_waiting = 0
+        self.num_waiting = self.num_ready = 0
+        self.meter = BatchMeter()
         self.is_held = False
         self.num_tokens_run = 0
         self.num_dropped = 0

@@ -1,0 +1,190 @@
+"""`python -m swarm.api MODEL --initial-peers ADDR`: an OpenAI-compatible API and a chat page in front of a swarm.
+
+    main ─► listen ─► join the swarm, load the local part ─► Api.app ─► uvicorn, until SIGTERM or Ctrl-C
+
+Exit status: 0 stopped, 2 an error (one line on stderr).
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING
+
+from swarm.api.config import ApiLimits
+from swarm.api.keys import Keys
+from swarm.api.serving import listen, make_server, url
+from swarm.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve
+from swarm.command import program
+from swarm.errors import InvalidRequest, SwarmError
+from swarm.identity import Identity
+
+if TYPE_CHECKING:
+    from swarm.api.models import ServedModel
+    from swarm.client.runtime import SwarmService
+
+DEFAULT_PORT = 8000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        _check(args)
+        _run(args)
+    except (SwarmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    limits = ApiLimits()
+    parser = argparse.ArgumentParser(
+        prog=program("api"),
+        description="Serve an OpenAI-compatible API and a chat page from the models of a swarm.",
+        epilog="e.g. python -m swarm.api --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3... --port 8000",
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        help="embedded name, checkpoint directory or hub id (default: %(default)s)",
+    )
+    add(
+        "--initial-peers",
+        nargs="+",
+        metavar="ADDR",
+        default=[],
+        help="full addresses of any peers of the swarm (required)",
+    )
+    add(
+        "--adapters",
+        nargs="+",
+        metavar="NAME=PATH",
+        default=[],
+        help="adapters that PEFT has saved, directories or hub ids; each is a model of its own, MODEL:NAME",
+    )
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
+    add("--port", type=int, default=DEFAULT_PORT, help="TCP port; 0 picks a free one (default: %(default)s)")
+    add(
+        "--api-keys",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="files of keys made by `python -m swarm.api.keys`; each account then is a client of its own"
+        " for the servers (default: no key needed, all users are one client)",
+    )
+    add(
+        "--identity",
+        metavar="FILE",
+        help="key file that accounts' identities are derived from, created when missing (default: new ones each time)",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        default=limits.max_tokens,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    add(
+        "--max-answers",
+        type=int,
+        default=limits.max_rows,
+        metavar="N",
+        help="answers generated at once; more wait, then get 429 (default: %(default)s)",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
+    add("--cache-dir", metavar="DIR", help="where converted and downloaded files are kept (default: ~/.cache/swarm)")
+    add("--threads", type=int, metavar="N", help="CPU threads for the local part (default: torch's choice)")
+    add("--verbose", action="store_true", help="log what happens to stderr")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    if not args.initial_peers:
+        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
+    for text in args.adapters:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise InvalidRequest(f"--adapters: {text!r} is not NAME=PATH")
+    for name in ("max_tokens", "max_answers", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InvalidRequest(f"--{name.replace('_', '-')} is {value}, need at least 1")
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from swarm.api.gateway import make_app
+    from swarm.api.identities import Identities
+    from swarm.api.models import Models, serve_model
+    from swarm.client.model import distribute
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    keys = Keys(args.api_keys) if args.api_keys else None
+    identity = Identity.load_or_create(args.identity) if args.identity else Identity.generate()
+    limits = _limits(args)
+    with listen(args.host, args.port) as sock:
+        checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
+        join = partial(_join, checkpoint, tuple(args.initial_peers))
+        with closing(join(identity)) as service:
+            base = serve_model(distribute(checkpoint, service))
+            models = Models([base, *_adapters(base, args.adapters, args.cache_dir)])
+            secret = identity.key.private_bytes_raw()
+            identities = Identities(join, secret=secret, max_clients=limits.max_clients) if keys else None
+            app = make_app(
+                models, service, check_health=service.find_route, limits=limits, keys=keys, identities=identities
+            )
+            print(f"serving {checkpoint.name}: chat at {url(sock)}/, API at {url(sock)}/v1", flush=True)
+            make_server(app).run(sockets=[sock])
+
+
+def _join(checkpoint: Checkpoint, initial_peers: Sequence[str], identity: Identity) -> "SwarmService":
+    from swarm.client.runtime import connect
+
+    text = checkpoint.config().get_text_config(decoder=True)
+    return connect(
+        checkpoint,
+        num_blocks=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        initial_peers=initial_peers,
+        identity=identity,
+    )
+
+
+def _adapters(base: "ServedModel", named: Sequence[str], cache_dir: str | None) -> "list[ServedModel]":
+    """The base model with each of the adapters."""
+    found = []
+    for text in named:
+        name, _, path = text.partition("=")
+        base.model.load_adapter(path, adapter_name=name, cache_dir=cache_dir)
+        found.append(base.with_adapter(name))
+    return found
+
+
+def _limits(args: argparse.Namespace) -> ApiLimits:
+    rows = ApiLimits().max_rows_per_request
+    return ApiLimits(
+        max_tokens=args.max_tokens, max_rows=args.max_answers, max_rows_per_request=min(rows, args.max_answers)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
