@@ -5,13 +5,15 @@
 Within a client decode rows go before prompts, and both in order of arrival. Between clients the least served goes
 first (`server.fairness`): decode rows still go before prompts, unless their client is more than `lead` ahead of one who
 is left out. Next to decode rows, prompts get as many tokens as prolong the batch by STALL (`server.step_cost`); no more
-run when there are none just now, but will be in a moment.
+run when there are none just now, but will be in a moment. Decode rows whose adapter costs a batch more than they are
+worth sit some batches out (`server.adapter_limit`); an adapter that a prompt brings along takes its part of the tokens.
 
 Bound: for two clients that both have ready work left out of every batch of an interval, service in it differs by at
 most 2 * max(w_p * L_in, w_q * M), where L_in is the most prompt tokens of a batch and M the most decode rows of one;
 both are `token_budget`. For no counter ever gets further from one left behind than lead + token_budget * w_p, which
 with lead = w_q * token_budget / 2 is w_q * M. Who waits for pages may wait for the turn of another session, besides,
-which is as many tokens as `server.memory` says. Pure.
+which is as many tokens as `server.memory` says. Who sits out for an adapter is not left behind by more
+than lead. Pure.
 """
 
 from collections import deque
@@ -20,16 +22,22 @@ from heapq import heapify, heappop, heapreplace
 from math import inf
 from typing import NamedTuple
 
+from swarm.server.adapter_limit import AdapterLimit, adapters_of
 from swarm.server.blocks.step import Chunk
 from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
 from swarm.server.host_pages import Seat
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
-from swarm.server.step_cost import StepCost
+from swarm.server.step_cost import MIN_PROMPT_TOKENS, AdapterLoad, StepCost
 
 PROMPT_SHARE = 0.25
 """Part of the budget that decode rows leave to a prompt that waits."""
+
+
+def lead(token_budget: int) -> float:
+    """How far a client may get ahead of one who is left out before others of that one go first."""
+    return W_DECODE * token_budget / 2
 
 
 class BatchRow(NamedTuple):
@@ -105,6 +113,7 @@ class Chooser:
         costs: what batches cost.
         token_budget: most tokens in the batch.
         num_expected: decode rows that will come in a moment.
+        limit: says what adapters are to a batch.
     """
 
     def __init__(
@@ -115,18 +124,25 @@ class Chooser:
         costs: StepCost,
         token_budget: int,
         num_expected: int,
+        limit: AdapterLimit,
     ):
         self.rows: list[BatchRow] = []
         self.num_tokens = 0
         self.num_decode = 0
         self._memory, self._counters, self._costs, self._budget = memory, counters, costs, token_budget
         self._num_expected = num_expected
-        self._lead = W_DECODE * token_budget / 2
+        self._limit, self._adapters = limit, set[str]()
+        self._lead = lead(token_budget)
         self._decode, self._prompts = _Turns(self._counters), _Turns(self._counters)
         for session in sessions:
             (self._decode if session.job.is_decode else self._prompts).add(session)
         self._decode.order()
         self._prompts.order()
+
+    @property
+    def adapters(self) -> AdapterLoad:
+        """Of the rows so far."""
+        return self._limit.load(self._adapters)
 
     def run(self) -> None:
         """Decode rows, then prompts, then decode rows that were held back for prompts that didn't need the room."""
@@ -148,15 +164,23 @@ class Chooser:
     def _take_prompts(self) -> None:
         """Chunks of clients that are not too far ahead of one whose decode rows were left out."""
         num_decode = self.num_decode or self._num_expected
-        room = self._costs.prompt_limit(num_decode, self._budget - self.num_tokens)
+        room = self._costs.prompt_limit(num_decode, self._budget - self.num_tokens, self.adapters)
         while room > 0 and (least := self._prompts.least) < inf:
             session = self._prompts.next()
             if least - self._decode.least_beside(session.client) > self._lead:
                 return
+            if num_decode and session.adapters:
+                room = self._room_beside(session, room)
             room -= self._take(session, room, W_PROMPT)
             if room == 0 and session.job.num_left:
                 return  # it was cut, so it is still left out
             self._prompts.pop()
+
+    def _room_beside(self, session: CachedSession, room: int) -> int:
+        """Tokens that a prompt may have next to decode rows: less for adapters that it brings into the batch."""
+        together = self._limit.load(self._adapters | adapters_of(session))
+        price = self._costs.as_prompt_tokens(self.adapters, together)
+        return max(min(room, MIN_PROMPT_TOKENS), room - price)
 
     def _take(self, session: CachedSession, most: int, price: float) -> int:
         """Add at most so many tokens of a session's first job; returns how many."""
@@ -191,6 +215,8 @@ class Chooser:
             exit=session.blocks.end,
             state=row.state,
         )
+        if session.adapters and (adapter := session.adapters[index]) is not None:
+            self._adapters.add(adapter)
         skip = max(0, job.work.outputs_from[index] - position)
         seat = self._memory.adapters.seat(session.adapters[index]) if session.adapters else None
         self.rows.append(BatchRow(session, job, index, chunk, skip, seat))

@@ -54,9 +54,13 @@ class VirtualCounters:
             self._floor = counter
         self._waiting.add(client)
 
+    def price(self, client: str, service: float) -> float:
+        """By how much so much service raises the counter of a client."""
+        return service / self._weights.get(client, 1.0)
+
     def charge(self, client: str, service: float) -> None:
         """The client gets so much service."""
-        self._counters[client] = self.of(client) + service / self._weights.get(client, 1.0)
+        self._counters[client] = self.of(client) + self.price(client, service)
 
     def settle(self, left_out: Iterable[str]) -> None:
         """A batch was chosen, and ready work of these clients is not in it."""

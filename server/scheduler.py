@@ -2,29 +2,31 @@
 
     submit(session, work) ─► jobs ─schedule(now)─► Batch(moves, rows, notices) ─run─► finish(batch, outputs) ─► notices
                               ▲     │ admit: who has pages                              │
+                              │     │ AdapterLimit: whose adapter is worth its time     │
                               │     └ Chooser: whose turn it is                         │
                               └──────────────── rest of a long prompt ──────────────────┘
 
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 
 from swarm.errors import PeerBusy, SwarmError
+from swarm.server.adapter_limit import AdapterLimit
 from swarm.server.admission import MAX_ATTACHES, admit
 from swarm.server.blocks.step import Chunk
-from swarm.server.chooser import BatchRow, Chooser
+from swarm.server.chooser import BatchRow, Chooser, lead
 from swarm.server.fairness import VirtualCounters
 from swarm.server.gathering import Gathering
 from swarm.server.host_pages import Attach, Move, SwapIn, SwapOut
 from swarm.server.memory import Hit, KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
-from swarm.server.step_cost import StepCost
+from swarm.server.step_cost import NO_ADAPTERS, AdapterLoad, StepCost
 from swarm.server.work import Produced, ProducedRow, Work
 
 TOKEN_BUDGET = 512
@@ -65,6 +67,7 @@ class Batch:
     num_tokens: int
     num_decode: int
     started: float
+    adapters: AdapterLoad = NO_ADAPTERS
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -87,6 +90,7 @@ class Scheduler:
         counters: service of each client.
         costs: what batches cost.
         gathering: how long batches wait for decode rows.
+        num_ranks: rank rows of an adapter in the whole span; what `memory` says if not given.
     """
 
     def __init__(
@@ -97,11 +101,13 @@ class Scheduler:
         counters: VirtualCounters | None = None,
         costs: StepCost | None = None,
         gathering: Gathering | None = None,
+        num_ranks: Callable[[str], int] | None = None,
     ):
         self.memory = memory
         self.counters = VirtualCounters() if counters is None else counters
         self.costs = StepCost() if costs is None else costs
         self.gathering = Gathering() if gathering is None else gathering
+        self.adapter_limit = AdapterLimit(self.costs, num_ranks or memory.adapters.num_ranks)
         self.token_budget = token_budget
         self.can_progress = False
         """Whether the last batch did something, or something changed since: if not, wait for a command."""
@@ -174,7 +180,10 @@ class Scheduler:
         sessions = admit(self.memory, list(self._ready), self.counters, self.token_budget, now)
         notices += self._told_by_memory(now)
         expected = self.gathering.num_rows(now)
-        chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, expected)
+        sessions = self.adapter_limit.choose(sessions, self.counters, lead(self.token_budget), now)
+        chooser = Chooser(
+            sessions, self.memory, self.counters, self.costs, self.token_budget, expected, self.adapter_limit
+        )
         chooser.run()
         self.can_progress |= self.memory.adapters.prefetch(MAX_ATTACHES)
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
@@ -188,6 +197,7 @@ class Scheduler:
             num_tokens=chooser.num_tokens,
             num_decode=chooser.num_decode,
             started=now,
+            adapters=chooser.adapters,
         )
 
     def finish(
@@ -204,7 +214,7 @@ class Scheduler:
         """
         self._idle_since = now
         if batch.rows:
-            self.costs.observe(batch.num_decode, batch.num_tokens - batch.num_decode, compute_s)
+            self.costs.observe(batch.num_decode, batch.num_tokens - batch.num_decode, compute_s, batch.adapters)
         notices: list[Notice] = []
         produced: list[ProducedRow] = []
         count, last = 0, len(batch.rows) - 1

@@ -21,9 +21,12 @@ def find_chromium() -> str | None:
     return next((path for path in candidates if path and Path(path).is_file()), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A `playwright.sync_api.Browser`; make contexts and pages of it."""
+    """A `playwright.sync_api.Browser`; make contexts and pages of it.
+
+    Not for the whole session: while it is open, Playwright keeps an event loop in this thread, which async tests need.
+    """
     path = find_chromium()
     if path is None:
         if os.environ.get("CI"):

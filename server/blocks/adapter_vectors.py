@@ -27,19 +27,19 @@ def put_vectors(handle: int, site: Site, linears: Linears, device: torch.device)
             continue
         if linear.input_scale_I is not None:
             site.inputs[index].put(handle, linear.input_scale_I.to(device), None)
-        factor_O, offset_O = _factor_and_offset(site, member, linear, device)
+        factor_O, offset_O = factor_and_offset(site, member, linear, device)
         if factor_O is not None:
             factors[index] = factor_O
-        if offset_O is not None:
+        if offset_O is not None and offset_O.any():
             offsets[index] = offset_O
     if factors or offsets:
         site.output.put(handle, _joined(site, factors, 1.0, device), _joined(site, offsets, 0.0, device))
 
 
-def _factor_and_offset(
+def factor_and_offset(
     site: Site, member: Member, linear: LinearDelta, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """o and b of y = o * (what the base and the rank rows give) + b."""
+    """o and b of y = o * (what the base and the rank rows give) + b; differentiable, but for the norm in DoRA's o."""
     columns = slice(member.column, member.column + member.shape.num_outputs)
     bias: Tensor | None = getattr(site.product, "bias", None)
     base_O = torch.zeros(member.shape.num_outputs, device=device) if bias is None else bias.detach()[columns].float()
@@ -56,8 +56,6 @@ def _factor_and_offset(
     if linear.bias_O is not None:
         own_O = linear.bias_O.to(device, torch.float32)
         offset_O = own_O if offset_O is None else offset_O + own_O
-    if offset_O is not None and not offset_O.any():
-        offset_O = None
     return factor_O, offset_O
 
 
@@ -65,7 +63,8 @@ def _norms(site: Site, columns: slice, linear: LinearDelta, device: torch.device
     """Of each row of W + s B A, without making that sum: |w|^2 + 2 s w . (b A) + s^2 |b A|^2."""
     assert linear.a_rI is not None and linear.b_Or is not None
     weight_OI = dense_weight(site.product)[columns].to(device)
-    a_rI, b_Or = linear.a_rI.to(device, torch.float32), linear.scale * linear.b_Or.to(device, torch.float32)
+    a_rI = linear.a_rI.detach().to(device, torch.float32)
+    b_Or = linear.scale * linear.b_Or.detach().to(device, torch.float32)
     squares_O = weight_OI.square().sum(1) + ((2 * (weight_OI @ a_rI.t()) + b_Or @ (a_rI @ a_rI.t())) * b_Or).sum(1)
     return squares_O.clamp(min=0).sqrt()
 

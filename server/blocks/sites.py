@@ -169,6 +169,10 @@ class Site:
             y_TO = plan.output.apply_(y_TO)
         return y_TO if input.dim() == 2 else y_TO.view(*input.shape[:-1], -1)
 
+    def multiply(self, x_TI: Tensor) -> Tensor:
+        """The base's own product, whatever is installed."""
+        return self._forward(x_TI)
+
     def _multiply(self, x_TI: Tensor, plan: "_Plan") -> Tensor:
         """W (i * x) + c. A member that scales its inputs has a product of its own, with the whole weight, if others
         in the group don't."""

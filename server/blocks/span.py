@@ -71,7 +71,7 @@ class BlockSpan:
         self.hidden_size = int(config.get_text_config(decoder=True).hidden_size)
         self._loaded = tuple(loaded)
         self._ropes = ropes
-        self._step = step
+        self._step, self._current = step, current
         for block in loaded:
             if block.attention is not None:
                 block.attention.allocate(num_pages, dtype, device)
@@ -219,9 +219,13 @@ class BlockSpan:
             raise InvalidRequest(f"blocks {blocks} are outside this span, {self.blocks}")
         for part in parts:
             check_part(part, self.hidden_size)
+            for block in set(part.deltas) & set(blocks):
+                if unknown := set(part.deltas[block].linears) - set(self.shape(block).linears):
+                    raise InvalidRequest(f"block {block} has no linears {', '.join(sorted(unknown))} to be trained")
         first = self.blocks.start
         return TrainingPass(self._loaded[blocks.start - first : blocks.end - first], parts, step=self._step,
-                            ropes=self._ropes, device=self.device, dtype=self.dtype, budget=budget)  # fmt: skip
+                            current=self._current, ropes=self._ropes, device=self.device, dtype=self.dtype,
+                            budget=budget)  # fmt: skip
 
     def adapter_pages(self, deltas: Mapping[int, BlockDelta], pages: Sequence[int] = ()) -> int:
         """Pages that an adapter needs beside these, if they follow the last of these; 0 if these have room for it.

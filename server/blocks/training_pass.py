@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from swarm.adapters.delta import LINEAR_TENSORS, BlockDelta
 from swarm.errors import InvalidRequest
 from swarm.server.blocks.internals import LayerCall, Ropes
+from swarm.server.blocks.sites import Current
 from swarm.server.blocks.step import Prefix, Step, WholeRows
+from swarm.server.blocks.trained_sites import PartRows, trained_sites
 from swarm.server.host_pages import HostBudget
 
 if TYPE_CHECKING:
@@ -101,8 +103,8 @@ class TrainingPass:
     """
 
     def __init__(
-        self, blocks: Sequence["Block"], parts: Sequence[Part], *, step: Step, ropes: Ropes, device: torch.device,
-        dtype: torch.dtype, budget: HostBudget,
+        self, blocks: Sequence["Block"], parts: Sequence[Part], *, step: Step, current: Current, ropes: Ropes,
+        device: torch.device, dtype: torch.dtype, budget: HostBudget,
     ):  # fmt: skip
         self.parts = tuple(parts)
         self.num_tokens = sum(len(part.hidden_states) for part in parts)
@@ -110,7 +112,7 @@ class TrainingPass:
         """By part, when it has been forth."""
         self.gradients: tuple[PartGradients, ...] = ()
         """By part, when it has been back."""
-        self._blocks, self._step, self._budget = tuple(blocks), step, budget
+        self._blocks, self._step, self._current, self._budget = tuple(blocks), step, current, budget
         self._device, self._dtype = device, dtype
         self._kept: dict[int, _Kept] = {}
         self._ropes = ropes
@@ -225,7 +227,7 @@ class TrainingPass:
             if block.spec.stateful:
                 output = self._run_by_sequence(block, leaf, deltas)
             else:
-                output = _run_rows(block, leaf, self._rows, deltas, self._step)
+                output = _run_rows(block, leaf, self._rows, deltas, self._step, self._current)
         leaves = [[] if delta is None else delta.tensors() for delta in deltas]
         return _Graph(output=output, leaves=leaves, num_bytes=saved.num_bytes)
 
@@ -237,7 +239,7 @@ class TrainingPass:
                 rows = self._single.get((length, part.num_virtual))
                 if rows is None:
                     rows = self._single[length, part.num_virtual] = self._make_rows([((length,), part.num_virtual)])
-                outputs.append(_run_rows(block, next(pieces), rows, [delta], self._step))
+                outputs.append(_run_rows(block, next(pieces), rows, [delta], self._step, self._current))
         return torch.cat(outputs)
 
     def _make_rows(self, parts: Sequence[tuple[tuple[int, ...], int]]) -> "_Rows":
@@ -256,6 +258,8 @@ class _Rows:
     ):
         lengths = [length for own, _ in parts for length in own]
         self.whole = WholeRows(lengths, device)
+        self.counts = [sum(own) for own, _ in parts]
+        """By part: its rows."""
         self.virtual: list[Tensor] = []
         """By part: its rows at virtual positions, one sequence after another."""
         row = 0
@@ -279,7 +283,12 @@ class _Rows:
 
 
 def _run_rows(
-    block: "Block", hidden_TH: Tensor, rows: _Rows, deltas: Sequence[BlockDelta | None], step: Step
+    block: "Block",
+    hidden_TH: Tensor,
+    rows: _Rows,
+    deltas: Sequence[BlockDelta | None],
+    step: Step,
+    current: Current,
 ) -> Tensor:
     """Run one block on all rows, with the delta of each part."""
     changed = [(virtual, delta) for virtual, delta in zip(rows.virtual, deltas, strict=True) if delta is not None]
@@ -289,7 +298,9 @@ def _run_rows(
             hidden_TH = hidden_TH.index_add(0, virtual, prompts_NH)
     rows.whole.prefix = _prefix(changed)
     step.set_whole(rows.whole)
-    return block.run(hidden_TH[None], rows.arguments(block.call))[0]
+    own = [PartRows(count, delta) for count, delta in zip(rows.counts, deltas, strict=True)]
+    with trained_sites(block.sites, own, current):
+        return block.run(hidden_TH[None], rows.arguments(block.call))[0]
 
 
 def _prefix(changed: Sequence[tuple[Tensor, BlockDelta]]) -> Prefix | None:

@@ -104,18 +104,19 @@ class Census:
 
     async def _read(self) -> None:
         """Read all models and all records; those of known models at once, those of new ones behind the list."""
-        known = list(self._entries)
-        listed, *found = await asyncio.gather(
-            list_models(self._node, MAX_MODELS), *(self._registry.lookup(digest) for digest in known)
-        )
-        records = dict(zip(known, found, strict=True))
-        new = [entry.digest for entry in listed if entry.digest not in records]
-        records |= zip(new, await asyncio.gather(*(self._registry.lookup(digest) for digest in new)), strict=True)
+        listed, records = await asyncio.gather(list_models(self._node, MAX_MODELS), self._look_up(self._entries))
+        records |= await self._look_up([entry.digest for entry in listed if entry.digest not in records])
         self._entries = {entry.digest: entry for entry in listed}
         self._records = {digest: records[digest] for digest in self._entries}
         present = {record.peer_id for found in self._records.values() for record in found}
         self._answers = {peer_id: answer for peer_id, answer in self._answers.items() if peer_id in present}
         self.read_at = time.time()
+
+    async def _look_up(self, digests: Iterable[str]) -> dict[str, list[ServerRecord]]:
+        """Records of these models."""
+        wanted = list(digests)
+        found = await asyncio.gather(*(self._registry.lookup(digest) for digest in wanted))
+        return dict(zip(wanted, found, strict=True))
 
     def _ask_due(self) -> list[asyncio.Task[None]]:
         """Begin to ask everybody whose turn it is."""

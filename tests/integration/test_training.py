@@ -6,8 +6,10 @@ import threading
 import pytest
 import torch
 
+from swarm.adapters.delta import BlockDelta, LinearDelta
 from swarm.checkpoint.source import resolve
 from swarm.client.model import distribute
+from swarm.client.remote_blocks import run_trained
 from swarm.errors import InvalidRequest, PeerError
 from swarm.protocol import TRAIN_SERVICE, DType, OpenTraining, TensorSpec, TrainBackward, TrainForward, TrainOutputs
 from tests.integration.conftest import HIDDEN, LocalSwarm, closing
@@ -92,6 +94,40 @@ HOSTILE = [
     ([(TrainBackward(micro_batch=0, gradients=TensorSpec(DType.FLOAT32, (3, HIDDEN))), bytes(768))], "not been sent"),
     ([(OpenTraining(model="a" * 64, start=0, end=1), b"")], "expected a message of training"),
 ]
+
+
+def test_lora_inside_remote_blocks_is_trained(trainer, local_model):
+    """Matrices that stay with the client get the gradients of local autograd; a step makes a new version of them."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, ahead = (torch.randn(2, 9, HIDDEN, generator=generator) for _ in range(2))
+    path, layers = "self_attn.q_proj", local_model.model.layers
+    pairs = [[torch.randn(4, HIDDEN, generator=generator) / 8, torch.zeros(HIDDEN, 4)] for _ in layers]
+    deltas = {
+        block: BlockDelta(linears={path: LinearDelta(a_rI=a.requires_grad_(), b_Or=b.requires_grad_(), scale=2.0)})
+        for block, (a, b) in enumerate(pairs)
+    }
+    tensors = [tensor for pair in pairs for tensor in pair]
+
+    def local():
+        hooks = [
+            layer.self_attn.q_proj.register_forward_hook(lambda _, args, y, a=a, b=b: y + 2 * args[0] @ a.t() @ b.t())
+            for layer, (a, b) in zip(layers, pairs, strict=True)
+        ]
+        ropes = local_model.model.rotary_emb(hidden, torch.arange(9)[None])
+        mask, x = torch.full((9, 9), float("-inf")).triu(1)[None, None], hidden
+        for layer in layers:
+            x = layer(x, position_embeddings=ropes, attention_mask=mask)
+        for hook in hooks:
+            hook.remove()
+        return torch.autograd.grad((x * ahead).sum(), tensors)
+
+    trained = trainer.blocks._remote.trained(trainer.blocks.blocks)
+    for _ in range(3):
+        found = torch.autograd.grad((run_trained(trained, hidden, deltas=deltas) * ahead).sum(), tensors)
+        assert_near([torch.cat([it.flatten() for it in found])], [torch.cat([it.flatten() for it in local()])])
+        with torch.no_grad():
+            for tensor, gradient in zip(tensors, found, strict=True):
+                tensor -= 1e-3 * gradient
 
 
 @pytest.mark.parametrize(("messages", "reason"), HOSTILE)

@@ -197,6 +197,16 @@ def test_layers_share_what_a_batch_derives():
     assert sum(key[0] == "plan" for key in batch.memo if isinstance(key, tuple)) == len(QKV)
 
 
+def test_a_step_leaves_nothing_behind_for_the_next():
+    """The same batch object at every step: not even NaN of one step's inputs is seen in the next."""
+    y, x, targets, batch = make_step([0, 1, 2, -1, 0] + [3] * 20, RANKS)
+    add_lora(y.clone(), torch.full_like(x, float("nan")), targets, batch)
+    for seed in range(3):
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        expected = add_lora_reference(y, x, targets, batch)
+        torch.testing.assert_close(add_lora(y.clone(), x, targets, batch), expected, atol=1e-4, rtol=0)
+
+
 def test_a_batch_of_one_adapter_is_two_plain_products_per_target(monkeypatch):
     """The homogeneous fast path: no sampled product, no gather."""
     step = make_step([2] * 4, RANKS, scattered=False)

@@ -1,6 +1,6 @@
 """The device thread's work without a thread or a device: a scheduler, a fake span, and a clock of our own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from swarm.server.scheduler import Batch, Failed, Scheduler, Waits
 from swarm.server.sequences import CachedSequence, CachedSession
 from swarm.server.work import Produced, Work
 from swarm.types import BlockRange
-from tests.server.fake_span import BLOCKS, FakeSpan, expected, inputs
+from tests.server.fake_span import BLOCKS, FakeDelta, FakeSpan, expected, inputs
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Engine:
         weights: of clients.
         own_bytes: memory for adapters beside the pages.
         seconds: how long a batch takes, from its numbers of decode rows and prompt tokens.
+        ranks: rank rows of each adapter.
+        adapter_seconds: how much longer it takes for its adapters.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Engine:
         weights: dict[str, float] | None = None,
         own_bytes: int = 0,
         seconds=lambda num_decode, num_prompt: 0.01 + 0.0005 * num_decode + 0.0005 * num_prompt,
+        ranks: Mapping[str, int] | None = None,
+        adapter_seconds=lambda load: 0.0,
     ):
         self.span = FakeSpan(num_pages, stateful=stateful) if span is None else span
         self.allocator = PageAllocator(self.span.num_pages)
@@ -84,13 +88,18 @@ class Engine:
             meter=self.span,
             own_bytes=own_bytes,
         )
-        self.scheduler = Scheduler(self.memory, token_budget=token_budget, counters=VirtualCounters(weights))
+        self.scheduler = Scheduler(
+            self.memory,
+            token_budget=token_budget,
+            counters=VirtualCounters(weights),
+            num_ranks=ranks.__getitem__ if ranks else None,
+        )
         self.now = 100.0
         self.told: dict[CachedSession, Told] = {}
         self.num_swaps = 0
         self.left_out: set[str] = set()
         """Clients of whose ready work the last batch left something out."""
-        self._seconds = seconds
+        self._seconds, self._adapter_seconds, self._ranks = seconds, adapter_seconds, ranks or {}
 
     def open(
         self,
@@ -99,7 +108,11 @@ class Engine:
         blocks: BlockRange = BLOCKS,
         adapters: Sequence[str | None] = (),
     ) -> CachedSession:
-        """A session."""
+        """A session; adapters of `ranks` are on the device by now."""
+        if known := self._ranks.keys() & set(adapters):
+            for name in known:
+                self.memory.adapters.add(name, {0: FakeDelta(0.0, 1)})
+            self.memory.adapters.prefetch(len(known))
         session = CachedSession(
             blocks=blocks,
             client=client,
@@ -141,6 +154,7 @@ class Engine:
         if batch.rows:
             outputs = to_host(batch.rows, self.span.run(batch.chunks))
             seconds = self._seconds(batch.num_decode, batch.num_tokens - batch.num_decode)
+            seconds += self._adapter_seconds(batch.adapters)
             self.now += seconds
             self._tell(self.scheduler.finish(batch, outputs, seconds, self.now))
         return batch

@@ -84,6 +84,7 @@ class Load:
     decodes: int
     pause: int = 0
     """Turns before each request."""
+    adapter: str | None = None
 
 
 class Simulation:
@@ -127,7 +128,9 @@ class Simulation:
         if step == 0:
             if session is not None:
                 self.engine.close(session)
-            session = self.sessions[number] = self.engine.open(load.client)
+            session = self.sessions[number] = self.engine.open(
+                load.client, adapters=() if load.adapter is None else (load.adapter,)
+            )
             first = 1000.0 * number + self.steps[number]
             self.engine.prompt(session, load.prompt, first=first)
             self.engine.prompt(session, 1 + load.prompt // 3, first=first + load.prompt)  # its second message
