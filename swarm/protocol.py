@@ -18,9 +18,12 @@ from typing import Annotated
 import msgspec
 
 from swarm.errors import (
+    AccessDenied,
     CheckpointMismatch,
     ConfigError,
     InvalidRequest,
+    InvitationExpired,
+    InvitationRevoked,
     PeerBusy,
     PeerDisconnected,
     PeerError,
@@ -31,6 +34,7 @@ from swarm.errors import (
     RequestError,
     RouteNotFound,
     SwarmError,
+    SwarmIsPrivate,
     UnknownModel,
     UnsupportedModel,
 )
@@ -331,6 +335,10 @@ _REQUEST_CODES: dict[int, type[RequestError]] = {
     5: CheckpointMismatch,
     6: ProtocolMismatch,
     7: ConfigError,
+    16: AccessDenied,
+    17: SwarmIsPrivate,
+    18: InvitationExpired,
+    19: InvitationRevoked,
 }
 _PEER_CODES: dict[int, type[PeerError]] = {
     32: PeerError,

@@ -88,6 +88,7 @@ DHTRecord: Any = sys.modules["hivemind.dht.validation"].DHTRecord
 RecordValidatorBase: Any = sys.modules["hivemind.dht.validation"].RecordValidatorBase
 DHTLocalStorage: Any = sys.modules["hivemind.dht.storage"].DHTLocalStorage
 DictionaryDHTValue: Any = sys.modules["hivemind.dht.storage"].DictionaryDHTValue
+MSGPackSerializer: Any = sys.modules["hivemind.utils.serializer"].MSGPackSerializer
 DHTValidationError: Any = sys.modules["hivemind.dht.protocol"].ValidationError
 P2PD_PATH = Path(str(_node.__file__)).parent.parent / "hivemind_cli" / "p2pd"
 """The libp2p daemon (go-libp2p 0.32) that hivemind's wheel ships."""
