@@ -21,6 +21,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.network.node import Node, NodeConfig
+from swarm.private.credentials import Credentials
 from swarm.session import Hop
 from swarm.transport import Transport
 
@@ -179,6 +180,7 @@ def connect(
     hidden_size: int,
     initial_peers: Sequence[str],
     config: SessionConfig | None = None,
+    credentials: Credentials | None = None,
 ) -> SwarmService:
     """Join the swarm as a client of one model.
 
@@ -188,14 +190,16 @@ def connect(
         hidden_size: width of its hidden states.
         initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
         config: patience and encoding of sessions.
+        credentials: our invitation into a private swarm.
 
     Raises:
         PeerUnreachable: none of the initial peers answers.
+        AccessDenied: the swarm is private, and we have no invitation that is good.
         ConfigError: an address is malformed.
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(_join(tuple(initial_peers)))
+        node, transport = loop.run(_join(tuple(initial_peers), credentials))
     except BaseException:
         loop.stop()
         raise
@@ -203,8 +207,8 @@ def connect(
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
-async def _join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True))
+async def _join(initial_peers: tuple[str, ...], credentials: Credentials | None) -> tuple[Node, Transport]:
+    node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True, credentials=credentials))
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport

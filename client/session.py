@@ -31,6 +31,7 @@ from swarm.client.progress import StepShape, find_stuck
 from swarm.client.running import RunningStep
 from swarm.client.timings import HopTiming
 from swarm.errors import (
+    AccessDenied,
     InvalidRequest,
     PeerBusy,
     PeerError,
@@ -262,7 +263,10 @@ class RemoteSession:
         self.machine.failed(hop.link)
         self._hops.close_stale()
         step = self._step
-        if step is not None and step.is_fed(hop.link) and isinstance(error, RequestError):
+        is_ours = isinstance(error, AccessDenied) or (
+            step is not None and step.is_fed(hop.link) and isinstance(error, RequestError)
+        )
+        if step is not None and is_ours:
             self._end_step(error)
             return
         self._peers.failed(hop.hop.peer_id, error)

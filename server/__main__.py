@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from swarm import __version__
 from swarm.errors import ConfigError, SwarmError
+from swarm.private.arguments import add_credentials, load_credentials
 from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="file with this peer's key, made when missing; a new identity if not given",
     )
+    add_credentials(parser)
     add("--revision", metavar="REV", help="revision of a hub model")
     add(
         "--cache-dir",
@@ -114,6 +116,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         announce=tuple(args.announce),
         public_name=args.public_name,
         identity_path=args.identity,
+        credentials=load_credentials(args),
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
@@ -183,7 +186,9 @@ async def _first(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
 def _print_addresses(config: ServerConfig, plan: "Plan", addresses: Sequence[str]) -> None:
     print(f"{plan.checkpoint.name} {plan.checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
     print("listening on", *addresses, sep="\n  ")
-    if not config.initial_peers:
+    if config.credentials is not None:
+        print(f"private swarm {config.credentials.swarm}, as {config.credentials.member}")
+    elif not config.initial_peers:
         print(
             "new swarm; other machines join with\n"
             f"  python -m swarm.server {config.model} --blocks START:END --initial-peers {addresses[0]}\n"

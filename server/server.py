@@ -58,7 +58,13 @@ def make_plan(config: ServerConfig) -> Plan:
         UnknownModel: no such model.
         ConfigError: a device, dtype or block range that can't be.
     """
-    checkpoint = resolve(config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token)
+    checkpoint = resolve(
+        config.model,
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        token=config.token,
+        is_offline=config.credentials is not None,
+    )
     text_config = checkpoint.config().get_text_config()
     num_blocks = int(text_config.num_hidden_layers)
     blocks = config.blocks or BlockRange(0, num_blocks)
@@ -101,6 +107,7 @@ class Server:
         Raises:
             ConfigError: port in use, bad identity file or address.
             PeerUnreachable: none of the initial peers answers.
+            AccessDenied: the swarm is private, and we may not serve in it.
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
@@ -111,6 +118,7 @@ class Server:
                 host=config.host,
                 port=config.port,
                 announce=config.announce,
+                credentials=config.credentials,
             )
         )
         self._stack.push_async_callback(self.node.close)
@@ -180,11 +188,13 @@ class Server:
 
         Raises:
             PeerError: the device thread failed.
+            AccessDenied: we are no member of this private swarm any more.
         """
         while not await self._stopped_within(stop, self.config.announce_period_s):
             announcing = asyncio.create_task(self._announce())
             await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
             announcing.cancel()
+            self.node.check_access()
         await self.leave()
         if self.executor.died.is_set():
             raise PeerError("the device thread failed; the log says why")

@@ -83,7 +83,7 @@ class ServedSession:
             on_progress=self._on_room,
             on_client_lost=self.end,
         )
-        self._cached = executor.open(opened.blocks, opened.batch_size, client=stream.peer_id, listener=self)
+        self._cached = executor.open(opened.blocks, opened.batch_size, client=stream.account, listener=self)
         self._backlog = Backlog()
         self._was_reordered = self._is_waiting = False
         self._pending: deque[tuple[Step, memoryview]] = deque()
@@ -138,7 +138,7 @@ class ServedSession:
         if self._stalled is not None:
             self._stalled.cancel()
         self._executor.close(self._cached)
-        self._budget.forget(self, self._stream.peer_id)
+        self._budget.forget(self, self._stream.account)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
         for stream in list(self._pushes):
@@ -370,7 +370,7 @@ class ServedSession:
             self._sender.begin(start)
         self._sender.append(produced)
         self._sender.pump()
-        self._budget.use(self, self._stream.peer_id, self._sender.link)
+        self._budget.use(self, self._stream.account, self._sender.link)
         self._load.record(
             self.last_active,
             queue_s=produced.queue_s,

@@ -8,24 +8,30 @@ import asyncio
 import logging
 import signal
 import sys
+from contextlib import suppress
 
 from swarm.errors import SwarmError
 from swarm.network import Node, NodeConfig
+from swarm.private.arguments import add_credentials, load_credentials
+
+CHECK_PERIOD_S = 5.0
+"""How often a member of a private swarm looks whether it still is one."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 after a clean stop, 2 for an error."""
     args = _parse(argv)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = NodeConfig(
-        identity_path=args.identity,
-        initial_peers=tuple(args.initial_peers),
-        host=args.host,
-        port=args.port,
-        announce=tuple(args.announce),
-        nat_port_map=args.nat_port_map,
-    )
     try:
+        config = NodeConfig(
+            identity_path=args.identity,
+            initial_peers=tuple(args.initial_peers),
+            host=args.host,
+            port=args.port,
+            announce=tuple(args.announce),
+            nat_port_map=args.nat_port_map,
+            credentials=load_credentials(args),
+        )
         _run(config)
     except SwarmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,8 +57,21 @@ async def serve(config: NodeConfig) -> None:
         for address in node.addresses:
             print(address, flush=True)
         print(f"ONLINE {node.peer_id}; others join with --initial-peers {node.addresses[0]}", flush=True)
-        await stopped.wait()
+        await _until(stopped, node)
         print("stopping", flush=True)
+
+
+async def _until(stopped: asyncio.Event, node: Node) -> None:
+    """Wait for the end.
+
+    Raises:
+        AccessDenied: we are no member of this private swarm any more.
+    """
+    while not stopped.is_set():
+        node.check_access()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CHECK_PERIOD_S):
+                await stopped.wait()
 
 
 def _run(config: NodeConfig) -> None:
@@ -85,6 +104,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--initial-peers", nargs="+", default=[], metavar="ADDR", help="peers to join; none starts a new swarm"
     )
+    add_credentials(parser)
     parser.add_argument("--nat-port-map", action="store_true", help="ask the router for a port (UPnP, NAT-PMP)")
     parser.add_argument(
         "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="what to log to stderr"

@@ -95,8 +95,8 @@ def decode_link_message(data: bytes) -> LinkMessage:
 class LinkOwner(Protocol):
     """Who keeps a link."""
 
-    def on_known(self, link: "CallLink", digest: bytes) -> None:
-        """The peer says which revocations it knows."""
+    def on_known(self, link: "CallLink") -> None:
+        """The peer has said which revocations it knows."""
 
     def on_statements(self, link: "CallLink", data: bytes) -> None:
         """The peer sends revocations.
@@ -126,6 +126,8 @@ class CallLink(asyncio.Protocol):
         self.proven = proven
         self.is_lost = False
         self.last_used = time.monotonic()
+        self.known = b""
+        """Digest of the revocations that the peer says it knows."""
         self._owner, self._desk, self._digest = owner, desk, digest
         self._max_bytes = max_bytes
         self._reader = FrameReader(max_bytes + 4096)
@@ -155,7 +157,8 @@ class CallLink(asyncio.Protocol):
             raise self._gone()
         self.last_used = time.monotonic()
         call_id, self._next_id = self._next_id, self._next_id + 1
-        future = self._pending[call_id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._pending[call_id] = future
         self._send(Call(call_id, name, data))
         try:
             return await future
@@ -213,9 +216,11 @@ class CallLink(asyncio.Protocol):
             if (task := self._handling.get(message.id)) is not None:
                 task.cancel()
         elif isinstance(message, Known):
-            self._owner.on_known(self, message.digest)
+            self.known = message.digest
+            self._owner.on_known(self)
         else:
             self._owner.on_statements(self, message.data)
+            self._send(Known(self._digest()))
 
     def _start_handling(self, call: Call) -> None:
         if call.id in self._handling:

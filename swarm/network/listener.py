@@ -134,7 +134,7 @@ class TlsListener:
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._make_protocol,
+                lambda: _Handshake(self._make_protocol),
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=self._handshake_timeout_s,
@@ -145,3 +145,15 @@ class TlsListener:
         except asyncio.CancelledError:
             connection.close()
             raise
+
+
+class _Handshake(asyncio.Protocol):
+    """Stands for the protocol until there is one to talk to."""
+
+    def __init__(self, make_protocol: Callable[[], asyncio.Protocol]) -> None:
+        self._make_protocol = make_protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        protocol = self._make_protocol()
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)

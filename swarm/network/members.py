@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+import msgspec
+
 from swarm.errors import (
     AccessDenied,
     InvitationRevoked,
@@ -42,7 +44,7 @@ from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
 from swarm.network.whereabouts import WHERE, Whereabouts
-from swarm.private.certificates import Passport, Proven, read_passport
+from swarm.private.certificates import Member, Passport, Proven, read_invitation, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import Revocation, decode_revocations, encode_revocations
@@ -64,6 +66,11 @@ FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
 IDLE_S = 60.0
 """A link that nobody has used for so long is closed."""
+MEMBERS = "/swarm/members"
+"""Unary call, for admins: the invitations of members who were here."""
+MAX_MET = 2048
+
+_invitations = msgspec.msgpack.Decoder(tuple[bytes, ...])
 
 
 class MemberNetwork:
@@ -90,7 +97,7 @@ class MemberNetwork:
         self._factories: dict[str, StreamFactory] = {}
         self._links = Links()
         self._whereabouts = Whereabouts(self._links)
-        self._desk.handlers[WHERE] = self._whereabouts.answer
+        self._desk.handlers |= {WHERE: self._whereabouts.answer, MEMBERS: self._answer_members}
         self._card: Card | None = None
         self._linking: dict[str, asyncio.Lock] = {}
         self._found: dict[str, str] = {}
@@ -99,6 +106,9 @@ class MemberNetwork:
         self._greetings: set[IncomingGreeting] = set()
         self._listener: TlsListener | None = None
         self._expelled: list[Expelled] = []
+        self._met: dict[str, bytes] = {}
+        """Invitations of members who were here, the latest last."""
+        self._news = asyncio.Event()
         self._store = RevocationStore(config.state_dir, self.gate.authority)
         self._tasks = TaskSet()
 
@@ -319,6 +329,10 @@ class MemberNetwork:
     def on_connected(self, transport: asyncio.Transport, proven: Proven) -> None:
         """A connection with a member stands."""
         self._connections[transport] = proven
+        self._met.pop(proven.member.id, None)
+        self._met[proven.member.id] = proven.invitation
+        if len(self._met) > MAX_MET:
+            del self._met[next(iter(self._met))]
 
     def refusal(self, error: SwarmError, process: bytes, hello: Hello | None) -> Refused:
         """How to tell a peer that it was refused: with the proof, where it was revoked."""
@@ -335,11 +349,40 @@ class MemberNetwork:
             return link.proven
         return next((proven for proven in self._connections.values() if proven.peer_id == peer_id), None)
 
+    # --- for admins ---
+
+    async def members(self) -> list[Member]:
+        """Members whom we or those with a link to us have met; they answer admins only."""
+        answers = await asyncio.gather(*(_ask_members(link) for link in self._links))
+        found = {invitation for answer in (*answers, tuple(self._met.values())) for invitation in answer}
+        members = []
+        for invitation in found:
+            with suppress(PeerMisbehaved):
+                members.append(read_invitation(invitation, self.gate.authority))
+        return members
+
+    async def _answer_members(self, data: bytes, peer_id: Any) -> bytes:
+        proven = self._proven(peer_id.to_base58())
+        if proven is None or not proven.member.role.may_revoke:
+            raise AccessDenied("only admins are told who the members are")
+        return msgspec.msgpack.encode((self.gate.passport.invitation, *self._met.values()))
+
     # --- revocations ---
 
-    def on_known(self, link: CallLink, digest: bytes) -> None:
-        """A peer says which revocations it knows; if they are others than ours, it gets ours."""
-        if digest != self.gate.revocations.digest:
+    async def revoke(self, statements: Iterable[Revocation], timeout_s: float) -> int:
+        """Tell the swarm; how many of those who have a link with us know it when this returns."""
+        self.learn(statements)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(link.known != self.gate.revocations.digest for link in self._links):
+                    self._news.clear()
+                    await self._news.wait()
+        return sum(link.known == self.gate.revocations.digest for link in self._links)
+
+    def on_known(self, link: CallLink) -> None:
+        """A peer has said which revocations it knows; if they are others than ours, it gets ours."""
+        self._news.set()
+        if link.known != self.gate.revocations.digest:
             link.tell(encode_revocations(self.gate.revocations))
 
     def on_statements(self, link: CallLink, data: bytes) -> None:
@@ -369,6 +412,7 @@ class MemberNetwork:
     def on_link_lost(self, link: CallLink) -> None:
         """A link is over."""
         self._links.remove(link)
+        self._news.set()
 
     def _sweep(self) -> None:
         """Part from members who are none any more, and forget connections that are over."""
@@ -389,3 +433,12 @@ class MemberNetwork:
             for listener in self._expelled:
                 listener(proven.peer_id, error)
         asyncio.get_running_loop().call_later(FAREWELL_S, transport.abort)
+
+
+async def _ask_members(link: CallLink) -> tuple[bytes, ...]:
+    try:
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            return _invitations.decode(await link.call(MEMBERS, b""))
+    except (TimeoutError, PeerError, msgspec.MsgspecError) as error:
+        log.info("%s does not say who the members are: %s", link.proven.member, error)
+        return ()

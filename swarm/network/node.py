@@ -11,12 +11,12 @@ It knows nothing of messages, models or records: that is the business of transpo
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from swarm.errors import ConfigError, PeerError, PeerTimeout, PeerUnreachable, SwarmIsPrivate
+from swarm.errors import ConfigError, InvalidRequest, PeerError, PeerTimeout, PeerUnreachable, SwarmIsPrivate
 from swarm.identity import Identity
 from swarm.network.addresses import PeerAddress
 from swarm.network.config import NodeConfig, load_identity
@@ -27,6 +27,8 @@ from swarm.network.libp2p import Libp2p
 from swarm.network.members import MemberNetwork
 from swarm.network.tasks import TaskSet
 from swarm.network.underlay import Expelled, StreamFactory
+from swarm.private.certificates import Member
+from swarm.private.revocations import Revocation
 
 __all__ = ["Node", "NodeConfig"]
 
@@ -126,6 +128,28 @@ class Node:
             AccessDenied: our invitation has expired or was revoked.
         """
         self._underlay.check_access()
+
+    async def members(self) -> list[Member]:
+        """Members of our private swarm whom those we know have met; for admins.
+
+        Raises:
+            InvalidRequest: the swarm is open.
+        """
+        return await self._members.members()
+
+    async def revoke(self, statements: Sequence[Revocation], timeout_s: float = 10.0) -> int:
+        """Tell our private swarm whose invitations are revoked; how many peers have confirmed it in time.
+
+        Raises:
+            InvalidRequest: the swarm is open. PeerMisbehaved: who has signed that may not.
+        """
+        return await self._members.revoke(statements, timeout_s)
+
+    @property
+    def _members(self) -> MemberNetwork:
+        if not isinstance(self._underlay, MemberNetwork):
+            raise InvalidRequest("an open swarm has no members")
+        return self._underlay
 
     def on_expelled(self, listener: Expelled) -> None:
         """Call `listener(peer_id, error)` when a peer is a member no more; its connections end a second later."""

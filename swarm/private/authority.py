@@ -1,6 +1,6 @@
 """The authority of a private swarm on its owner's disk: makes the swarm, invites, revokes, and remembers whom.
 
-    DIRECTORY/  authority.crt  authority.key (the secret)  members.json (who was invited)  revoked.bin (who is out)
+    DIRECTORY/  authority.key (the secret)  authority.crt  peers.txt (where to join)  members.json  revoked.bin
 
     Authority.create ─► .invite(name, role) ─► Credentials ─► a file for that machine
                         .revoke(name)       ─► Revocation  ─► told to the swarm by `swarm.keys`
@@ -69,8 +69,8 @@ class Authority:
     key: Ed25519PrivateKey
 
     @classmethod
-    def create(cls, directory: Path, name: str, now: datetime) -> "Authority":
-        """Make a new swarm.
+    def create(cls, directory: Path, name: str, now: datetime, *, peers: Sequence[str] = ()) -> "Authority":
+        """Make a new swarm; `peers` are the addresses by which its members will join, if they are known.
 
         Raises:
             ConfigError: there is one, or the directory can't be written.
@@ -84,6 +84,7 @@ class Authority:
                 directory / "authority.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
             )
             _write_new(directory / "authority.crt", authority.certificate.public_bytes(Encoding.PEM))
+            _write_new(directory / "peers.txt", "".join(f"{peer}\n" for peer in peers).encode())
         except FileExistsError as error:
             raise ConfigError(f"{directory} holds an authority already") from error
         except OSError as error:
@@ -108,12 +109,17 @@ class Authority:
         return cls(directory, certificate, key)
 
     @property
+    def peers(self) -> tuple[str, ...]:
+        """Addresses by which members join."""
+        return tuple(_read(self.directory / "peers.txt", default=b"").decode(errors="replace").split())
+
+    @property
     def name(self) -> str:
         """The swarm's name."""
         return self.certificate.subject.rfc4514_string().removeprefix("CN=")
 
     def invite(
-        self, name: str, role: Role, *, lifetime: timedelta, now: datetime, peers: Sequence[str] = ()
+        self, name: str, role: Role, *, lifetime: timedelta, now: datetime, peers: Sequence[str] | None = None
     ) -> Credentials:
         """Invite a machine or a person; the credentials exist only in what is returned.
 
@@ -126,6 +132,7 @@ class Authority:
         for other in invited:
             if other.name == name and other.expires_at > now.timestamp() and revoked.find(other.member) is None:
                 raise InvalidRequest(f"{name} is invited already; revoke that first, or choose another name")
+        peers = self.peers if peers is None else peers
         credentials = self.credentials(name, role, expires_at=now + lifetime, now=now, peers=peers)
         member = credentials.member
         entry = Invited(id=member.id, name=name, role=role, expires_at=member.expires_at)

@@ -84,10 +84,11 @@ class Passport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proven:
-    """A passport that was checked: which peer, and whose process it is."""
+    """A passport that was checked: which peer, and whose process it is; the invitation is in DER."""
 
     peer_id: str
     member: Member
+    invitation: bytes
 
 
 def make_authority(name: str, key: Ed25519PrivateKey, now: datetime) -> x509.Certificate:
@@ -183,7 +184,7 @@ def read_passport(passport: Passport, authority: bytes) -> Proven:
     member = read_invitation(passport.invitation, authority)
     certificate = _parse(passport.process)
     _check(certificate, issuer=_parse(passport.invitation), depth=None)
-    return Proven(peer_id=peer_id_of(_public_bytes(certificate)), member=member)
+    return Proven(peer_id=peer_id_of(_public_bytes(certificate)), member=member, invitation=passport.invitation)
 
 
 def peer_id_in(process: bytes) -> str:

@@ -42,7 +42,9 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 
 
-_decoder = msgspec.msgpack.Decoder(Annotated[tuple[Revocation, ...], msgspec.Meta(max_length=MAX_REVOCATIONS)])
+_decoder: msgspec.msgpack.Decoder[tuple[Revocation, ...]] = msgspec.msgpack.Decoder(
+    Annotated[tuple[Revocation, ...], msgspec.Meta(max_length=MAX_REVOCATIONS)]
+)
 
 
 def revoke(member: Member, authority: bytes, key: Ed25519PrivateKey, now: float, *, signer: bytes = b"") -> Revocation:
