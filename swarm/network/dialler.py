@@ -28,6 +28,10 @@ class ReachedOurselves(Exception):
     """The address is our own."""
 
 
+class PeerRefused(PeerUnreachable):
+    """The peer is there, and does not take the connection."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialled:
     """A connection with a member that has let us in."""
@@ -55,7 +59,7 @@ class Dialler:
         """Connect to a peer, or with None to any member, at one of these endpoints.
 
         Raises:
-            PeerUnreachable, PeerTimeout: nobody is there, or somebody else.
+            PeerUnreachable, PeerTimeout: nobody is there, or somebody else. PeerRefused: the peer does not want us.
             AccessDenied: we are no member any more.
             ReachedOurselves: it is us who listen there.
         """
@@ -71,7 +75,7 @@ class Dialler:
                     if error is None:
                         attempts.discard(attempt)
                         return attempt.result()
-                    if not isinstance(error, PeerError):
+                    if isinstance(error, PeerRefused) or not isinstance(error, PeerError):
                         raise error
                     failures.append(str(error))
         finally:
@@ -97,6 +101,8 @@ class Dialler:
                 greeting.transport.abort()
             if isinstance(error, TimeoutError):
                 raise PeerTimeout(f"{host} port {port}: no answer within {timeout_s:g} s", peer_id=peer_id) from error
+            if isinstance(error, PeerRefused):
+                raise PeerRefused(f"{host} port {port} {error}", peer_id=peer_id) from error
             if isinstance(error, PeerError | OSError):
                 raise PeerUnreachable(f"{host} port {port}: {self._reason(error)}", peer_id=peer_id) from error
             raise
@@ -121,7 +127,7 @@ class Dialler:
             if answer.statement:
                 self._gate.learn(decode_revocations(answer.statement), now)
                 self._gate.check_ourselves(now)
-            raise PeerError(f"refuses us: {error_from_wire(answer.error, peer_id=None)}")
+            raise PeerRefused(f"refuses us: {error_from_wire(answer.error, peer_id=None)}")
         try:
             proven = self._gate.admit(Passport(process=greeting.process, invitation=answer.invitation), now)
         except AccessDenied as error:

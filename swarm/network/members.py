@@ -16,8 +16,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-import msgspec
-
 from swarm.errors import (
     AccessDenied,
     InvitationRevoked,
@@ -33,18 +31,18 @@ from swarm.network.addresses import Card, PeerAddress, as_text, listening_endpoi
 from swarm.network.calls import CallLink
 from swarm.network.config import NodeConfig
 from swarm.network.daemon import claim_port
-from swarm.network.dialler import Dialled, Dialler, ReachedOurselves
+from swarm.network.dialler import Dialled, Dialler, PeerRefused, ReachedOurselves
 from swarm.network.greeter import IncomingGreeting
 from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome
 from swarm.network.links import Links
 from swarm.network.listener import TlsListener
 from swarm.network.records import MemberRecords
-from swarm.network.tasks import TaskSet
+from swarm.network.roll import MEMBERS, Roll
 from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
 from swarm.network.whereabouts import WHERE, Whereabouts
-from swarm.private.certificates import Member, Passport, Proven, read_invitation, read_passport
+from swarm.private.certificates import Passport, Proven, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import Revocation, decode_revocations, encode_revocations
@@ -66,11 +64,6 @@ FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
 IDLE_S = 60.0
 """A link that nobody has used for so long is closed."""
-MEMBERS = "/swarm/members"
-"""Unary call, for admins: the invitations of members who were here."""
-MAX_MET = 2048
-
-_invitations = msgspec.msgpack.Decoder(tuple[bytes, ...])
 
 
 class MemberNetwork:
@@ -97,7 +90,8 @@ class MemberNetwork:
         self._factories: dict[str, StreamFactory] = {}
         self._links = Links()
         self._whereabouts = Whereabouts(self._links)
-        self._desk.handlers |= {WHERE: self._whereabouts.answer, MEMBERS: self._answer_members}
+        self.roll = Roll(self._links, self.gate)
+        self._desk.handlers |= {WHERE: self._whereabouts.answer, MEMBERS: self.roll.answer}
         self._card: Card | None = None
         self._linking: dict[str, asyncio.Lock] = {}
         self._found: dict[str, str] = {}
@@ -106,11 +100,8 @@ class MemberNetwork:
         self._greetings: set[IncomingGreeting] = set()
         self._listener: TlsListener | None = None
         self._expelled: list[Expelled] = []
-        self._met: dict[str, bytes] = {}
-        """Invitations of members who were here, the latest last."""
         self._news = asyncio.Event()
         self._store = RevocationStore(config.state_dir, self.gate.authority)
-        self._tasks = TaskSet()
 
     async def start(self) -> None:
         """Listen, unless we are a client.
@@ -134,7 +125,7 @@ class MemberNetwork:
         listener.start(self._config.host, claim_port(self._config.host, self._config.port))
         self._listener = listener
         endpoints = listening_endpoints(listener.host, listener.port, self._config.announce)
-        self._card = Card.make(self._identity, endpoints, time.time())
+        self._card = self._whereabouts.own = Card.make(self._identity, endpoints, time.time())
         self.endpoints = tuple(as_text(endpoint, self._identity.peer_id) for endpoint in endpoints)
 
     @property
@@ -182,7 +173,6 @@ class MemberNetwork:
         if self._listener is not None:
             await self._listener.close()
         await self._desk.close()
-        await self._tasks.close()
         for transport in list(self._connections):
             transport.abort()
 
@@ -262,6 +252,8 @@ class MemberNetwork:
         if card is not None:
             try:
                 return await self._dial_card(card, service, timeout_s / 2)
+            except PeerRefused:
+                raise
             except PeerError as error:
                 log.debug("%s is not where it was: %s", peer_id, error)
                 self._whereabouts.forget(card)
@@ -329,10 +321,7 @@ class MemberNetwork:
     def on_connected(self, transport: asyncio.Transport, proven: Proven) -> None:
         """A connection with a member stands."""
         self._connections[transport] = proven
-        self._met.pop(proven.member.id, None)
-        self._met[proven.member.id] = proven.invitation
-        if len(self._met) > MAX_MET:
-            del self._met[next(iter(self._met))]
+        self.roll.meet(proven)
 
     def refusal(self, error: SwarmError, process: bytes, hello: Hello | None) -> Refused:
         """How to tell a peer that it was refused: with the proof, where it was revoked."""
@@ -348,24 +337,6 @@ class MemberNetwork:
         if link is not None:
             return link.proven
         return next((proven for proven in self._connections.values() if proven.peer_id == peer_id), None)
-
-    # --- for admins ---
-
-    async def members(self) -> list[Member]:
-        """Members whom we or those with a link to us have met; they answer admins only."""
-        answers = await asyncio.gather(*(_ask_members(link) for link in self._links))
-        found = {invitation for answer in (*answers, tuple(self._met.values())) for invitation in answer}
-        members = []
-        for invitation in found:
-            with suppress(PeerMisbehaved):
-                members.append(read_invitation(invitation, self.gate.authority))
-        return members
-
-    async def _answer_members(self, data: bytes, peer_id: Any) -> bytes:
-        proven = self._proven(peer_id.to_base58())
-        if proven is None or not proven.member.role.may_revoke:
-            raise AccessDenied("only admins are told who the members are")
-        return msgspec.msgpack.encode((self.gate.passport.invitation, *self._met.values()))
 
     # --- revocations ---
 
@@ -433,12 +404,3 @@ class MemberNetwork:
             for listener in self._expelled:
                 listener(proven.peer_id, error)
         asyncio.get_running_loop().call_later(FAREWELL_S, transport.abort)
-
-
-async def _ask_members(link: CallLink) -> tuple[bytes, ...]:
-    try:
-        async with asyncio.timeout(DIAL_TIMEOUT_S):
-            return _invitations.decode(await link.call(MEMBERS, b""))
-    except (TimeoutError, PeerError, msgspec.MsgspecError) as error:
-        log.info("%s does not say who the members are: %s", link.proven.member, error)
-        return ()

@@ -135,7 +135,7 @@ class Node:
         Raises:
             InvalidRequest: the swarm is open.
         """
-        return await self._members.members()
+        return await self._members.roll.members()
 
     async def revoke(self, statements: Sequence[Revocation], timeout_s: float = 10.0) -> int:
         """Tell our private swarm whose invitations are revoked; how many peers have confirmed it in time.
