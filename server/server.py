@@ -194,8 +194,8 @@ class Server:
             announcing = asyncio.create_task(self._announce())
             await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
             announcing.cancel()
-            self.node.check_access()
         await self.leave()
+        self.node.check_access()
         if self.executor.died.is_set():
             raise PeerError("the device thread failed; the log says why")
 
@@ -203,11 +203,12 @@ class Server:
         self, stop: asyncio.Event, timeout_s: float, work: asyncio.Task[None] | None = None
     ) -> bool:
         """Wait for the end, for `work`, or for `timeout_s`, whichever comes first; whether it is the end."""
-        ends = [asyncio.create_task(event.wait()) for event in (stop, self.executor.died)]
+        events = (stop, self.executor.died, self.node.denied)
+        ends = [asyncio.create_task(event.wait()) for event in events]
         await asyncio.wait([*ends, *([work] if work else [])], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
-        return stop.is_set() or self.executor.died.is_set()
+        return any(event.is_set() for event in events)
 
     async def leave(self) -> None:
         """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""

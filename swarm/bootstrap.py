@@ -8,14 +8,10 @@ import asyncio
 import logging
 import signal
 import sys
-from contextlib import suppress
 
 from swarm.errors import SwarmError
 from swarm.network import Node, NodeConfig
 from swarm.private.arguments import add_credentials, load_credentials
-
-CHECK_PERIOD_S = 5.0
-"""How often a member of a private swarm looks whether it still is one."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,11 +63,12 @@ async def _until(stopped: asyncio.Event, node: Node) -> None:
     Raises:
         AccessDenied: we are no member of this private swarm any more.
     """
-    while not stopped.is_set():
+    ends = [asyncio.ensure_future(event.wait()) for event in (stopped, node.denied)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    if not stopped.is_set():
         node.check_access()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CHECK_PERIOD_S):
-                await stopped.wait()
 
 
 def _run(config: NodeConfig) -> None:

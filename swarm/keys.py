@@ -10,6 +10,7 @@ Only `revoke` uses the network. The authority's directory is the swarm: keep it 
 
 import argparse
 import asyncio
+import logging
 import os
 import re
 import sys
@@ -36,6 +37,7 @@ _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 when it is done, 1 when nobody was told, 2 for an error."""
     args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     try:
         return _COMMANDS[args.command](args)
     except (SwarmError, OSError) as error:
@@ -181,7 +183,8 @@ def _report(num_told: int) -> int:
     if not num_told:
         print("nobody has confirmed it; try again", file=sys.stderr)
         return 1
-    print(f"{num_told} peers have confirmed it, and pass it on")
+    peers = "1 peer has" if num_told == 1 else f"{num_told} peers have"
+    print(f"{peers} confirmed it; others hear of it from there")
     return 0
 
 

@@ -52,6 +52,7 @@ class Libp2p:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         self.num_restarts = 0
+        self.denied = asyncio.Event()  # never set
         self.settings = DaemonSettings(
             directory=directory,
             identity_path=directory / "identity.key",

@@ -82,6 +82,7 @@ class MemberNetwork:
     def __init__(self, config: NodeConfig, credentials: Credentials, identity: Identity) -> None:
         self.gate = Gate(credentials, identity)
         self.endpoints: tuple[str, ...] = ()
+        self.denied = asyncio.Event()
         self._config = config
         self._identity = identity
         self._server_context, client_context = member_contexts(self.gate, identity)
@@ -386,12 +387,14 @@ class MemberNetwork:
         self._news.set()
 
     def _sweep(self) -> None:
-        """Part from members who are none any more, and forget connections that are over."""
+        """Part from members who are none any more, ourselves included, and forget connections that are over."""
         now = time.time()
+        if not self.gate.is_good(self.gate.member, now):
+            self.denied.set()
         for transport, proven in list(self._connections.items()):
             if transport.is_closing():
                 del self._connections[transport]
-            elif not self.gate.is_admitted(proven, now):
+            elif not self.gate.is_good(proven.member, now):
                 del self._connections[transport]
                 self._expel(transport, proven, now)
 

@@ -121,6 +121,11 @@ class Node:
         """Who is charged for what a peer does: itself, or in a private swarm the member whose process it is."""
         return self._underlay.account_of(peer_id)
 
+    @property
+    def denied(self) -> asyncio.Event:
+        """Set when we belong to the swarm no more; `check_access` says why."""
+        return self._underlay.denied
+
     def check_access(self) -> None:
         """Whether we belong to the swarm still.
 

@@ -38,6 +38,8 @@ class Underlay(Protocol):
 
     is_private: bool
     num_restarts: int
+    denied: asyncio.Event
+    """Set when we belong to the swarm no more; `check_access` says why."""
 
     @property
     def caller(self) -> Caller:

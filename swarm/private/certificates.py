@@ -8,6 +8,7 @@ What TLS does not look at is checked here: names, roles, extensions. Pure: no fi
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -17,6 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 
 from swarm.errors import InvalidRequest, InvitationExpired, PeerMisbehaved
@@ -264,8 +266,10 @@ def _parse(data: bytes) -> x509.Certificate:
     if len(data) > MAX_CERTIFICATE_BYTES:
         raise PeerMisbehaved(f"a certificate of {len(data)} bytes, limit {MAX_CERTIFICATE_BYTES}")
     try:
-        return x509.load_der_x509_certificate(data)
-    except (ValueError, x509.InvalidVersion) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CryptographyDeprecationWarning)  # what it only warns of, nobody here makes
+            return x509.load_der_x509_certificate(data)
+    except (ValueError, x509.InvalidVersion, CryptographyDeprecationWarning) as error:
         raise PeerMisbehaved(f"a malformed certificate: {error}") from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from swarm.errors import AccessDenied
 from swarm.identity import Identity
-from swarm.private.certificates import Passport, Proven, check_time, read_passport
+from swarm.private.certificates import Member, Passport, Proven, check_time, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.revocations import Revocation, Revocations
 
@@ -48,9 +48,9 @@ class Gate:
         check_time(proven.member, now, whose="your")
         self.revocations.check(proven.member, whose="your")
 
-    def is_admitted(self, proven: Proven, now: float) -> bool:
-        """Whether somebody who was admitted before still would be."""
-        return now < proven.member.expires_at and self.revocations.find(proven.member) is None
+    def is_good(self, member: Member, now: float) -> bool:
+        """Whether an invitation has neither expired nor been revoked."""
+        return now < member.expires_at and self.revocations.find(member) is None
 
     def check_ourselves(self, now: float) -> None:
         """Whether we still belong to the swarm.

@@ -151,5 +151,5 @@ def test_the_authority_and_admins_tell_the_swarm(capsys: pytest.CaptureFixture[s
 
     asyncio.run(main())
     out, err = capsys.readouterr()
-    assert out.count("1 peers have confirmed it") == 2
+    assert out.count("1 peer has confirmed it") == 2
     assert "no peer has met a member called 'gpu2000'" in err and "can be revoked by the authority only" in err

@@ -24,13 +24,13 @@ def test_members_are_let_in_until_they_expire_or_are_revoked():
     """Each refusal says which, in words for the refused one."""
     gate, other = gate_of(), gate_of(Role.CLIENT, days=1)
     proven = gate.admit(other.passport, NOW_S)
-    assert gate.is_admitted(proven, NOW_S)
+    assert gate.is_good(proven.member, NOW_S)
     later = (NOW + timedelta(days=2)).timestamp()
-    assert not gate.is_admitted(proven, later)
+    assert not gate.is_good(proven.member, later)
     with pytest.raises(InvitationExpired, match=r"your invitation me \(client\) expired"):
         gate.admit(other.passport, later)
     gate.learn([revoke(proven.member, LAB.der, LAB.key, NOW_S)], NOW_S)
-    assert not gate.is_admitted(proven, NOW_S)
+    assert not gate.is_good(proven.member, NOW_S)
     with pytest.raises(InvitationRevoked, match=r"your invitation me \(client\) was revoked"):
         gate.admit(other.passport, NOW_S)
 
