@@ -82,6 +82,7 @@ PeerID: Any = sys.modules["hivemind.p2p.p2p_daemon_bindings.datastructures"].Pee
 Multiaddr: Any = sys.modules["hivemind.utils.multiaddr"].Multiaddr
 MultiaddrError: Any = sys.modules["hivemind.utils.multiaddr.exceptions"].Error
 p2pd_pb2: Any = sys.modules["hivemind.proto.p2pd_pb2"]
+dht_pb2: Any = sys.modules["hivemind.proto.dht_pb2"]
 DHTNode: Any = _node.DHTNode
 DHTID: Any = sys.modules["hivemind.dht.routing"].DHTID
 DHTRecord: Any = sys.modules["hivemind.dht.validation"].DHTRecord

@@ -38,16 +38,26 @@ async def ask_offer(node: Node, peer_id: str, *, version: int, timeout_s: float)
         size = int.from_bytes(await reader.readexactly(2), "big")
         if size > MAX_OFFER_BYTES:
             raise PeerMisbehaved(f"{peer_id} makes an offer of {size} bytes, limit {MAX_OFFER_BYTES}", peer_id=peer_id)
-        offer = _decoder.decode(await reader.readexactly(size))
+        offer = decode_offer(await reader.readexactly(size), peer_id=peer_id)
     except (ConnectionError, asyncio.IncompleteReadError) as error:
         raise PeerDisconnected(f"{peer_id} closed the stream without an offer", peer_id=peer_id) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise PeerMisbehaved(f"{peer_id} makes a malformed offer: {error}", peer_id=peer_id) from error
     finally:
         writer.close()
     if offer.version != version:
         raise ProtocolMismatch(f"{peer_id} speaks protocol version {offer.version}, we speak {version}")
     return offer
+
+
+def decode_offer(data: bytes, *, peer_id: str) -> Offer:
+    """Read an offer.
+
+    Raises:
+        PeerMisbehaved: malformed.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PeerMisbehaved(f"{peer_id} makes a malformed offer: {error}", peer_id=peer_id) from error
 
 
 class OfferDesk:
