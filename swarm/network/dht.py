@@ -12,9 +12,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError, PeerMisbehaved
+from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError
 from swarm.network.addresses import PeerAddress
-from swarm.network.hive import DHTID, P2P, DHTNode, DHTValidationError, PeerID
+from swarm.network.dht_requests import check_size, store_in_portions
+from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, PeerID
 from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage
 from swarm.network.underlay import Underlay
 
@@ -22,8 +23,6 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 3.0
 """Deadline of one DHT call to one peer."""
-MAX_REQUEST_BYTES = {"rpc_ping": 1 << 10, "rpc_find": 1 << 14, "rpc_store": 4 << 20}
-"""Largest request of each kind; a store may hand over all that a new node should hold."""
 
 
 class CallerP2P(P2P):  # type: ignore[misc]
@@ -39,17 +38,18 @@ class CallerP2P(P2P):  # type: ignore[misc]
     async def _add_protobuf_unary_handler(
         self, handle_name: str, handler: Any, input_protobuf_type: Any, balanced: bool = False
     ) -> None:
-        """As hivemind's, but a request may not be larger than its kind needs: each key of a find costs us a search.
+        """As hivemind's, but no request may keep others waiting (`swarm.network.dht_requests`).
 
         A peer that may only use the DHT is answered as one that takes no part in it, whatever it says of itself.
         """
-        limit = MAX_REQUEST_BYTES[handle_name.rpartition(".")[2]]
 
         async def checked(request: Any, context: Any) -> Any:
-            if request.ByteSize() > limit:
-                raise PeerMisbehaved(f"{handle_name} of {request.ByteSize()} bytes, limit {limit}")
+            check_size(handle_name, request)
             if not self._underlay.may_be_asked(context.remote_id.to_base58()):
                 request.ClearField("peer")
+            if handle_name.endswith(".rpc_store"):
+                tag = DHTProtocol.IS_DICTIONARY
+                return await store_in_portions(request, lambda part: handler(part, context), dictionary_tag=tag)
             return await handler(request, context)
 
         await super()._add_protobuf_unary_handler(handle_name, checked, input_protobuf_type, balanced=balanced)

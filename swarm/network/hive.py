@@ -84,6 +84,7 @@ MultiaddrError: Any = sys.modules["hivemind.utils.multiaddr.exceptions"].Error
 p2pd_pb2: Any = sys.modules["hivemind.proto.p2pd_pb2"]
 dht_pb2: Any = sys.modules["hivemind.proto.dht_pb2"]
 DHTNode: Any = _node.DHTNode
+DHTProtocol: Any = sys.modules["hivemind.dht.protocol"].DHTProtocol
 DHTID: Any = sys.modules["hivemind.dht.routing"].DHTID
 DHTRecord: Any = sys.modules["hivemind.dht.validation"].DHTRecord
 RecordValidatorBase: Any = sys.modules["hivemind.dht.validation"].RecordValidatorBase

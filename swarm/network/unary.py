@@ -24,15 +24,18 @@ MAX_CALLS = 512
 MAX_CALLS_PER_ACCOUNT = 64
 CALLS = Rate(burst=500, per_s=100)
 """Of one account. A look into the DHT takes a few, a health page that looks everywhere some dozens."""
+BYTES = Rate(burst=8 << 20, per_s=64 << 10)
+"""Requests of one account: each record to be stored costs a signature check."""
 MAX_ERROR_CHARS = 1024
 
 
 class UnaryDesk:
     """The handlers of a process, and who uses them."""
 
-    def __init__(self, *, rate: Rate = CALLS) -> None:
+    def __init__(self, *, rate: Rate = CALLS, bytes_rate: Rate = BYTES) -> None:
         self.handlers: dict[str, Handler] = {}
         self._rates = Rates(rate)
+        self._bytes = Rates(bytes_rate)
         self._num_of: Counter[str] = Counter()
         self._tasks = TaskSet()
 
@@ -45,13 +48,15 @@ class UnaryDesk:
         self, name: str, data: bytes, *, peer_id: Any, account: str, reply: Callable[[bytes, str], None]
     ) -> asyncio.Task[None] | None:
         """Start to answer a call; `reply(answer, error)` is called once, unless the task is cancelled."""
-        handler = self.handlers.get(name)
+        handler, now = self.handlers.get(name), asyncio.get_running_loop().time()
         if handler is None:
             reply(b"", "not served here")
         elif len(self._tasks) >= MAX_CALLS or self._num_of[account] >= MAX_CALLS_PER_ACCOUNT:
             reply(b"", f"too many requests: {self._num_of[account]} of yours and {len(self._tasks)} in all are running")
-        elif not self._rates.charge(account, asyncio.get_running_loop().time()):
+        elif not self._rates.charge(account, now):
             reply(b"", f"too many requests: over {self._rates.rate.per_s:g} per second")
+        elif not self._bytes.charge(account, now, len(data)):
+            reply(b"", f"too many bytes of requests: over {self._bytes.rate.per_s:g} per second")
         else:
             task = self._tasks.spawn(_handle(handler, name, data, peer_id, reply), name=f"unary {name}")
             self._num_of[account] += 1

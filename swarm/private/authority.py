@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -102,7 +103,7 @@ class Authority:
             certificate = x509.load_pem_x509_certificate(_read(directory / "authority.crt"))
             key = load_pem_private_key(_read(directory / "authority.key"), password=None)
             read_authority(to_der(certificate))
-        except (ValueError, TypeError, PeerMisbehaved) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm, PeerMisbehaved) as error:
             raise ConfigError(f"the authority in {directory} is damaged: {error}") from error
         if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
             raise ConfigError(f"the authority in {directory} is damaged: its key is another one's")

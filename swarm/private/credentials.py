@@ -15,6 +15,7 @@ from logging import getLogger
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -95,7 +96,7 @@ class Credentials:
                 raise ConfigError(f"{source} holds a key of another kind than Ed25519")
             credentials = cls(read_authority(to_der(authority)), invitation, key, _read_peers(data))
             member = credentials.member
-        except (ValueError, TypeError, PeerMisbehaved) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm, PeerMisbehaved) as error:
             raise ConfigError(
                 f"{source} is none, or damaged: make another with `python -m swarm.keys invite`"
             ) from error

@@ -65,7 +65,8 @@ def _campaign(name: str, seconds: int, keep: bool) -> int:
 def _keep(name: str, found: list[bytes]) -> None:
     folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
-    for data in sorted({it for it in found if it and len(it) <= MAX_KEPT_BYTES}, key=len):
+    small = {it for it in found if it and len(it) <= MAX_KEPT_BYTES}
+    for data in sorted(small or {b"\0"}, key=len):  # one file at least: git keeps no empty folders
         if len(list(folder.iterdir())) >= MAX_KEPT:
             return
         (folder / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
