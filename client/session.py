@@ -34,6 +34,7 @@ from swarm.client.running import RunningStep
 from swarm.client.timings import HopTiming
 from swarm.client.uploads import Uploads
 from swarm.errors import (
+    AccessDenied,
     AdapterError,
     InvalidRequest,
     PeerBusy,
@@ -308,8 +309,10 @@ class RemoteSession:
         self.machine.failed(hop.link)
         self._hops.close_stale()
         step = self._step
-        is_ours = isinstance(error, AdapterError) or (step is not None and step.is_fed(hop.link))
-        if step is not None and is_ours and isinstance(error, RequestError):
+        is_ours = isinstance(error, AccessDenied | AdapterError) or (
+            step is not None and step.is_fed(hop.link) and isinstance(error, RequestError)
+        )
+        if step is not None and is_ours:
             self._end_step(error)
             return
         self._peers.failed(hop.hop.peer_id, error)

@@ -98,6 +98,8 @@ class Screen:
         table.add_row("blocks", f"{plan.blocks} of 0:{plan.num_blocks}")
         table.add_row("weights", f"{plan.quantization}, {_name(plan.dtype)}, on {plan.device}")
         table.add_row("swarm", "joined" if self._config.initial_peers else "new: this server is its first peer")
+        if (credentials := self._config.credentials) is not None:
+            table.add_row("private", f"{credentials.swarm}, as {credentials.member}")
         self._console.print(Panel.fit(table, title="swarm server", title_align="left", border_style="dim"))
         self._say("It can be reached at", *addresses)
         self._say("Another machine joins with", self._join_command(addresses[0]))

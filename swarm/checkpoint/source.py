@@ -95,6 +95,7 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
+    is_offline: bool = False,
 ) -> Checkpoint:
     """Find the checkpoint that `model` stands for.
 
@@ -103,6 +104,7 @@ def resolve(
         revision: branch, tag or commit on the hub; its main branch by default.
         cache_dir: keep everything here instead of $SWARM_CACHE (by default ~/.cache/swarm) and the hub's own cache.
         token: for models on the hub that need one; by default what `hf auth login` stored.
+        is_offline: take models of the hub from its cache only.
 
     Raises:
         UnknownModel: nothing has this name, or it can't be reached and isn't cached.
@@ -121,7 +123,12 @@ def resolve(
         from swarm.checkpoint import hub
 
         found = hub.look_up(
-            name, revision=revision, hub_cache=cache / "hub-files" if cache_dir else None, token=token, cache_dir=cache
+            name,
+            revision=revision,
+            hub_cache=cache / "hub-files" if cache_dir else None,
+            token=token,
+            cache_dir=cache,
+            is_offline=is_offline,
         )
         return Checkpoint(
             name=name, path=found.path, digest=found.digest, weight_map=found.weight_map, store=found.files
