@@ -44,7 +44,9 @@ class Screen:
             checkpoint, plan = self._plan.checkpoint, self._plan
             self._line(f"{checkpoint.name} {checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
             self._line("\n  ".join(["listening on", *addresses]))
-            if not self._config.initial_peers:
+            if (credentials := self._config.credentials) is not None:
+                self._line(f"private swarm {credentials.swarm}, as {credentials.member}")
+            elif not self._config.initial_peers:
                 self._line(f"new swarm; other machines join with\n  {self._join_command(addresses[0])}")
                 self._line(f"and ask it with\n  {self._ask_command(addresses[0])}")
         sys.stdout.flush()

@@ -173,21 +173,28 @@ def fetch_files(
     hub_cache: Path | None,
     token: str | None,
     cache_dir: Path,
+    is_offline: bool = False,
 ) -> Fetched:
     """Download files of any repository, those that are there.
 
     Args:
         repo: "org/name".
         wanted: by name in the top folder, the largest size in bytes that is accepted.
-        revision, hub_cache, token, cache_dir: as for `look_up`.
+        revision, hub_cache, token, cache_dir, is_offline: as for `look_up`.
 
     Raises:
         UnknownModel: no such repository or revision, no access, or no network and it wasn't used before.
         CheckpointMismatch: a file is too large, or has other content than the hub announced.
     """
-    listing = _list(repo, revision or "main", token, cache_dir)
+    listing = _list(repo, revision or "main", token, cache_dir, is_offline)
     files = HubFiles(
-        repo=repo, commit=listing.commit, sha256=listing.sha256, cache_dir=cache_dir, hub_cache=hub_cache, token=token
+        repo=repo,
+        commit=listing.commit,
+        sha256=listing.sha256,
+        cache_dir=cache_dir,
+        hub_cache=hub_cache,
+        token=token,
+        is_offline=is_offline,
     )
     names = {*listing.small, *listing.weights}
     paths = {}
