@@ -121,7 +121,8 @@ class Limited(Everybody):
     def choose(self, active: list[Live], now: float) -> list[Live]:
         for live in active:
             self._counters.arrive(live.client)
-        chosen: list[Any] = self._limit.choose(list(active), self._counters, W_DECODE * 256, now)  # type: ignore[arg-type]
+        sessions: list[Any] = list(active)
+        chosen: list[Any] = self._limit.choose(sessions, self._counters, W_DECODE * 256, now)
         for live in chosen:
             self._counters.charge(live.client, W_DECODE)
         self._counters.settle({live.client for live in active if live not in chosen})

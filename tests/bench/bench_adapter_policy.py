@@ -58,7 +58,8 @@ def main() -> None:
     times = fit(measured)
     print_steps(measured, times)
     results = run_traces(times, measured["rows_per_rank"], args.seconds)
-    print(json.dumps({"bench": "adapter_policy", "times": asdict(times), "measured": measured, "traces": results}))
+    figures = {"times": asdict(times), "copy_mb": measured["copy_mb"], "traces": results}
+    print(json.dumps({"bench": "adapter_policy", **figures}))
 
 
 # -- measured ---------------------------------------------------------------------------------------------------

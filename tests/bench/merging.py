@@ -10,7 +10,7 @@ only. So the question is not how to batch, but whether building a copy is paid b
     saved per second, over the last MEMORY_S   x   HORIZON_S   >   MARGIN   x   seconds to build
 
 One copy at a time: another adapter takes its place where it would save MARGIN times as much and is paid back besides.
-Pure; simulated in bench_adapter_policy.py, and not in the server: see docs/decisions/0009.
+Pure; simulated in bench_adapter_policy.py, and not in the server: see docs/decisions/0013.
 """
 
 import math
