@@ -46,23 +46,27 @@ class PeerMap:
         heights = [UNKNOWN_RTT_S / 2 if it.place is None else it.place.height_s for it in servers]
         self.position: Floats = np.array(positions, dtype=np.float64).reshape(-1, 3)
         self._height_s: Floats = np.array(heights, dtype=np.float64)
-        self._square: Floats = (self.position**2).sum(axis=1)
+        square, ones = (self.position**2).sum(axis=1, keepdims=True), np.ones((len(servers), 1))
+        self._left: Floats = np.hstack((-2.0 * self.position, square, ones))  # left @ right.T: squares of distances
+        self._right: Floats = np.hstack((self.position, ones, square))
         self._peers, self._rtt_s = _measured(servers)
         self._column: Ints = np.full(len(servers) + 1, -1)
         self.client_rtt_s = self._client_rtt_s(servers, home)
 
     def round_trips(self, senders: Ints, receivers: Ints) -> Floats:
         """[senders, receivers], as measured, else as predicted."""
-        square = self._square[senders][:, None] + self._square[receivers]
-        square -= 2.0 * (self.position[senders] @ self.position[receivers].T)
-        rtt_s: Floats = np.sqrt(np.maximum(square, 0.0))
-        rtt_s += self._height_s[senders][:, None] + self._height_s[receivers]
+        rtt_s: Floats = self._left[senders] @ self._right[receivers].T
+        np.maximum(rtt_s, 0.0, out=rtt_s)
+        np.sqrt(rtt_s, out=rtt_s)
+        rtt_s += self._height_s[senders, None]
+        rtt_s += self._height_s[receivers]
         if self._peers.shape[1]:
             self._column[receivers] = np.arange(len(receivers))
             columns = self._column[self._peers[senders]]
-            rows, slots = np.nonzero(columns >= 0)
-            rtt_s[rows, columns[rows, slots]] = self._rtt_s[senders[rows], slots]
             self._column[receivers] = -1
+            rows, slots = np.nonzero(columns >= 0)
+            if len(rows):
+                rtt_s[rows, columns[rows, slots]] = self._rtt_s[senders[rows], slots]
         return rtt_s
 
     def _client_rtt_s(self, servers: Sequence[Location], home: Place | None) -> Floats:

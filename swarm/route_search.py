@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from swarm.types import BlockRange
 
-BEAM = 16
+BEAM = 24
 """Chains kept at each boundary that end there, and as many that could end there."""
-SHORTLIST = 256
-"""Servers that a chain may enter in the midst of their spans, per boundary."""
+SHORTLIST = 96
+"""Servers that a chain may enter at one boundary, besides those whose spans begin there."""
 CELL_S = 0.02
 """The shortlist has somebody from every region of this size."""
 TYPICAL_WAY_S = 0.01
@@ -88,14 +88,15 @@ class Spans:
     def _shortlist(self, block: int, covering: Ints, costs: Costs, cells: Ints) -> Ints:
         if len(covering) <= SHORTLIST:
             return covering
+        starting, covering = self.starting[block], self.around[block]
         length = self.last[covering] - block
         per_block_s = (costs.visit_s[covering] + TYPICAL_WAY_S) / length + costs.block_s[covering]
         order = np.lexsort((per_block_s, cells[covering]))
         sorted_cells = cells[covering[order]]
         starts = np.flatnonzero(np.r_[True, sorted_cells[1:] != sorted_cells[:-1]])
         rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-        best: Ints = covering[order[np.lexsort((per_block_s[order], rank))[:SHORTLIST]]]
-        return best
+        best = order[np.lexsort((per_block_s[order], rank))[:SHORTLIST]]
+        return np.concatenate((starting, covering[best]))
 
 
 def cheapest(
@@ -107,7 +108,7 @@ def cheapest(
         spans: who serves what; every one of `blocks` is served by somebody.
         costs: of each server.
         ways: to, between and from servers.
-        entries: whom a chain may enter at each boundary; those whose spans begin there may always be entered.
+        entries: whom a chain may enter at each boundary.
         blocks: to be covered.
         beam: how many chains are kept at each boundary.
 
@@ -116,17 +117,11 @@ def cheapest(
     """
     chains = _Chains(len(spans.first), costs)
     first = spans.covering[blocks.start]
-    chains.enter(first, ways.from_start(first), None, blocks.start)
+    chains.enter(first, ways.from_start(first) + chains.entry_s(first, blocks.start), None, blocks.start)
     for boundary in range(blocks.start + 1, blocks.end):
-        ended = chains.best_at(boundary, spans.ending[boundary], beam)
-        starting = spans.starting[boundary]
-        if len(ended):
-            chains.hand_over(boundary, ended, entries[boundary], ways)
-            chains.hand_over(boundary, ended, starting, ways)
-        if len(starting):
-            chains.hand_over(boundary, chains.best_at(boundary, spans.around[boundary], beam), starting, ways)
+        chains.hand_over(boundary, spans.ending[boundary], entries[boundary], ways, beam)
+        chains.hand_over(boundary, spans.around[boundary], spans.starting[boundary], ways, beam)
     last = spans.covering[blocks.end - 1]
-    last = last[chains.node[last] >= 0]
     total_s = chains.base_s[last] + blocks.end * costs.block_s[last] + ways.to_end(last)
     winner = int(np.argmin(total_s))
     return float(total_s[winner]), chains.trace(int(chains.node[last[winner]]))
@@ -143,38 +138,39 @@ class _Chains:
         self._nodes: list[tuple[Ints, Ints, int]] = []
         """(servers, nodes of the hops before, boundary) of each lot of entries."""
 
-    def best_at(self, boundary: int, servers: Ints, count: int) -> Ints:
-        """Those of `servers` whose chains are the cheapest up to this boundary."""
-        servers = servers[self.node[servers] >= 0]
-        if len(servers) <= count:
-            return servers
-        cost_s = self.base_s[servers] + boundary * self._costs.block_s[servers]
-        best: Ints = servers[np.argpartition(cost_s, count)[:count]]
-        return best
-
-    def hand_over(self, boundary: int, senders: Ints, receivers: Ints, ways: Ways) -> None:
-        """Let the chains of `senders` go on at each of `receivers` where that is cheaper than what is known."""
-        if not len(senders):
+    def hand_over(self, boundary: int, senders: Ints, receivers: Ints, ways: Ways, beam: int) -> None:
+        """Let the cheapest chains that are at `senders` go on at `receivers`, where that costs less than what is known."""
+        if not len(senders) or not len(receivers):
             return
         cost_s = self.base_s[senders] + boundary * self._costs.block_s[senders]
-        worth_it = cost_s.min() + self._entry_s(receivers, boundary) < self.base_s[receivers]
-        receivers = receivers[worth_it]
-        if not len(receivers):
+        if len(senders) > beam:
+            best = np.argpartition(cost_s, beam)[:beam]
+            senders, cost_s = senders[best], cost_s[best]
+        entry_s = self.entry_s(receivers, boundary)
+        is_worth_it = (cost_s.min() + entry_s < self.base_s[receivers]).nonzero()[0]
+        if not len(is_worth_it):
             return
-        arrival_s = cost_s[:, None] + ways.between(senders, receivers)
-        best = arrival_s.argmin(axis=0)
-        self.enter(receivers, arrival_s[best, np.arange(len(receivers))], self.node[senders[best]], boundary)
+        receivers, entry_s = receivers[is_worth_it], entry_s[is_worth_it]
+        arrival_s = ways.between(senders, receivers)
+        arrival_s += cost_s[:, None]
+        chosen = arrival_s.argmin(axis=0)
+        entry_s += arrival_s[chosen, np.arange(len(receivers))]
+        self.enter(receivers, entry_s, self.node[senders[chosen]], boundary)
 
-    def enter(self, servers: Ints, arrival_s: Floats, nodes_before: Ints | None, boundary: int) -> None:
-        """Chains arrive at `servers`; each keeps the one that costs least."""
-        base_s = arrival_s + self._entry_s(servers, boundary)
-        is_better = base_s < self.base_s[servers]
+    def enter(self, servers: Ints, base_s: Floats, nodes_before: Ints | None, boundary: int) -> None:
+        """Chains arrive at `servers` and would give them these bases; each keeps the one that costs least."""
+        is_better = (base_s < self.base_s[servers]).nonzero()[0]
         servers = servers[is_better]
         before: Ints = np.full(len(servers), -1) if nodes_before is None else nodes_before[is_better]
         self.base_s[servers] = base_s[is_better]
         self.node[servers] = np.arange(self._num_nodes, self._num_nodes + len(servers))
         self._num_nodes += len(servers)
         self._nodes.append((servers, before, boundary))
+
+    def entry_s(self, servers: Ints, boundary: int) -> Floats:
+        """What entering here adds to an arrival, to give the base."""
+        entry_s: Floats = self._costs.visit_s[servers] - boundary * self._costs.block_s[servers]
+        return entry_s
 
     def trace(self, node: int) -> list[tuple[int, int]]:
         """The hops that lead to a node: servers and where they were entered."""
@@ -186,8 +182,3 @@ class _Chains:
             hops.append((int(servers[node]), int(boundaries[node])))
             node = int(before[node])
         return hops[::-1]
-
-    def _entry_s(self, servers: Ints, boundary: int) -> Floats:
-        """What entering here adds to an arrival, to give the base."""
-        entry_s: Floats = self._costs.visit_s[servers] - boundary * self._costs.block_s[servers]
-        return entry_s

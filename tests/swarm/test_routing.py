@@ -86,7 +86,7 @@ def test_shortlists_keep_the_best_of_every_region():
     generator = np.random.default_rng(1)
     offers, home = random_offers(generator, 1500, 16, mean_length=10)
     router = Router(offers, home)
-    assert max(map(len, router._spans.covering)) > max(map(len, router._entries)) == 256
+    assert max(map(len, router._spans.covering)) > max(map(len, router._entries))
     assert router.fastest(BlockRange(0, 16)).cost_s <= 1.01 * optimum_s(offers, home, BlockRange(0, 16))
 
 
