@@ -20,6 +20,7 @@ from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
+from swarm.errors import SwarmError
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
 from swarm.transport import Transport
@@ -51,6 +52,17 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop without waiting for it; what goes wrong with the swarm is only logged."""
+
+        async def supervised() -> None:
+            try:
+                await coroutine
+            except SwarmError as error:
+                logger.info("%s: %s", coroutine.__qualname__, error)
+
+        asyncio.run_coroutine_threadsafe(supervised(), self._loop)
 
     def stop(self) -> None:
         """Stop the loop and join the thread."""
@@ -199,7 +211,8 @@ def connect(
     except BaseException:
         loop.stop()
         raise
-    peers = Peers(node, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    peers = Peers(node, transport, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    loop.start(peers.get_acquainted())
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 

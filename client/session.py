@@ -41,6 +41,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.protocol import Forwarding, LinkDown, LinkFault, Message, ProbeResult, SessionOpened, StepResult, Waiting
+from swarm.routing import Need
 from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -48,6 +49,9 @@ from swarm.types import BlockRange
 __all__ = ["HopTiming", "RemoteSession", "SessionConfig", "WaitingFor"]
 
 logger = logging.getLogger(__name__)
+
+ROOM_TOKENS = 64
+"""Tokens per row, beyond those that are there, for which a server should have room when a session comes to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,7 @@ class RemoteSession:
         self.waiting: WaitingFor | None = None
         """Which server has no room for the step under way, as far as known."""
         self._peers, self._config = peers, config
+        self._max_tokens = batch_size * max_length
         self._hops = Hops(self.machine, transport, model=peers.model, config=config, listener=self)
         self._pace = Pace()
         self._step: RunningStep | None = None
@@ -176,7 +181,7 @@ class RemoteSession:
     async def _find_route(self, action: FindRoute, step: RunningStep) -> None:
         await self._pause(step.patience.pause_s(step.trouble), step)
         try:
-            hops = await self._peers.route(action.blocks)
+            hops = await self._peers.route(action.blocks, need=self._need(step), **self._around(action.blocks))
         except (RouteNotFound, PeerError) as error:
             self._had_trouble(step, error)
             return
@@ -389,6 +394,16 @@ class RemoteSession:
         self.timings.extend(timings)
         if step.trouble is None:
             self._pace.measured(step.num_tokens, time.monotonic() - step.started)
-        if step.is_plain:
-            for timing in timings:
-                self._peers.measured(timing.peer_id, timing.overhead_s)
+        if step.is_plain and step.num_tokens <= self.machine.batch_size:
+            self._peers.measured(timings)
+
+    def _need(self, step: RunningStep) -> Need:
+        """What a new server must have: room for the tokens so far, those of this step, and some more."""
+        num_tokens = sum(self.machine.lengths) + step.num_tokens
+        return Need(kv_tokens=min(num_tokens + ROOM_TOKENS * self.machine.batch_size, self._max_tokens))
+
+    def _around(self, blocks: BlockRange) -> dict[str, str | None]:
+        """The servers of the session that are before and behind these blocks."""
+        route = self.machine.route
+        before = next((hop.peer_id for hop in route if hop.blocks.start == blocks.end), None)
+        return {"after": next((hop.peer_id for hop in route if hop.blocks.end == blocks.start), None), "before": before}

@@ -139,7 +139,7 @@ class _Chains:
         """(servers, nodes of the hops before, boundary) of each lot of entries."""
 
     def hand_over(self, boundary: int, senders: Ints, receivers: Ints, ways: Ways, beam: int) -> None:
-        """Let the cheapest chains that are at `senders` go on at `receivers`, where that costs less than what is known."""
+        """Let the cheapest chains at `senders` go on at `receivers` where that is cheaper than what was known."""
         if not len(senders) or not len(receivers):
             return
         cost_s = self.base_s[senders] + boundary * self._costs.block_s[senders]

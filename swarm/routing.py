@@ -169,13 +169,19 @@ class Router:
         """Expected seconds per token of a chain over these offers, from the client and back."""
         servers = _ints(self._index[hop.peer_id] for hop in hops)
         lengths = _ints(len(hop.blocks) for hop in hops)
-        ways = ChainWays(self._map, None, None)
-        inner_s = sum(
-            float(ways.between(servers[i : i + 1], servers[i + 1 : i + 2])[0, 0]) for i in range(len(hops) - 1)
-        )
-        ends_s = float(ways.from_start(servers[:1])[0] + ways.to_end(servers[-1:])[0])
         work_s = self._visits(need, penalties)[servers] + self._costs.block_s[servers] * lengths
-        return inner_s + ends_s + float(work_s.sum())
+        return self.ways_s(hops) + float(work_s.sum())
+
+    def ways_s(self, hops: Sequence[Hop]) -> float:
+        """Seconds that a token is under way from the client through these servers and back."""
+        servers = _ints(self._index[hop.peer_id] for hop in hops)
+        ways = ChainWays(self._map, None, None)
+        inner_s = [ways.between(servers[i : i + 1], servers[i + 1 : i + 2])[0, 0] for i in range(len(hops) - 1)]
+        return float(sum(inner_s) + ways.from_start(servers[:1])[0] + ways.to_end(servers[-1:])[0])
+
+    def knows(self, peer_id: str) -> bool:
+        """Whether this server made an offer."""
+        return peer_id in self._index
 
     def _visits(self, need: Need | None, penalties: Mapping[str, float] | None) -> Floats:
         """The cost of visiting each server, soft costs included."""
