@@ -28,7 +28,9 @@ MAX_MEDIANS = 16.0
 NUM_TRIALS = 3
 """Spans that look best by a quick estimate, of which the best by exact shares is taken."""
 HYSTERESIS = 0.25
-"""A move must gain this part of the server's own capacity, spread over the model."""
+"""A move must gain this part of the server's own capacity, spread over the model ..."""
+SMALL_GAIN = 0.1
+"""... or, if that is less, this part of what the swarm is worth."""
 HORIZON_S = 3600.0
 """Time in which a move must earn what it costs."""
 SESSION_TOKENS = 512
@@ -169,7 +171,7 @@ def decide_move(
         cost_tokens = loading_s * max(0.0, survey.value_tps - rest.value_tps) + num_sessions * SESSION_TOKENS
         profit_tokens = gain_tps * HORIZON_S * earning[blocks.start] - cost_tokens
         fills_gap = after.num_missing < survey.num_missing
-        is_worth_it = gain_tps >= HYSTERESIS * own.capacity_tps / survey.num_blocks and profit_tokens > 0
+        is_worth_it = gain_tps >= least_gain_tps(survey, own) and profit_tokens > 0
         opens_gap = rest.num_missing > survey.num_missing
         if blocks != own.blocks and (fills_gap or (is_worth_it and not opens_gap)):
             move = Move(blocks=blocks, gain_tps=gain_tps, cost_tokens=cost_tokens, fills_gap=fills_gap)
@@ -184,7 +186,13 @@ def may_gain(survey: Survey, own: Holding) -> bool:
     span already; elsewhere it could at best work for the neediest of all.
     """
     need = survey.need()
-    return float(need.max() - need[own.blocks.start : own.blocks.end].max()) >= HYSTERESIS
+    difference = float(need.max() - need[own.blocks.start : own.blocks.end].max())
+    return difference * own.capacity_tps / survey.num_blocks >= least_gain_tps(survey, own)
+
+
+def least_gain_tps(survey: Survey, own: Holding) -> float:
+    """Smaller gains are no reason to move."""
+    return min(HYSTERESIS * own.capacity_tps / survey.num_blocks, SMALL_GAIN * survey.value_tps)
 
 
 def _promising(
@@ -200,7 +208,7 @@ def _promising(
     """
     gains = _gains(survey.shares + survey.floor_tps, length, capacity_tps)
     if earning is not None:
-        gains = gains * np.asarray(earning)
+        gains = gains * np.maximum(earning, 1e-3)  # a gap counts even where it takes long to load
     order = np.argsort(-np.round(gains / max(gains.max(), np.finfo(float).tiny), 9), kind="stable")
     return [BlockRange(int(start), int(start) + length) for start in order[:NUM_TRIALS]]
 

@@ -77,7 +77,7 @@ def test_no_move_ever_opens_a_gap_or_lowers_the_value(swarm, data):
         moved = rest.plus(Holding(peer_id=own.peer_id, blocks=move.blocks, capacity_tps=own.capacity_tps))
         assert rest.num_missing == moved.num_missing == 0
         assert moved.value_tps - swarm.value_tps == pytest.approx(move.gain_tps)
-        assert move.gain_tps >= placement.HYSTERESIS * own.capacity_tps / 12
+        assert move.gain_tps >= placement.least_gain_tps(swarm, own)
         assert decide(moved, len(moved.holdings) - 1) is None or move.gain_tps > 0
 
 
@@ -124,12 +124,12 @@ def test_a_move_that_costs_more_than_it_gains_is_not_made():
 
 
 def test_weights_that_are_on_disk_are_preferred():
-    """Of two equally weak places a server takes the one that it can load sooner."""
+    """Of two equally weak places a server takes the one that it can load sooner, though one between would gain more."""
     swarm = survey(12, (0, 4, 90.0), (0, 4, 90.0), (4, 8, 10.0), (8, 12, 10.0))
     own = swarm.holdings[0]
     for near, far in ((4, 8), (8, 4)):
-        reload_s = [3000.0] * 12
-        reload_s[near], reload_s[far] = 30.0, 3000.0
+        reload_s = [3500.0] * 12
+        reload_s[near], reload_s[far] = 30.0, 600.0
         move = decide_move(swarm, own, reload_s=reload_s, num_sessions=0)
         assert move is not None and move.blocks.start == near
 
