@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swarm.checkpoint.source import DEFAULT_MODEL
+from swarm.command import program
 from swarm.errors import InvalidRequest, SwarmError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m swarm.client",
+        prog=program("client"),
         description="Ask a model whose transformer blocks run on the servers of a swarm.",
-        epilog="e.g. python -m swarm.client 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
+        epilog=f"e.g. {program('client')} 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
     )
     add = parser.add_argument
     add("question", nargs="?", help="what to ask; may be left out with --chat")
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw from the likeliest tokens of this total probability, above 0 to 1",
     )
     add("--seed", type=int, metavar="N", help="makes random answers repeatable (default: different each time)")
+    add("--adapter", metavar="ADAPTER", help="PEFT adapter to answer with: directory or hub id (default: none)")
     add("--show-route", action="store_true", help="print which peer ran which blocks, and how fast the answer came")
     add("--json", action="store_true", help="print one JSON object per answer instead of streaming the text")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
@@ -124,6 +126,12 @@ def _run(args: argparse.Namespace) -> int:
     model = AutoDistributedModelForCausalLM.from_pretrained(
         args.model, initial_peers=args.initial_peers, revision=args.revision, cache_dir=args.cache_dir
     )
+    if args.adapter is not None:
+        try:
+            model.load_adapter(args.adapter, cache_dir=args.cache_dir)
+        except BaseException:
+            model.close()
+            raise
     with model, Conversation(model, _tokenizer(model), system=args.system) as talk:
         for question in _questions(args):
             _answer(talk, model, question, args)

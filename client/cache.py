@@ -9,14 +9,18 @@ Knows nothing of networks or tensors of hidden states. Meets transformers' `Cach
 `crop(n)` takes a negative n: the number of tokens to drop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
 from transformers import Cache
 
+from swarm.client.autograd import BlockTraining
+from swarm.client.row_adapters import RowAdapters
 from swarm.errors import InvalidRequest
+from swarm.types import BlockRange
 
 
 class BlockSession(Protocol):
@@ -63,8 +67,12 @@ class BlockService(Protocol):
     num_blocks: int
     hidden_size: int
 
-    def open_session(self, *, batch_size: int, max_length: int) -> BlockSession:
-        """A new session of `batch_size` rows of at most `max_length` tokens."""
+    def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> BlockSession:
+        """A new session of `batch_size` rows of at most `max_length` tokens, each with its own adapter or none."""
+        ...
+
+    def open_training(self, blocks: BlockRange) -> BlockTraining:
+        """A new training run through some of the blocks."""
         ...
 
     def close(self) -> None:
@@ -92,19 +100,22 @@ class RemoteCache(Cache):
 
     Args:
         session: the remote side.
-        max_length: most tokens that a row may hold, padding included.
+        max_length: most tokens that a row may hold, padding included, virtual positions of adapters not.
         copies: rows [i * copies, (i + 1) * copies) begin with equal content.
+        adapters: of the rows, where any has one.
     """
 
-    def __init__(self, session: BlockSession, *, max_length: int, copies: int = 1):
+    def __init__(self, session: BlockSession, *, max_length: int, copies: int = 1, adapters: RowAdapters | None = None):
         super().__init__(layers=[])
         self.session = session
+        self.adapters = adapters
         self.max_length = max_length
         self.length = 0
-        """Columns of the padded batch that went through the blocks."""
+        """Columns of the padded batch that went through the blocks, without those of virtual positions."""
         self.lengths = [0] * session.batch_size
-        """Real tokens of each row."""
+        """What the servers hold of each row: its virtual positions and its real tokens."""
         self._copies = copies
+        self._shows_virtual = False
         self._order: list[int] | None = None
         self._closed = False
 
@@ -114,6 +125,16 @@ class RemoteCache(Cache):
     def rows(self) -> int:
         """Number of rows."""
         return len(self.lengths)
+
+    @property
+    def num_columns(self) -> int:
+        """All columns that went through the blocks: virtual positions, padding and tokens."""
+        return self.length + (self.adapters.num_columns if self.adapters is not None and not self.is_new else 0)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the servers hold nothing of any row."""
+        return not any(self.lengths)
 
     @property
     def copies(self) -> int:
@@ -137,11 +158,22 @@ class RemoteCache(Cache):
 
     def moved(self, move: Move, *, columns: int, num_tokens: Sequence[int]) -> None:
         """The step is done: every row took `num_tokens` more, in `columns` columns of the padded batch."""
+        if self.adapters is not None and self.is_new:
+            columns -= self.adapters.num_columns
         self.length += columns
         self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
         self._order = None
         if len(move.leaders) == self.rows:
             self._copies = 1
+
+    @contextmanager
+    def virtual_shown(self) -> Iterator[None]:
+        """While the model itself runs, virtual positions count like any other."""
+        self._shows_virtual = True
+        try:
+            yield
+        finally:
+            self._shows_virtual = False
 
     # -- used by callers ----------------------------------------------------------------------------------------
 
@@ -182,8 +214,8 @@ class RemoteCache(Cache):
     # -- used by transformers -----------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the padded batch so far."""
-        return self.length
+        """Columns of the padded batch so far; for the model itself with those of virtual positions."""
+        return self.num_columns if self._shows_virtual else self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: no limit that transformers should act on (ours is checked with each step)."""
@@ -191,11 +223,11 @@ class RemoteCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a mask over everything."""
-        return self.length + query_length, 0
+        return self.num_columns + query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where the next tokens begin."""
-        return self.length
+        return self.num_columns
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether anything went through the blocks."""
@@ -216,8 +248,10 @@ class RemoteCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row."""
         dropped = -int(tokens_to_remove)  # a tensor in 5.17
-        if not 0 <= dropped <= min(self.lengths):
-            raise InvalidRequest(f"crop({tokens_to_remove}): need a number between {-min(self.lengths)} and 0")
+        virtual = self.adapters.num_virtual if self.adapters is not None else (0,) * self.rows
+        most = min(length - own for length, own in zip(self.lengths, virtual, strict=True))
+        if not 0 <= dropped <= max(most, 0):
+            raise InvalidRequest(f"crop({tokens_to_remove}): need a number between {-most} and 0")
         self.length -= dropped
         self.lengths = [length - dropped for length in self.lengths]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from swarm.client.cache import RemoteCache
-from swarm.client.generation import DistributedModel, max_positions
+from swarm.client.generation import DistributedModel, longest
 from swarm.errors import InvalidRequest
 
 
@@ -57,7 +57,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self._system = list(self._messages)
         self._ids: list[int] = []
-        self._limit = max_length or max_positions(model) or 1 << 16
+        self._limit = max_length or longest(model)
         self._session: RemoteCache | None = None
 
     @property

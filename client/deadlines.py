@@ -121,6 +121,10 @@ class Patience:
             self._since += now - self._advanced_at
         self._advanced_at = now
 
+    def nears(self) -> None:
+        """What is waited for comes nearer: the time begins anew. Failures still count."""
+        self._since = self._advanced_at = None
+
     def failed(self, now: float, error: SwarmError) -> SwarmError | None:
         """Another attempt failed; returns the error when it was the last that may."""
         self.waits(now)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, start_server
+from swarm.command import HelpFormatter, program
 from swarm.errors import SwarmError
 
 MODEL = "smollm2-135m-instruct"
@@ -32,16 +33,7 @@ class Answer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 only if the swarm's text equals that of plain transformers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m swarm.client.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--question", default=QUESTION, help=f"what to ask (default: {QUESTION})")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
-    )
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         return _demo(args.question or QUESTION, args.max_new_tokens)
     except SwarmError as error:
@@ -49,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("demo"),
+        description="Three servers and a client on this machine: a real model answers, through the swarm and without.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--question", default=QUESTION, metavar="TEXT", help="what to ask")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer, in tokens")
+    return parser
 
 
 def _demo(question: str, max_new_tokens: int) -> int:

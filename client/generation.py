@@ -9,6 +9,7 @@ nothing of networks. Hooks used, in transformers 5.17 to 5.23: generate, __call_
 
 import logging
 import sys
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,14 +17,20 @@ import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from swarm.checkpoint.source import Checkpoint
+from swarm.client.adapter_methods import AdapterMethods
+from swarm.client.adapters import Choice
 from swarm.client.cache import BlockService, RemoteCache
-from swarm.client.remote_blocks import Pass, model_pass
+from swarm.client.remote_blocks import BlockSlice, Pass, RemoteBlocks, model_pass, open_session
+from swarm.client.row_adapters import RowAdapters
+from swarm.client.virtual import with_virtual
 from swarm.errors import InvalidRequest, SwarmError
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
 _LOCAL_CACHES = ("static", "offloaded", "offloaded_static", "quantized", "hybrid", "sliding_window")
 _CACHE_NAMES = ("past_key_values", "cache_params")
+_INPUT_NAMES = ("input_ids", "inputs_embeds")
 
 if TYPE_CHECKING:
     _Model = PreTrainedModel
@@ -32,9 +39,11 @@ else:
 
 _opened: ContextVar[list[RemoteCache] | None] = ContextVar("swarm_client_opened", default=None)
 """Sessions that the running `generate` of this thread has opened."""
+_chosen: ContextVar[Choice] = ContextVar("swarm_client_adapters", default=None)
+"""Adapters that its caller named."""
 
 
-class DistributedModel(_Model):  # type: ignore[no-untyped-call]
+class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-call]
     """Mixed into the class of a transformers causal model whose layer list is a RemoteBlocks."""
 
     block_service: BlockService
@@ -42,7 +51,15 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
 
-    def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> RemoteCache:
+    @property
+    def blocks(self) -> BlockSlice:
+        """The remote blocks: `model.blocks[4:12](hidden_states)` runs some of them, with gradients where wanted."""
+        remote = next(module for module in self.modules() if isinstance(module, RemoteBlocks))
+        return BlockSlice(remote, BlockRange(0, self.block_service.num_blocks))
+
+    def inference_session(
+        self, *, max_length: int | None = None, batch_size: int = 1, adapter_name: Choice = None
+    ) -> RemoteCache:
         """Open a session that outlives a call of `generate`, so that the next call sends only new tokens.
 
             with model.inference_session(max_length=512) as session:
@@ -52,20 +69,23 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         Args:
             max_length: most tokens in a row, prompt and answers together; all that the model can hold by default.
             batch_size: rows; with beams or several return sequences, their product with the prompts.
+            adapter_name: adapters of the rows, as in `generate`; they stay the same while the session lasts.
 
         Raises:
-            InvalidRequest: when `max_length` is more than the model's positions.
+            InvalidRequest: when `max_length` is more than the model's positions, or a name is unknown.
         """
-        limit = max_positions(self)
+        adapters = self.adapters.rows(adapter_name, max(batch_size, 1))
         if max_length is None:
-            max_length = limit or 1 << 16
-        self._check_length(max_length)
+            max_length = (max_positions(self) or 1 << 16) - _num_columns(adapters)
+        self._check_length(max_length + _num_columns(adapters))
         if batch_size < 1 or max_length < 1:
             raise InvalidRequest(f"a session needs a row and a token, got batch_size {batch_size}, length {max_length}")
-        return self._open(batch_size, max_length)
+        return self._open(batch_size, max_length, adapters)
 
     @torch.no_grad()
-    def generate(self, *args: Any, session: RemoteCache | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, session: RemoteCache | None = None, adapter_name: Choice = None, **kwargs: Any
+    ) -> Any:
         """As `GenerationMixin.generate` of transformers, with the blocks on other machines.
 
         A session is opened for the call and closed with it, however it ends; to continue, pass one of your own.
@@ -73,11 +93,14 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         Args:
             session: continue this session; `inputs` are the whole sequence so far, of which only what is new is sent.
                 Where the session holds more, as after a call that was interrupted, it goes back to the inputs.
+            adapter_name: which adapter to use: a name, or one per prompt, with None for no adapter; those that are
+                active if not given. A session of your own has those that it was opened with.
 
         Raises:
             InvalidRequest: for arguments that the model or the session cannot serve.
             RouteNotFound, PeerError: when the swarm fails for longer than its patience.
         """
+        self.adapters.check(adapter_name)
         if session is not None:
             if kwargs.get("past_key_values") is not None:
                 raise InvalidRequest("pass either session or past_key_values, not both")
@@ -88,23 +111,25 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         if given is not None:
             _go_back(given, args, kwargs)
         opened: list[RemoteCache] = []
-        token = _opened.set(opened)
+        token, name_token = _opened.set(opened), _chosen.set(adapter_name)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             _opened.reset(token)
+            _chosen.reset(name_token)
             self._remember_route(opened[0] if opened else given)
             for cache in opened:
                 _close_quietly(cache)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, adapter_name: Choice = None, **kwargs: Any) -> Any:
         """Run the model once; see the `forward` of the transformers class.
 
-        Without a session (`past_key_values`), one is opened for this call only.
+        Without a session (`past_key_values`), one is opened for this call only. `adapter_name` is that of `generate`.
         """
         if len(args) > 1:
             raise InvalidRequest("pass everything but the first argument by keyword")
-        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+        name = next((name for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache = kwargs[name] if name is not None else None
         if cache is None:
             if kwargs.get("use_cache"):
                 raise InvalidRequest("use_cache=True needs past_key_values=model.inference_session(...)")
@@ -114,9 +139,10 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise InvalidRequest(f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}")
-        keep = kwargs.get("logits_to_keep", 0)
-        with model_pass(Pass(cache=cache, mask=mask, outputs=keep if isinstance(keep, int) else 0)):
-            return super().__call__(*args, **kwargs)
+        adapters = self._adapters_of_call(args, kwargs, cache, adapter_name)
+        if adapters is not None and adapters.num_columns:
+            return self._call_with_virtual(args, kwargs, cache, adapters)
+        return self._call(args, kwargs, cache, adapters)
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Refused: most of the model is elsewhere.
@@ -151,7 +177,6 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
     ) -> bool:
         """Called once by `generate`, when the lengths are known: check them and open a session."""
         max_length = max_cache_length + 1
-        self._check_length(max_length)
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         rows = batch_size * copies
         name = "cache_params" if "mamba" in type(self).__name__.lower() else "past_key_values"
@@ -159,13 +184,18 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         if given is not None:
             assert isinstance(given, RemoteCache)  # checked by generate
             given.require_open()
+            self._check_length(max_length + _num_columns(given.adapters))
             if given.rows != rows:
                 raise InvalidRequest(f"the batch has {rows} rows, the session {given.rows}")
             if max_cache_length > given.max_length:  # the last token is never sent
                 raise InvalidRequest(
                     f"max_length {max_length} needs {max_cache_length} tokens in a session of {given.max_length}"
                 )
+            self._check_choice(given, _chosen.get())
             return True
+        adapters = self.adapters.rows(_chosen.get(), batch_size)
+        num_columns = _num_columns(adapters)
+        self._check_length(max_length + num_columns)
         if generation_config.use_cache is False:
             return False
         if generation_config.cache_implementation in _LOCAL_CACHES:
@@ -173,8 +203,8 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
         guessed = (
             generation_config.prompt_lookup_num_tokens or 0
         )  # guesses may reach beyond the end, and are dropped there
-        max_length = min(max_length + guessed, max_positions(self) or sys.maxsize)
-        cache = self._open(rows, max_length, copies)
+        max_length = min(max_length + guessed, (max_positions(self) or sys.maxsize) - num_columns)
+        cache = self._open(rows, max_length, adapters.expanded(copies) if adapters is not None else None, copies)
         model_kwargs[name] = cache
         opened = _opened.get()
         if opened is not None:
@@ -183,9 +213,57 @@ class DistributedModel(_Model):  # type: ignore[no-untyped-call]
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _open(self, rows: int, max_length: int, copies: int = 1) -> RemoteCache:
-        session = self.block_service.open_session(batch_size=rows, max_length=max_length)
-        return RemoteCache(session, max_length=max_length, copies=copies)
+    def _adapters_of_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: RemoteCache | None, choice: Choice
+    ) -> RowAdapters | None:
+        """The adapters of the rows of one call of the model."""
+        if cache is not None:
+            self._check_choice(cache, choice)
+            return cache.adapters
+        choice = _chosen.get() if choice is None else choice
+        given = next((it for it in (*args[:1], *map(kwargs.get, _INPUT_NAMES)) if it is not None), None)
+        return None if given is None else self.adapters.rows(choice, len(given))
+
+    def _check_choice(self, cache: RemoteCache, choice: Choice) -> None:
+        """Whether a session has the adapters that a call names; one that names none takes what the session has."""
+        if choice is None:
+            return
+        wanted = self.adapters.rows(choice, cache.rows)
+        if (cache.adapters is None) != (wanted is None) or (wanted is not None and not wanted.is_same(cache.adapters)):
+            raise InvalidRequest("the session was opened with other adapters; name them in inference_session()")
+
+    def _call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: RemoteCache | None, adapters: RowAdapters | None
+    ) -> Any:
+        keep = kwargs.get("logits_to_keep", 0)
+        values = Pass(
+            cache=cache,
+            adapters=adapters,
+            mask=kwargs.get("attention_mask"),
+            outputs=keep if isinstance(keep, int) else 0,
+        )
+        with model_pass(values):
+            return super().__call__(*args, **kwargs)
+
+    def _call_with_virtual(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: RemoteCache | None, adapters: RowAdapters
+    ) -> Any:
+        """A call in which virtual positions stand before the tokens; its outputs are those of the tokens."""
+        kwargs |= {"input_ids": args[0]} if args else {}
+        length = cache.length if cache is not None else 0
+        is_first = cache is None or cache.is_new
+        changed = with_virtual(self, kwargs, adapters, is_first=is_first, length=length)
+        with cache.virtual_shown() if cache is not None else nullcontext():
+            outputs = self._call((), changed, cache, adapters)
+        if is_first and (logits := getattr(outputs, "logits", None)) is not None:
+            total = changed["inputs_embeds"].shape[1]
+            if logits.shape[1] == total:
+                outputs.logits = logits[:, adapters.num_columns :]
+        return outputs
+
+    def _open(self, rows: int, max_length: int, adapters: RowAdapters | None = None, copies: int = 1) -> RemoteCache:
+        session = open_session(self.block_service, rows, max_length + _num_columns(adapters), adapters)
+        return RemoteCache(session, max_length=max_length, copies=copies, adapters=adapters)
 
     def _remember_route(self, cache: RemoteCache | None) -> None:
         if cache is not None:
@@ -202,6 +280,15 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """Longest sequence that the model was made for, or None where it has no such limit."""
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def longest(model: DistributedModel) -> int:
+    """Tokens of the longest row, beside the virtual positions of the active adapters."""
+    return (max_positions(model) or 1 << 16) - _num_columns(model.adapters.rows(None, 1))
+
+
+def _num_columns(adapters: RowAdapters | None) -> int:
+    return adapters.num_columns if adapters is not None else 0
 
 
 def _go_back(cache: RemoteCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ class HopStream:
         """Epoch and target link of the last Forward."""
         self.probe_sent_at: float | None = None
         """When a Probe was sent that is not answered yet."""
+        self.loaded_bytes = 0
+        """Of the session's adapters, as far as the server has said."""
         self.doubts: list[tuple[int, int]] = []
         """Links, and their epochs, that say they can't reach this hop; to be judged when it has answered a Probe."""
         self._listener, self._tasks = listener, tasks

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
+from swarm.client.adapter_needs import AdapterNeeds
 from swarm.client.config import SessionConfig
 from swarm.client.hop_stream import HopStream, Listener
 from swarm.codec import encode_tensor
@@ -31,13 +32,21 @@ class Hops:
         model: digest of the checkpoint.
         config: deadlines and encoding.
         listener: is told what comes from the hops.
+        adapters: that the rows use, where any does.
     """
 
     def __init__(
-        self, machine: Session, transport: Transport, *, model: str, config: SessionConfig, listener: Listener
+        self,
+        machine: Session,
+        transport: Transport,
+        *,
+        model: str,
+        config: SessionConfig,
+        listener: Listener,
+        adapters: AdapterNeeds | None = None,
     ):
         self._machine, self._transport, self._model, self._config = machine, transport, model, config
-        self._listener = listener
+        self._listener, self._adapters = listener, adapters
         self._session_id = os.urandom(16)
         self._streams: dict[int, HopStream] = {}
         self._tasks = TaskSet()
@@ -72,6 +81,9 @@ class Hops:
                 batch_size=self._machine.batch_size,
                 max_length=self._machine.max_length,
                 is_last=action.is_last,
+                adapters=self._adapters.digests if self._adapters is not None else (),
+                adapter_of=self._adapters.of_row if self._adapters is not None else (),
+                holders=self._adapters.holders(action.hop) if self._adapters is not None else (),
             )
             stream.open(self._transport, request, timeout_s=self._config.open_timeout_s)
 

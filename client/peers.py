@@ -2,7 +2,8 @@
 
     Directory ──records──────────┐
     Pinger ──round trips, place──┤
-    step timings, failures ──────┴──► Offers ──swarm.routing.Router──► hops
+    step timings, failures ──────┼──► Offers ──swarm.routing.Router──► hops
+    who has which adapter ───────┘    (client.adapter_needs)
 
 Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. What steps took counts
 more than what servers say. Which servers can't send to each other is remembered for a while, too.
@@ -12,12 +13,14 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from swarm.catalog import refuse_other_content
+from swarm.client.adapter_needs import AdapterNeeds, WhoHas
 from swarm.client.behaviour import Behaviour
+from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import Directory
@@ -26,7 +29,7 @@ from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
 from swarm.route_map import Location
-from swarm.routing import VISIT_S, Need, Offer, Router
+from swarm.routing import VISIT_S, Need, Offer, Route, Router
 from swarm.session import Hop
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -41,6 +44,10 @@ REFRESH_S = 15.0
 """Age at which the records are read again, in the background."""
 ROUTER_S = 1.0
 """A table of routes is used for so long."""
+ROOM_TOKENS = 64
+"""Tokens beyond those of a session for which a server should have room when the session comes to it."""
+BATCH_TOKENS = 1024
+"""What a micro-batch of training has, about."""
 NUM_ACQUAINTANCES = 8
 """Servers that a new client measures, to find its place."""
 
@@ -64,6 +71,7 @@ class Peers:
         self._pinger = None if transport is None else Pinger(transport, self._generator)
         self._behaviour: defaultdict[str, Behaviour] = defaultdict(Behaviour)
         self._no_push: dict[tuple[str, str], float] = {}
+        self._who_has = WhoHas()
         self._reader: asyncio.Task[None] | None = None
         self._router: tuple[Router, int, float] | None = None
 
@@ -85,6 +93,17 @@ class Peers:
             if not self._directory.records:
                 raise
             logger.info("the DHT does not answer, going on with what is known: %s", error)
+        self._who_has.announced(self._directory.online)
+
+    def adapters_of(self, adapters: RowAdapters) -> AdapterNeeds | None:
+        """What servers need for a session with these adapters; None where that is nothing."""
+        if not adapters.remote:
+            return None
+        return AdapterNeeds(adapters, self._who_has)
+
+    def have_adapters(self, hops: Sequence[Hop], adapters: AdapterNeeds) -> None:
+        """These servers have answered a step of a session with these adapters."""
+        self._who_has.seen(hops, adapters.digests)
 
     async def get_acquainted(self) -> None:
         """Read the records and measure the ways to a few servers, so that the first route knows where we are."""
@@ -98,35 +117,62 @@ class Peers:
         self._router = None
 
     async def route(
-        self, blocks: BlockRange, *, need: Need | None = None, after: str | None = None, before: str | None = None
+        self,
+        blocks: BlockRange,
+        *,
+        num_tokens: int = 0,
+        chain: Sequence[Hop] = (),
+        adapters: AdapterNeeds | None = None,
     ) -> tuple[Hop, ...]:
-        """The best chain over `blocks` by what is known now.
+        """The quickest chain over `blocks` by what is known now.
 
         Args:
             blocks: to be covered.
-            need: of the session.
-            after: the server that has the inputs; the client if None.
-            before: the server that wants the outputs; the client if None.
+            num_tokens: of the session, for which servers should have room.
+            chain: the hops that the session has; those next to `blocks` send inputs and take outputs.
+            adapters: servers that have these cost a little less than others; nobody is left out.
 
         Raises:
             RouteNotFound: when blocks are missing.
             PeerTimeout: when the DHT doesn't answer and nothing is known from before.
             CheckpointMismatch: when the swarm serves this name with other content only.
         """
+        need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
+        after = next((hop.peer_id for hop in chain if hop.blocks.end == blocks.start), None)
+        before = next((hop.peer_id for hop in chain if hop.blocks.start == blocks.end), None)
+        return await self._find(
+            lambda router: router.fastest(
+                blocks, need=need, penalties=self._penalties(adapters), after=after, before=before
+            )
+        )
+
+    async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
+        """A chain for a training run: at random, so that servers are loaded by the capacity that they have free.
+
+        Raises:
+            as `route`.
+        """
+        return await self._find(
+            lambda router: router.spread(
+                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties=self._penalties(None)
+            )
+        )
+
+    async def _find(self, find: Callable[[Router], Route]) -> tuple[Hop, ...]:
+        """Find a route by what is known; read the records again when that gives none, or one over a failed server."""
         if not self._directory.records:
             await self.refresh()
         self.keep_fresh()
         try:
-            hops = self._find(blocks, need, after, before)
+            hops = find(self._table()).hops
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
-            await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
-            return self._find(blocks, need, after, before)
         except RouteNotFound:
-            await self.refresh(max_age_s=0.5, everything=True)
-            if not self._directory.records:
-                await refuse_other_content(self._node, self.model_name, self.model)
-            return self._find(blocks, need, after, before)
+            pass
+        await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
+        if not self._directory.records:
+            await refuse_other_content(self._node, self.model_name, self.model)
+        return find(self._table()).hops
 
     def keep_fresh(self) -> None:
         """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""
@@ -183,11 +229,14 @@ class Peers:
         """Whether a server failed after the records were read."""
         return peer_id in self._behaviour and self._behaviour[peer_id].failed_at > self._directory.refreshed_at
 
-    def _find(self, blocks: BlockRange, need: Need | None, after: str | None, before: str | None) -> tuple[Hop, ...]:
+    def _penalties(self, adapters: AdapterNeeds | None) -> dict[str, float]:
+        """What visits of some servers cost besides: failures, and adapters that have to be brought there."""
         now = time.monotonic()
         penalties = {peer_id: seen.penalty_s(now) for peer_id, seen in self._behaviour.items()}
-        route = self._table().fastest(blocks, need=need, penalties=penalties, after=after, before=before)
-        return route.hops
+        if adapters is not None:
+            for record in self._directory.online:
+                penalties[record.peer_id] = penalties.get(record.peer_id, 0.0) + adapters.load_s(record)
+        return penalties
 
     def _table(self) -> Router:
         """The table of routes, made anew when there is news or it is old."""

@@ -2,13 +2,14 @@
 
     model.forward ──hidden_states [B, T, H]──► RemoteBlocks ──[tokens, H], row after row──► session.step ~~► servers
                   ◄──[B, T, H], zeros where nobody looks───┘◄────── the outputs wanted ───┘
+                                   where gradients are recorded: ──► TrainedBlocks ~~► servers, forth and back
 
 Only real tokens travel (no padding), and only the outputs whose logits are needed come back. What the layer list is
 called with (masks, rotary tables, ...) depends on the model and is ignored; what matters is put into a `Pass` by the
 model's own __call__. Knows nothing of tokens, logits or networks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarm.client.cache import BlockService, RemoteCache
+from swarm.adapters.delta import BlockDelta
+from swarm.client.autograd import TrainedBlocks
+from swarm.client.cache import BlockService, BlockSession, RemoteCache
+from swarm.client.row_adapters import RowAdapters
 from swarm.errors import InvalidRequest
+from swarm.types import BlockRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +32,10 @@ class Pass:
 
     cache: RemoteCache | None = None
     """The session to continue; None opens one for this call only."""
+    adapters: RowAdapters | None = None
+    """Of the rows of such a session."""
     mask: torch.Tensor | None = None
-    """[B, cache.length + T], nonzero where there is a token; None where all are."""
+    """[B, cache.num_columns + T], nonzero where there is a token; None where all are."""
     outputs: int = 0
     """Trailing positions whose outputs are wanted; 0 means all."""
 
@@ -58,12 +65,13 @@ class RemoteBlocks(nn.Module):
         super().__init__()
         self.service = service
         self.returns_tuple = returns_tuple
+        self._trained: dict[BlockRange, TrainedBlocks] = {}
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor | tuple[torch.Tensor]:
         """Run hidden_states [B, T, H] through all blocks; the result has the same shape.
 
         Raises:
-            InvalidRequest: for a batch that does not fit the session, or when gradients are wanted.
+            InvalidRequest: for a batch that does not fit the session, or when gradients are wanted of a session.
         """
         outputs = self._forward(hidden_states)
         return (outputs,) if self.returns_tuple else outputs
@@ -72,17 +80,131 @@ class RemoteBlocks(nn.Module):
         return "local dry run" if self.service is None else f"{self.service.num_blocks} blocks"
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise InvalidRequest("gradients through remote blocks are not available yet; call under torch.no_grad()")
         if self.service is None:
             return hidden_states
         values = _current.get() or Pass()
+        rows, columns, _ = hidden_states.shape
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            if values.cache is not None:
+                raise InvalidRequest("gradients don't go through a session; call without one, or under torch.no_grad()")
+            if values.adapters is not None:
+                raise InvalidRequest("gradients don't go through served adapters; call without, or under no_grad()")
+            return run_trained(self.trained(BlockRange(0, self.service.num_blocks)), hidden_states, mask=values.mask)
         if values.cache is not None:
             return run(values.cache, hidden_states, mask=values.mask, outputs=values.outputs)
-        rows, columns, _ = hidden_states.shape
-        session = self.service.open_session(batch_size=rows, max_length=columns)
-        with RemoteCache(session, max_length=columns) as cache:
+        session = open_session(self.service, rows, columns, values.adapters)
+        with RemoteCache(session, max_length=columns, adapters=values.adapters) as cache:
             return run(cache, hidden_states, mask=values.mask, outputs=values.outputs)
+
+    def trained(self, blocks: BlockRange) -> TrainedBlocks:
+        """The training run through some of the blocks; one per range for as long as the model lives."""
+        if self.service is None:
+            raise InvalidRequest("there are no remote blocks in a dry run")
+        known = self._trained.get(blocks)
+        if known is None:
+            training = self.service.open_training(blocks)
+            known = self._trained[blocks] = TrainedBlocks(
+                training, num_blocks=self.service.num_blocks, hidden_size=self.service.hidden_size
+            )
+        return known
+
+
+class BlockSlice:
+    """Some consecutive blocks of a model, to be called like a module: `model.blocks[4:12](hidden_states)`.
+
+    Differentiable in the hidden states and in prompts; what is in between, or around it, is the caller's.
+    """
+
+    def __init__(self, remote: RemoteBlocks, blocks: BlockRange):
+        self._remote, self.blocks = remote, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, key: int | slice) -> "BlockSlice":
+        """Some of these blocks, counted from the first of these.
+
+        Raises:
+            InvalidRequest: it is no range of blocks.
+        """
+        if isinstance(key, int):
+            index = range(len(self))[key]  # as a list counts, and fails
+            return BlockSlice(self._remote, BlockRange(self.blocks.start + index, self.blocks.start + index + 1))
+        start, end, step = key.indices(len(self))
+        if step != 1:
+            raise InvalidRequest(f"a slice of blocks has step 1, not {step}")
+        return BlockSlice(self._remote, BlockRange(self.blocks.start + start, self.blocks.start + end))
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run whole sequences through the blocks.
+
+        Args:
+            hidden_states: [B, T, H], as they enter the first of the blocks.
+            attention_mask: [B, T], nonzero where there is a token; None where all are.
+            prompts: [blocks, P, H], added at each block to the hidden states of the first P tokens of every row.
+
+        Returns:
+            [B, T, H] with zeros where there is no token.
+
+        Raises:
+            InvalidRequest: shapes that don't fit.
+        """
+        deltas, num_virtual = None, 0
+        if prompts is not None:
+            expected = (len(self), hidden_states.shape[-1])
+            if prompts.ndim != 3 or (prompts.shape[0], prompts.shape[2]) != expected:
+                raise InvalidRequest(
+                    f"prompts have shape {tuple(prompts.shape)}, need ({expected[0]}, P, {expected[1]})"
+                )
+            num_virtual = prompts.shape[1]
+            deltas = {
+                block: BlockDelta(prompt_PH=prompt) for block, prompt in zip(self.blocks, prompts.unbind(), strict=True)
+            }
+        trained = self._remote.trained(self.blocks)
+        return run_trained(trained, hidden_states, mask=attention_mask, deltas=deltas, num_virtual=num_virtual)
+
+    def __repr__(self) -> str:
+        return f"<BlockSlice {self.blocks}>"
+
+
+def run_trained(
+    trained: TrainedBlocks,
+    hidden_states: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    deltas: Mapping[int, BlockDelta] | None = None,
+    num_virtual: int = 0,
+) -> torch.Tensor:
+    """Send the tokens of a padded batch through blocks, differentiably.
+
+    Args:
+        hidden_states: [B, T, H].
+        mask: [B, T], nonzero where there is a token; None where all are.
+        deltas: what changes in which block.
+        num_virtual: tokens at the beginning of every row at which the deltas' prompts and prefixes stand.
+
+    Returns:
+        [B, T, H] with zeros where there is no token.
+    """
+    rows, columns, width = hidden_states.shape
+    new = _new_columns(mask, 0, rows, columns)
+    lengths = [columns] * rows if new is None else [int(count) for count in new.sum(1).tolist()]
+    if min(lengths) < max(1, num_virtual):
+        raise InvalidRequest(f"row {lengths.index(min(lengths))} has {min(lengths)} tokens, need {max(1, num_virtual)}")
+    picked = hidden_states.reshape(-1, width) if new is None else hidden_states[new]
+    return _scatter(trained(picked, lengths, deltas, num_virtual), hidden_states.shape, new, 0)
+
+
+def open_session(service: BlockService, rows: int, max_length: int, adapters: RowAdapters | None) -> BlockSession:
+    """A new session; services that know no adapters need not know the argument."""
+    if adapters is None:
+        return service.open_session(batch_size=rows, max_length=max_length)
+    return service.open_session(batch_size=rows, max_length=max_length, adapters=adapters)
 
 
 def run(
@@ -93,7 +215,7 @@ def run(
     Args:
         cache: the session; advanced when the step succeeded. When it failed, unchanged, or empty if rows were permuted.
         hidden_states: [B, T, H].
-        mask: [B, cache.length + T], nonzero where there is a token; None where all are.
+        mask: [B, cache.num_columns + T], nonzero where there is a token; None where all are.
         outputs: trailing positions whose outputs are wanted; 0 means all.
 
     Returns:
@@ -101,7 +223,7 @@ def run(
     """
     rows, columns, _ = hidden_states.shape
     _check(cache, rows, columns)
-    new = _new_columns(mask, cache.length, rows, columns)
+    new = _new_columns(mask, cache.num_columns, rows, columns)
     move = cache.move(rows_are_equal=cache.copies > 1 and _groups_are_equal(hidden_states, new, cache.copies))
     taken = [columns] * rows if new is None else [int(count) for count in new.sum(1).tolist()]
     skipped = columns - (outputs or columns)
@@ -134,9 +256,10 @@ def _check(cache: RemoteCache, rows: int, columns: int) -> None:
     cache.require_open()
     if rows != cache.rows:
         raise InvalidRequest(f"the batch has {rows} rows, the session {cache.rows}")
-    if cache.length + columns > cache.max_length:
+    limit = cache.max_length + (cache.adapters.num_columns if cache.adapters is not None else 0)
+    if cache.num_columns + columns > limit:
         raise InvalidRequest(
-            f"{columns} more tokens after {cache.length} would exceed the session's max_length of {cache.max_length}"
+            f"{columns} more tokens after {cache.num_columns} would exceed the session's max_length of {limit}"
         )
 
 

@@ -11,7 +11,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,11 +19,14 @@ import torch
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
+from swarm.client.row_adapters import RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
+from swarm.client.training import Call, Parameters, RemoteTraining
 from swarm.errors import SwarmError
 from swarm.network.node import Node, NodeConfig
 from swarm.session import Hop
 from swarm.transport import Transport
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,11 @@ class LoopThread:
                 logger.info("%s: %s", coroutine.__qualname__, error)
 
         asyncio.run_coroutine_threadsafe(supervised(), self._loop)
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Call a function on the loop, without waiting; nothing happens when the loop has ended."""
+        if self.is_running:
+            self._loop.call_soon_threadsafe(function)
 
     def stop(self) -> None:
         """Stop the loop and join the thread."""
@@ -149,6 +157,42 @@ class SwarmSession:
         self.close()
 
 
+class SwarmTraining:
+    """A `swarm.client.training.RemoteTraining` for synchronous callers."""
+
+    def __init__(self, loop: LoopThread, remote: RemoteTraining):
+        self._loop, self.remote = loop, remote
+
+    def forth(
+        self,
+        hidden_states: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        parameters: Parameters | None,
+        wants_gradients: bool,
+    ) -> tuple[Call, torch.Tensor]:
+        """Run whole sequences; see `RemoteTraining.forth`."""
+        return self._loop.run(
+            self.remote.forth(hidden_states, lengths, parameters=parameters, wants_gradients=wants_gradients)
+        )
+
+    def back(self, call: Call, gradients: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Gradients of a call's inputs and parameters; see `RemoteTraining.back`."""
+        return self._loop.run(self.remote.back(call, gradients))
+
+    def drop(self, call: Call) -> None:
+        """Nobody will go back through this call."""
+        self._loop.post(lambda: self.remote.drop(call))
+
+    def forget(self, version: int) -> None:
+        """No call uses this version of the parameters any more."""
+        self._loop.post(lambda: self.remote.forget(version))
+
+    def close(self) -> None:
+        """End the run at all its servers."""
+        self._loop.run(self.remote.close(), CLOSE_TIMEOUT_S)
+
+
 class SwarmService:
     """The remote blocks of one model, reached through the swarm."""
 
@@ -159,16 +203,29 @@ class SwarmService:
         self._config = config
         self.num_blocks, self.hidden_size = peers.num_blocks, hidden
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
+        self._trainings: list[SwarmTraining] = []
         atexit.register(self.close)
 
-    def open_session(self, *, batch_size: int, max_length: int) -> SwarmSession:
+    def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> SwarmSession:
         """A new session; servers are contacted at its first step."""
         remote = RemoteSession(
-            self.peers, self._transport, batch_size=batch_size, max_length=max_length, config=self._config
+            self.peers,
+            self._transport,
+            batch_size=batch_size,
+            max_length=max_length,
+            config=self._config,
+            adapters=adapters,
         )
         session = SwarmSession(self._loop, remote)
         self._sessions.add(session)
         return session
+
+    def open_training(self, blocks: BlockRange) -> SwarmTraining:
+        """A new training run through some blocks; servers are contacted at its first use."""
+        remote = RemoteTraining(self.peers, self._transport, blocks=blocks, config=self._config)
+        training = SwarmTraining(self._loop, remote)
+        self._trainings.append(training)
+        return training
 
     def close(self) -> None:
         """Close all sessions, leave the swarm and stop the loop; may be called twice."""
@@ -177,8 +234,10 @@ class SwarmService:
             return
         for session in list(self._sessions):
             session.close()
+        for training in self._trainings:
+            training.close()
         try:
-            self._loop.run(_leave(self._transport, self._node), CLOSE_TIMEOUT_S)
+            self._loop.run(leave(self._transport, self._node), CLOSE_TIMEOUT_S)
         except TimeoutError:
             logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
         self._loop.stop()
@@ -207,7 +266,7 @@ def connect(
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(_join(tuple(initial_peers)))
+        node, transport = loop.run(join(tuple(initial_peers)))
     except BaseException:
         loop.stop()
         raise
@@ -216,14 +275,16 @@ def connect(
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
-async def _join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
+async def join(initial_peers: tuple[str, ...]) -> tuple[Node, Transport]:
+    """Join a swarm as a client, which neither listens nor stores; errors as `connect`."""
     node = await Node.start(NodeConfig(initial_peers=initial_peers, client_mode=True))
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport
 
 
-async def _leave(transport: Transport, node: Node) -> None:
+async def leave(transport: Transport, node: Node) -> None:
+    """Close what `join` opened."""
     await transport.close()
     await node.close()
 

@@ -8,9 +8,10 @@
 The hops' readers tell the machine at once what has come, also between steps; the task of the step only carries out
 actions. So nothing that one server does or fails to do keeps the others waiting.
 
-Policy: what a server answers to a step of ours is believed when it blames the request; anything else that goes wrong
-blames the server, which is then replaced, until `max_wait_s` has passed without progress. A step that is late makes us
-ask every server how far it is: those that are silent are replaced at once, one that lives but does nothing much later.
+Policy: what a server answers to a step of ours is believed when it blames the request, and what any server says of an
+adapter when it blames that; anything else that goes wrong blames the server, which is then replaced, until `max_wait_s`
+has passed without progress. A step that is late makes us ask every server how far it is: those that are silent are
+replaced at once, one that lives but does nothing much later.
 """
 
 import asyncio
@@ -28,9 +29,12 @@ from swarm.client.hop_stream import HopStream
 from swarm.client.hops import Hops
 from swarm.client.peers import Peers
 from swarm.client.progress import StepShape, find_stuck
+from swarm.client.row_adapters import RowAdapters
 from swarm.client.running import RunningStep
 from swarm.client.timings import HopTiming
+from swarm.client.uploads import Uploads
 from swarm.errors import (
+    AdapterError,
     InvalidRequest,
     PeerBusy,
     PeerError,
@@ -40,8 +44,18 @@ from swarm.errors import (
     RouteNotFound,
     SwarmError,
 )
-from swarm.protocol import Forwarding, LinkDown, LinkFault, Message, ProbeResult, SessionOpened, StepResult, Waiting
-from swarm.routing import Need
+from swarm.protocol import (
+    AdapterLoading,
+    AdapterRequest,
+    Forwarding,
+    LinkDown,
+    LinkFault,
+    Message,
+    ProbeResult,
+    SessionOpened,
+    StepResult,
+    Waiting,
+)
 from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -50,8 +64,8 @@ __all__ = ["HopTiming", "RemoteSession", "SessionConfig", "WaitingFor"]
 
 logger = logging.getLogger(__name__)
 
-ROOM_TOKENS = 64
-"""Tokens per row, beyond those that are there, for which a server should have room when a session comes to it."""
+LOADING_PARTS = 256
+"""So often, at most, a server that gets the session's adapters may say that there are more of them now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +86,33 @@ class RemoteSession:
         batch_size: rows.
         max_length: most tokens in a row.
         config: patience and encoding.
+        adapters: of the rows, where any has one.
     """
 
-    def __init__(self, peers: Peers, transport: Transport, *, batch_size: int, max_length: int, config: SessionConfig):
+    def __init__(
+        self,
+        peers: Peers,
+        transport: Transport,
+        *,
+        batch_size: int,
+        max_length: int,
+        config: SessionConfig,
+        adapters: RowAdapters | None = None,
+    ):
         blocks = BlockRange(0, peers.num_blocks)
-        self.machine = Session(blocks, batch_size=batch_size, max_length=max_length, push=config.push)
+        adapter_of = adapters.adapter_of if adapters is not None else ()
+        self.machine = Session(
+            blocks, batch_size=batch_size, max_length=max_length, push=config.push, adapter_of=adapter_of
+        )
         self.timings: deque[HopTiming] = deque(maxlen=8192)
         self.waiting: WaitingFor | None = None
         """Which server has no room for the step under way, as far as known."""
         self._peers, self._config = peers, config
-        self._max_tokens = batch_size * max_length
-        self._hops = Hops(self.machine, transport, model=peers.model, config=config, listener=self)
+        self._adapters = peers.adapters_of(adapters) if adapters is not None else None
+        self._uploads = Uploads(transport, adapters, listener=self) if adapters is not None else None
+        self._hops = Hops(
+            self.machine, transport, model=peers.model, config=config, listener=self, adapters=self._adapters
+        )
         self._pace = Pace()
         self._step: RunningStep | None = None
         self._turn = asyncio.Lock()
@@ -153,6 +183,8 @@ class RemoteSession:
         """End the session on all its servers, without waiting for any of them; a step under way fails."""
         self._is_closed = True
         self._end_step(InvalidRequest("the session was closed"))
+        if self._uploads is not None:
+            await self._uploads.close()
         await self._hops.close()
 
     # -- carrying out actions -----------------------------------------------------------------------------------
@@ -181,7 +213,7 @@ class RemoteSession:
     async def _find_route(self, action: FindRoute, step: RunningStep) -> None:
         await self._pause(step.patience.pause_s(step.trouble), step)
         try:
-            hops = await self._peers.route(action.blocks, need=self._need(step), **self._around(action.blocks))
+            hops = await self._route(action.blocks, sum(self.machine.lengths) + step.num_tokens)
         except (RouteNotFound, PeerError) as error:
             self._had_trouble(step, error)
             return
@@ -190,6 +222,9 @@ class RemoteSession:
             self.machine.routed(hops)
             step.watch = self._watch(sum(self.machine.lengths))  # somebody has to catch up with everything
             step.watch.asked(time.monotonic())  # ask often from now on: catching up counts as progress
+
+    async def _route(self, blocks: BlockRange, num_tokens: int) -> tuple[Hop, ...]:
+        return await self._peers.route(blocks, num_tokens=num_tokens, chain=self.machine.route, adapters=self._adapters)
 
     async def _wait(self, step: RunningStep, *, is_opening: bool = False) -> None:
         """Wait until something happens, and look after the servers while nothing does."""
@@ -256,6 +291,10 @@ class RemoteSession:
             self._on_waiting(hop, message)
         elif isinstance(message, LinkDown):
             self._on_link_down(hop, message)
+        elif isinstance(message, AdapterLoading):
+            self._on_loading(hop, message)
+        elif isinstance(message, AdapterRequest) and self._uploads is not None:
+            self._uploads.send(hop, message)
         elif not isinstance(message, Forwarding):
             raise PeerMisbehaved(f"unexpected {type(message).__name__}", peer_id=hop.hop.peer_id)
         self._wake()
@@ -267,7 +306,8 @@ class RemoteSession:
         self.machine.failed(hop.link)
         self._hops.close_stale()
         step = self._step
-        if step is not None and step.is_fed(hop.link) and isinstance(error, RequestError):
+        is_ours = isinstance(error, AdapterError) or (step is not None and step.is_fed(hop.link))
+        if step is not None and is_ours and isinstance(error, RequestError):
             self._end_step(error)
             return
         self._peers.failed(hop.hop.peer_id, error)
@@ -315,6 +355,20 @@ class RemoteSession:
         step.watch.advanced(now)
         step.patience.waits(now)
         self._end_if_over(step, hop, now)
+
+    def _on_loading(self, hop: HopStream, message: AdapterLoading) -> None:
+        """A server is getting the session's adapters; as long as more of them come, that is no trouble."""
+        step, now = self._step, time.monotonic()
+        if step is None or self._adapters is None:
+            return
+        step.watch.asked(now)
+        step.watch.advanced(now)
+        if message.num_bytes >= hop.loaded_bytes + max(1, self._adapters.num_bytes // LOADING_PARTS):
+            hop.loaded_bytes = message.num_bytes
+            step.patience.nears()
+        else:
+            step.patience.waits(now)
+            self._end_if_over(step, hop, now)
 
     def _on_link_down(self, hop: HopStream, message: LinkDown) -> None:
         """A server can't send on. If the next one is lost, it is replaced; if it lives, we stand between the two."""
@@ -392,18 +446,9 @@ class RemoteSession:
         """Remember what the step took and what each hop had of it."""
         timings = step.timings(self.machine.hops)
         self.timings.extend(timings)
+        if self._adapters is not None:
+            self._peers.have_adapters(self.machine.route, self._adapters)
         if step.trouble is None:
             self._pace.measured(step.num_tokens, time.monotonic() - step.started)
         if step.is_plain and step.num_tokens <= self.machine.batch_size:
             self._peers.measured(timings)
-
-    def _need(self, step: RunningStep) -> Need:
-        """What a new server must have: room for the tokens so far, those of this step, and some more."""
-        num_tokens = sum(self.machine.lengths) + step.num_tokens
-        return Need(kv_tokens=min(num_tokens + ROOM_TOKENS * self.machine.batch_size, self._max_tokens))
-
-    def _around(self, blocks: BlockRange) -> dict[str, str | None]:
-        """The servers of the session that are before and behind these blocks."""
-        route = self.machine.route
-        before = next((hop.peer_id for hop in route if hop.blocks.start == blocks.end), None)
-        return {"after": next((hop.peer_id for hop in route if hop.blocks.end == blocks.start), None), "before": before}

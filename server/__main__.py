@@ -5,7 +5,6 @@ Parses the command line, prints what an operator needs to see, turns errors into
 
 import argparse
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -14,22 +13,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarm import __version__
+from swarm import __version__, logs
+from swarm.command import HelpFormatter, program
 from swarm.errors import ConfigError, SwarmError
 from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
 if TYPE_CHECKING:
-    from swarm.server.server import Plan, Server
+    from swarm.server.server import Plan
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server; returns the exit status: 0 after a clean stop, 2 after an error, which is printed in one line."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    args = build_parser().parse_args(argv)
+    logs.configure(args)
     try:
         config = _config(args)
         _run(config)
@@ -44,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m swarm.server",
+        prog=program("server"),
         description="Serve a range of a model's transformer blocks. Without --initial-peers a new swarm begins.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
@@ -73,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory for what was sent to the next servers, so that a lost one can be replaced without asking the"
         " client for everything again; 0 keeps nothing",
     )
+    add("--adapters", nargs="+", default=(), metavar="ADAPTER", help="PEFT adapters to have from the start: directories"
+        " or hub ids; clients may bring others")  # fmt: skip
+    add("--max-adapter-memory", default="1GiB", metavar="SIZE", help="host memory for adapters; 0 takes none")
     add("--threads", type=int, metavar="N", help="CPU threads for the blocks; torch's choice if not given")
     add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
@@ -93,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="where checkpoints are kept; ~/.cache/swarm or $SWARM_CACHE if not given",
     )
     add("--token", metavar="TOKEN", help="access token for the hub")
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="how much to log")
+    add("--metrics-port", type=int, metavar="PORT", help="TCP port of metrics for Prometheus; none if not given")
+    add("--metrics-host", default="127.0.0.1", metavar="IP", help="address on which the metrics can be read")
+    logs.add_arguments(parser)
     add("--version", action="version", version=f"swarm {__version__}")
     return parser
 
@@ -101,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> ServerConfig:
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads is {args.threads}, need at least 1")
+    if args.adapters and not parse_bytes(args.max_adapter_memory):
+        raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(
         model=args.model,
         blocks=BlockRange.parse(args.blocks) if args.blocks else None,
@@ -119,7 +125,11 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         quantization=args.quantization,
         cache_size=CacheSize.parse(args.kv_cache),
         history_bytes=parse_bytes(args.history_memory),
+        adapters=tuple(args.adapters),
+        adapter_bytes=parse_bytes(args.max_adapter_memory),
         threads=args.threads,
+        metrics_port=args.metrics_port,
+        metrics_host=args.metrics_host,
     )
 
 
@@ -141,6 +151,7 @@ def _run(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig, plan: "Plan") -> None:
+    from swarm.server.screen import Screen
     from swarm.server.server import LoadingStopped, Server
 
     stop = asyncio.Event()
@@ -153,23 +164,24 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    screen = Screen(config, plan)
     async with Server(config, plan) as server:
         joining = asyncio.create_task(server.join())
         if await _first(stop, joining):
             joining.cancel()
             return
         await joining
-        _print_addresses(config, plan, server.node.addresses)
-        loading = asyncio.create_task(server.load(_print_progress))
+        screen.joined(server.node.addresses)
+        loading = asyncio.create_task(server.load(screen.loaded))
         if await _first(stop, loading):
             await server.leave()
             with suppress(LoadingStopped):
                 await loading
             return
         await loading
-        print(_online_line(server, plan), flush=True)
+        screen.online(server)
         await server.serve_until(stop)
-    print("stopped", flush=True)
+    screen.stopped()
 
 
 async def _first(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
@@ -178,33 +190,6 @@ async def _first(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     return not task.done()
-
-
-def _print_addresses(config: ServerConfig, plan: "Plan", addresses: Sequence[str]) -> None:
-    print(f"{plan.checkpoint.name} {plan.checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
-    print("listening on", *addresses, sep="\n  ")
-    if not config.initial_peers:
-        print(
-            "new swarm; other machines join with\n"
-            f"  python -m swarm.server {config.model} --blocks START:END --initial-peers {addresses[0]}\n"
-            "and ask it with\n"
-            f'  python -m swarm.client "Your question" --model {config.model} --initial-peers {addresses[0]}'
-        )
-    sys.stdout.flush()
-
-
-def _print_progress(done: int, total: int) -> None:
-    end = "\n" if done == total or not sys.stdout.isatty() else "\r"
-    if sys.stdout.isatty() or done == total:
-        print(f"loaded {done}/{total} blocks", end=end, flush=True)
-
-
-def _online_line(server: "Server", plan: "Plan") -> str:
-    executor = server.executor
-    return (
-        f"ONLINE: blocks {plan.blocks}, {plan.quantization if plan.quantization != 'none' else 'unquantised'}"
-        f" {str(plan.dtype).removeprefix('torch.')} on {plan.device}, KV cache for {executor.total_tokens} tokens"
-    )
 
 
 if __name__ == "__main__":

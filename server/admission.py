@@ -3,6 +3,7 @@
     admit(ready sessions) ─► enough for all ──► all
                          └─► in order of service, for each:
                                free and idle pages ─► preempt: idle sessions, then those whose client had more
+                               (for its adapters, too, where no other session has them on the device)
                                still not enough ─► it starves, and nobody behind it gets pages before it
 
 Whoever has starved for LATE_S comes first for once. Who still has no pages after HOLD_S no longer keeps others from
@@ -25,6 +26,8 @@ for having come with a long prompt."""
 HOLD_S = 16.0
 """So long pages are kept free for a session that needs more: then nobody will make room for it, it seems, and it would
 be refused in the end together with all who wait behind it."""
+MAX_ATTACHES = 2
+"""Adapters that come to the device before one batch, but for a session that has more: the others wait so long."""
 IDLE_S = 1.0
 """A session without work for so long gives up its pages before any other."""
 
@@ -41,19 +44,45 @@ def admit(
         budget: most tokens of a batch.
         now: the time.
     """
+    ready = _attachable(memory, ready, counters)
     wanted = sum(_most_pages(session, budget) for session in ready)
-    if wanted <= memory.allocator.num_free:
+    if wanted + memory.adapters.pages_wanted(ready) <= memory.allocator.num_free:
+        unplaced = memory.adapters.hold(ready)
         for session in ready:
-            if session.swapped is not None:
+            if session.swapped is not None and session not in unplaced:
                 wanted -= session.swapped.num_pages
                 memory.swap_in(session)
-        return [session for session in ready if memory.begin(session, budget, memory.allocator.num_free - wanted)]
+        for session in unplaced:
+            _starve(session, now)
+        return [
+            session
+            for session in ready
+            if session not in unplaced and memory.begin(session, budget, memory.allocator.num_free - wanted)
+        ]
+    memory.adapters.touch(ready)
     late = _late(ready, now)
     order = sorted(
         ready,
         key=lambda session: (session not in late, counters.of(session.client), session.job.ready_since),
     )
     return _Admission(memory, order, late, counters, budget, now).run()
+
+
+def _attachable(memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters) -> Sequence[CachedSession]:
+    """All but those for whom more adapters would have to be brought to the device than fit between two batches."""
+    cold = {session: memory.adapters.to_attach(session) for session in ready if session.adapters}
+    if sum(map(len, cold.values())) <= MAX_ATTACHES:
+        return ready
+    coming = set().union(*(digests for session, digests in cold.items() if session.starved_since is not None))
+    fresh: set[str] = set()
+    for session in sorted(cold, key=lambda it: counters.of(it.client)):
+        new = cold[session] - coming
+        if not fresh or len(fresh | new) <= MAX_ATTACHES:
+            fresh |= new
+            coming |= new
+        elif new:
+            session.job.allowance = 0  # it will be in the next batch
+    return [session for session in ready if cold.get(session, coming) <= coming]
 
 
 def _late(ready: Sequence[CachedSession], now: float) -> set[CachedSession]:
@@ -118,14 +147,20 @@ class _Admission:
     def _admit(self, session: CachedSession, place: int, budget: int) -> int:
         """Let a session run as many tokens as there are pages for; returns how many."""
         memory = self._memory
-        wanted, least = _pages_for(session, budget), 1 if session.swapped is None else session.swapped.num_pages
+        adapters = memory.adapters.pages_wanted([session])
+        wanted = adapters + _pages_for(session, budget)
+        least = adapters + (1 if session.swapped is None else session.swapped.num_pages)
         may_take = self._gate is _Gate.OPEN or (self._gate is _Gate.TURNS and memory.is_in_turn(session))
         if may_take and wanted > self._num_free:
             victims = self._victims(session, place)
             memory.preempt(session, victims, target=self._promised + wanted, least=self._promised + least)
+            before, adapters = adapters, memory.adapters.pages_wanted([session])  # a victim may have held some of them
+            least += adapters - before
+        if (session.swapped is not None or adapters) and (not may_take or least > self._num_free):
+            return self._starve(session)
+        if memory.adapters.hold([session]):
+            return self._starve(session)  # there are pages enough, but not in one place
         if session.swapped is not None:
-            if not may_take or least > self._num_free:
-                return self._starve(session)
             memory.swap_in(session)
         was_starved = session.starved_since
         if not memory.begin(session, budget, self._num_free if may_take else 0):
@@ -140,9 +175,8 @@ class _Admission:
         return tokens
 
     def _starve(self, session: CachedSession) -> int:
-        session.job.allowance = 0
-        if session.starved_since is None:
-            session.starved_since = self._now
+        _starve(session, self._now)
+        assert session.starved_since is not None
         if self._gate is _Gate.OPEN and self._now - session.starved_since < HOLD_S:
             others = (other for other in self._memory.sessions if other not in self._admitted)
             self._gate = _Gate.TURNS if any(map(self._memory.is_in_turn, others)) else _Gate.CLOSED
@@ -154,7 +188,7 @@ class _Admission:
         idle: list[CachedSession] = []
         others: list[CachedSession] = []
         for other in self._memory.sessions:
-            if other.jobs and self._place[other] <= place:
+            if other.jobs and self._place.get(other, place) <= place:
                 continue  # itself, or who comes first
             if other.swapped is not None or other.error is not None or not other.has_pages:
                 continue
@@ -165,6 +199,12 @@ class _Admission:
         idle.sort(key=lambda other: other.last_used)
         others.sort(key=lambda other: (self._counters.of(other.client), other.last_used), reverse=True)
         return idle + others
+
+
+def _starve(session: CachedSession, now: float) -> None:
+    session.job.allowance = 0
+    if session.starved_since is None:
+        session.starved_since = now
 
 
 def _most_pages(session: CachedSession, budget: int) -> int:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from swarm.server.blocks.step import Chunk
 from swarm.server.fairness import W_DECODE, W_PROMPT, VirtualCounters
+from swarm.server.host_pages import Seat
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
@@ -40,6 +41,8 @@ class BatchRow(NamedTuple):
     chunk: Chunk
     skip: int
     """Leading outputs that nobody wants."""
+    seat: Seat | None = None
+    """Where its adapter is."""
 
 
 class _Turns:
@@ -189,5 +192,6 @@ class Chooser:
             state=row.state,
         )
         skip = max(0, job.work.outputs_from[index] - position)
-        self.rows.append(BatchRow(session, job, index, chunk, skip))
+        seat = self._memory.adapters.seat(session.adapters[index]) if session.adapters else None
+        self.rows.append(BatchRow(session, job, index, chunk, skip, seat))
         return count

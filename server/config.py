@@ -74,7 +74,15 @@ class ServerConfig:
     cache_size: CacheSize = CacheSize(tokens=16384)
     history_bytes: int = 1 << 30
     """Memory for what was sent to next servers, for their replacements; 0 keeps nothing."""
+    adapters: tuple[str, ...] = ()
+    """Adapters to have from the start, and to keep: directories and hub ids."""
+    adapter_bytes: int = 1 << 30
+    """Host memory for adapters, and device memory for what of them does not lie in the KV cache; 0 takes none."""
     threads: int | None = None
     """CPU threads for the blocks; None leaves torch's choice."""
+    metrics_port: int | None = None
+    """TCP port of the metrics for Prometheus; 0 picks a free one, None serves none."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which the metrics are served."""
     announce_period_s: float = 20.0
     """How often the record is renewed; it expires after three periods."""

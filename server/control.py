@@ -22,15 +22,24 @@ class Control:
         stream: the session stream.
         timeout_s: how long the client may make no room.
         on_lost: called when the client can't be told.
+        on_tell: called with every message.
     """
 
-    def __init__(self, stream: PushStream, *, timeout_s: float, on_lost: Callable[[SwarmError], None]):
-        self._stream, self._timeout_s, self._on_lost = stream, timeout_s, on_lost
+    def __init__(
+        self,
+        stream: PushStream,
+        *,
+        timeout_s: float,
+        on_lost: Callable[[SwarmError], None],
+        on_tell: Callable[[Message], None],
+    ):
+        self._stream, self._timeout_s, self._on_lost, self._on_tell = stream, timeout_s, on_lost, on_tell
         self._waiting: deque[Message] = deque()
         self._wake = asyncio.Event()
 
     def tell(self, message: Message) -> None:
         """Send a message now or as soon as there is room."""
+        self._on_tell(message)
         try:
             if not self._waiting and self._stream.send_now(message):
                 return

@@ -13,20 +13,24 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 import torch
 
+from swarm.adapters.delta import BlockDelta
 from swarm.errors import PeerBusy, PeerError, SwarmError
+from swarm.server.adapter_store import ADAPTER_BYTES
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
 from swarm.server.memory import KvMemory
+from swarm.server.meters import BatchMeter
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
 from swarm.server.prefix_cache import PrefixCache
 from swarm.server.scheduler import TOKEN_BUDGET, Batch, Failed, Notice, Scheduler, Waits
 from swarm.server.sequences import CachedSequence, CachedSession
+from swarm.server.trainer import KEPT_BYTES, Trainer
 from swarm.server.work import Produced, SessionListener, Work
 from swarm.types import BlockRange
 
@@ -44,6 +48,8 @@ class Executor:
         loop: the event loop on which listeners are called.
         token_budget: most tokens in one batch.
         host_bytes: memory for sessions that were swapped out.
+        kept_bytes: memory for what training keeps between forward and backward.
+        adapter_bytes: memory of the device for what of adapters does not lie in pages of the cache.
     """
 
     def __init__(
@@ -53,15 +59,25 @@ class Executor:
         *,
         token_budget: int = TOKEN_BUDGET,
         host_bytes: int = HOST_BYTES,
+        kept_bytes: int = KEPT_BYTES,
+        adapter_bytes: int = ADAPTER_BYTES,
     ):
         self.span = span
+        self.meter = BatchMeter()
         self._loop = loop
         self._allocator = PageAllocator(span.num_pages)
         self._prefixes = PrefixCache(self._allocator) if span.shares_prefixes else None
-        memory = KvMemory(
-            self._allocator, page_bytes=span.page_bytes, host=HostBudget(host_bytes), prefixes=self._prefixes
+        self._memory = KvMemory(
+            self._allocator,
+            page_bytes=span.page_bytes,
+            host=HostBudget(host_bytes),
+            prefixes=self._prefixes,
+            meter=span,
+            own_bytes=adapter_bytes,
         )
-        self._scheduler = Scheduler(memory, token_budget=token_budget)
+        self._scheduler = Scheduler(self._memory, token_budget=token_budget)
+        self.trainer = Trainer(span, loop.call_soon_threadsafe, kept_bytes=kept_bytes)
+        """Training beside the sessions; only functions given to `train` may call it."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -82,9 +98,19 @@ class Executor:
         return self._allocator.num_pages * PAGE_SIZE
 
     @property
+    def num_ready(self) -> int:
+        """Sessions with work that runs or waits for its turn (a snapshot)."""
+        return self._scheduler.num_ready
+
+    @property
     def num_waiting(self) -> int:
         """Sessions whose work waits for room in the cache (a snapshot)."""
         return self._scheduler.num_waiting
+
+    @property
+    def attached_adapters(self) -> tuple[str, ...]:
+        """Adapters on the device (a snapshot)."""
+        return self._memory.adapters.attached
 
     def start(self) -> None:
         """Start the device thread."""
@@ -96,7 +122,15 @@ class Executor:
         self._end(PeerBusy("the server is stopping", retry_after_s=60.0))
         await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
 
-    def open(self, blocks: BlockRange, batch_size: int, *, client: str, listener: SessionListener) -> CachedSession:
+    def open(
+        self,
+        blocks: BlockRange,
+        batch_size: int,
+        *,
+        client: str,
+        listener: SessionListener,
+        adapters: Sequence[str | None] = (),
+    ) -> CachedSession:
         """A new session with empty rows.
 
         Args:
@@ -104,13 +138,17 @@ class Executor:
             batch_size: its rows.
             client: who is served with it, for fairness.
             listener: is told what becomes of its work, on the loop, until the session is closed.
+            adapters: of each row; where there are any, work waits for `adapters_ready`.
         """
+        has_adapters = any(adapters)
         session = CachedSession(
             blocks=blocks,
             client=client,
             listener=listener,
-            rows=[self._new_row(blocks) for _ in range(batch_size)],
+            rows=[self._new_row(blocks, adapters[row] if has_adapters else None) for row in range(batch_size)],
+            adapters=tuple(adapters) if has_adapters else (),
             share=len(blocks) / len(self.span.blocks),
+            held_back=[] if has_adapters else None,
         )
         self._sessions.add(session)
         return session
@@ -120,18 +158,48 @@ class Executor:
         session.last_step = work.step_id
         if self._ending is not None:
             self._loop.call_soon(self._tell, session, Failed(step_id=work.step_id, error=self._ending))
+        elif session.held_back is not None:
+            session.held_back.append(work)
         else:
-            self._commands.put(lambda: self._submit(session, work))
+            now = time.monotonic()
+            self._commands.put(lambda: self._submit(session, work, now))
+
+    def adapters_ready(self, session: CachedSession) -> None:
+        """The adapters of a session have been added: its work may run."""
+        works, session.held_back = session.held_back or [], None
+        for work in works:
+            self.submit(session, work)
 
     def drop_queued(self, session: CachedSession) -> None:
         """Forget the work that a session has queued; rows that run now finish."""
+        if session.held_back is not None:
+            session.held_back = []
         self._commands.put(lambda: self._scheduler.drop_queued(session))
+
+    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta]) -> None:
+        """Rows may use this adapter from now on; it is brought to the device as soon as there is room.
+
+        Raises:
+            PeerBusy: the device could never hold it.
+        """
+        needed, num_pages = self.span.adapter_pages(deltas), self._allocator.num_pages
+        if needed >= num_pages:
+            raise PeerBusy(f"the adapter takes {needed} pages, the server has {num_pages}", retry_after_s=3600.0)
+        self._commands.put(lambda: self._memory.adapters.add(digest, deltas))
+
+    def forget_adapter(self, digest: str) -> None:
+        """No row uses this adapter any more; its tensors may go."""
+        self._commands.put(lambda: self._memory.adapters.forget(digest))
 
     def close(self, session: CachedSession) -> None:
         """Forget a session, its work and what it holds; its listener hears nothing more."""
         session.is_closed = True
         self._sessions.discard(session)
         self._commands.put(lambda: self._scheduler.close(session, time.monotonic()))
+
+    def train(self, command: Callable[[Trainer], None]) -> None:
+        """Let the device thread call this with the trainer."""
+        self._commands.put(lambda: command(self.trainer))
 
     async def pages_in_use(self) -> int:
         """Pages held by sessions, after all commands given so far."""
@@ -143,8 +211,8 @@ class Executor:
         self._commands.put(report)
         return await future
 
-    def _new_row(self, blocks: BlockRange) -> CachedSequence:
-        keys = None if self._prefixes is None else self._prefixes.keys(blocks.start, blocks.end)
+    def _new_row(self, blocks: BlockRange, adapter: str | None) -> CachedSequence:
+        keys = None if self._prefixes is None else self._prefixes.keys(blocks.start, blocks.end, adapter or "")
         return CachedSequence(table=PageTable(self._allocator), state=self.span.new_state(), keys=keys)
 
     def _deliver(self, notices: list[Notice]) -> None:
@@ -176,50 +244,65 @@ class Executor:
         try:
             while self._read_commands():
                 batch = self._scheduler.schedule(time.monotonic())
+                self.meter.scheduled(batch)
                 self._notify(batch.notices)
                 if batch.rows or batch.moves:
                     self._notify(self._run(batch))
+                    self.trainer.inference_at = time.monotonic()
+                if self.trainer.wait_s(time.monotonic()) == 0:
+                    self.trainer.advance()
         except Exception:  # the outermost loop of this thread
             logger.exception("the device thread failed")
             self._loop.call_soon_threadsafe(self._die)
 
     def _run(self, batch: Batch) -> list[Notice]:
+        notices: list[Notice] = []
         try:
-            carry_out(batch.moves, self.span)
+            if failures := carry_out(batch.moves, self.span):
+                notices = self._scheduler.drop_adapters(batch, failures)
             started = time.monotonic()
             outputs = to_host(batch.rows, self.span.run(batch.chunks)) if batch.rows else []
         except SwarmError as error:
-            return self._scheduler.fail(batch, error)
+            return notices + self._fail(batch, error)
         except Exception:
             logger.exception("a batch of %d rows failed", len(batch.rows))
-            return self._scheduler.fail(batch, PeerError("the blocks failed on this batch"))
+            return notices + self._fail(batch, PeerError("the blocks failed on this batch"))
         now = time.monotonic()
-        return self._scheduler.finish(batch, outputs, now - started, now)
+        self.meter.ran(batch, now - started)
+        return notices + self._scheduler.finish(batch, outputs, now - started, now)
+
+    def _fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
+        self.meter.failed()
+        return self._scheduler.fail(batch, error)
 
     def _notify(self, notices: list[Notice]) -> None:
         if notices:
             self._loop.call_soon_threadsafe(self._deliver, notices)
 
-    def _submit(self, session: CachedSession, work: Work) -> None:
-        refusal = self._scheduler.submit(session, work, time.monotonic())
+    def _submit(self, session: CachedSession, work: Work, now: float) -> None:
+        refusal = self._scheduler.submit(session, work, now)
         if refusal is not None:
             self._notify([refusal])
 
     def _read_commands(self) -> bool:
-        """Carry out what the loop asked for; where there is nothing to run, wait for that."""
-        timeout_s = None
-        block = not self._scheduler.can_progress
-        if block and (deadline := self._scheduler.next_deadline()) < inf:
-            timeout_s = max(0.0, deadline - time.monotonic())
+        """Carry out what the loop asked for, until it is time for a batch; false when it is time to end."""
+        until = -inf
         while True:
+            timeout_s = until - time.monotonic()
             try:
-                command = self._commands.get(block, timeout_s)
+                command = self._commands.get(timeout_s > 0, timeout_s if timeout_s < inf else None)
             except queue.Empty:
-                return True
+                now = time.monotonic()
+                until = self._scheduler.wait_until(now)
+                if not self._scheduler.can_progress:  # else training would keep a batch waiting
+                    until = min(until, now + self.trainer.wait_s(now))
+                if until <= now:
+                    return True
+                continue
             if command is None:
                 return False
             command()
-            block = False
+            until = -inf  # there may be more
 
 
 def to_host(rows: Sequence[BatchRow], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

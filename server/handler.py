@@ -3,6 +3,7 @@
 Stream ──InfoRequest──► info ─► Info
        ──OpenSession──► session: check, admit ─► ServedSession.run      until FIN, an error or silence
        ──PushHello────► PushDesk ─► ServedSession.receive_pushes
+       ──AdapterOffer, AdapterRequest──► AdapterDesk.serve
 """
 
 import time
@@ -10,12 +11,14 @@ from collections import Counter
 from functools import partial
 
 from swarm import __version__
-from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy
-from swarm.protocol import MAX_META_BYTES, Info, InfoRequest, OpenSession
+from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy, SwarmError
+from swarm.protocol import ADAPTER_SERVICE, MAX_META_BYTES, MAX_PINGS, Info, InfoRequest, OpenSession, Ping
+from swarm.server.adapter_desk import AdapterDesk
+from swarm.server.adapter_intake import Base
 from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
-from swarm.server.load import LoadMeter
+from swarm.server.meters import SessionMeter
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushDesk
 from swarm.server.session import ServedSession
@@ -61,8 +64,11 @@ class Handler:
         self._limits = limits or HandlerLimits()
         self.history = HistoryBudget(self._limits.history_bytes)
         self._pending = Budget(self._limits.max_total_pending_bytes)
-        self._load = LoadMeter()
+        self.meter = SessionMeter()
+        self._transport, self._started = transport, time.monotonic()
         self._desk = PushDesk(transport, self._limits)
+        self.adapters: AdapterDesk | None = None
+        """None where this server takes none."""
         self._sessions: set[ServedSession] = set()
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
@@ -82,12 +88,17 @@ class Handler:
             return 1.0
         now = time.monotonic()
         num_running = sum(now - session.last_active < RUNNING_S for session in self._sessions)
-        return min(1.0, max(self._load.waiting_share(now), num_running / FULL_LOAD_SESSIONS))
+        return min(1.0, max(self.meter.load.waiting_share(now), num_running / FULL_LOAD_SESSIONS))
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens of all sessions together that ran through the blocks lately."""
-        return self._load.tokens_per_s(time.monotonic())
+        return self.meter.load.tokens_per_s(time.monotonic())
+
+    @property
+    def uptime_s(self) -> float:
+        """Since when it serves."""
+        return time.monotonic() - self._started
 
     def __repr__(self) -> str:
         return (
@@ -95,8 +106,20 @@ class Handler:
             f" | {self.tokens_per_s:.0f} tokens/s | load {self.load:.2f}>"
         )
 
+    def take_adapters(self, base: Base, limit_bytes: int) -> AdapterDesk:
+        """Serve sessions with adapters from now on.
+
+        Args:
+            base: what they must fit.
+            limit_bytes: host memory for them.
+        """
+        self.adapters = AdapterDesk(self.executor, base, limit_bytes=limit_bytes, open_stream=self._open_adapter_stream)
+        return self.adapters
+
     async def close(self) -> None:
         """End what the transport does not know of."""
+        if self.adapters is not None:
+            await self.adapters.close()
         await self._desk.close()
 
     async def info(self, stream: Stream) -> None:
@@ -109,6 +132,7 @@ class Handler:
     def describe(self) -> Info:
         """What `info` answers."""
         span = self.executor.span
+        queue_s, step_s = self.meter.load.mean_s(time.monotonic())
         return Info(
             model=self._model,
             model_name=self._model_name,
@@ -121,15 +145,36 @@ class Handler:
             num_sessions=self.num_sessions,
             kv_free_tokens=self.executor.free_tokens,
             kv_total_tokens=self.executor.total_tokens,
+            hidden_size=span.hidden_size,
+            num_rows=self.num_rows,
+            num_waiting=self.executor.num_waiting,
+            load=self.load,
+            tokens_per_s=self.tokens_per_s,
+            queue_us=int(queue_s * 1e6),
+            step_us=int(step_s * 1e6),
+            uptime_s=self.uptime_s,
+            num_tokens=self.meter.num_tokens,
+            num_opened=self.meter.num_opened,
+            num_failed=self.meter.num_failed,
+            pings=self._pings(),
         )
+
+    def _pings(self) -> tuple[Ping, ...]:
+        """Round trips to servers that we send to: whom we connected to ourselves, which is no client."""
+        nearest = sorted(self._transport.round_trips().items(), key=lambda item: item[1])[:MAX_PINGS]
+        return tuple(Ping(peer_id=peer_id, rtt_us=int(rtt_s * 1e6)) for peer_id, rtt_s in nearest)
 
     async def session(self, stream: Stream) -> None:
         """Run one session until the client ends it, errs or falls silent; all that it had is freed in every case."""
         message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(message, OpenSession):
             raise InvalidRequest(f"expected OpenSession, got {type(message).__name__}")
-        self._admit(message, stream.peer_id)
-        self._desk.check(message.push_key)
+        try:
+            self._admit(message, stream.peer_id)
+            self._desk.check(message.push_key)
+        except SwarmError as error:
+            self.meter.refuse(error)
+            raise
         session = ServedSession(
             stream,
             message,
@@ -138,15 +183,22 @@ class Handler:
             max_step_tokens=self._max_step_tokens,
             budget=self.history,
             pending=self._pending,
-            load=self._load,
+            meter=self.meter,
             open_push=partial(self._desk.open, client=stream.peer_id),
+            adapters=self.adapters,
         )
         self._count(stream.peer_id, 1, message.batch_size)
         self._sessions.add(session)
         self._desk.add(message.push_key, session)
+        self.meter.opened()
+        ending: BaseException | None = None
         try:
             await session.run()
+        except BaseException as error:
+            ending = error
+            raise
         finally:
+            self.meter.end(ending)
             self._desk.remove(message.push_key)
             self._sessions.discard(session)
             self._count(stream.peer_id, -1, -message.batch_size)
@@ -154,6 +206,19 @@ class Handler:
     async def push(self, stream: Stream) -> None:
         """Let another server send steps into a session whose key it knows."""
         await self._desk.serve(stream)
+
+    async def adapter(self, stream: Stream) -> None:
+        """Take adapters that were asked for, and give others those that are here."""
+        message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
+        if self.adapters is None:
+            raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
+        await self.adapters.serve(stream, message)
+
+    async def _open_adapter_stream(self, peer_id: str, client: str) -> Stream:
+        self._desk.charge(client)
+        if peer_id == self._transport.node.peer_id:
+            raise PeerBusy("that is this server itself", peer_id=peer_id)
+        return await self._transport.open(peer_id, ADAPTER_SERVICE, timeout_s=self._limits.push_open_timeout_s)
 
     def _count(self, peer_id: str, sessions: int, rows: int) -> None:
         self.num_rows += rows
@@ -181,6 +246,8 @@ class Handler:
             raise InvalidRequest(
                 f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions"
             )
+        if any(message.row_adapters) and self.adapters is None:
+            raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {self.state.name}", retry_after_s=60.0)
         self._admit_rows(message.batch_size, peer_id)

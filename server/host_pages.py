@@ -1,14 +1,21 @@
-"""Pages on the move: copies within the cache, and sessions that lie in host memory for a while.
+"""Pages on the move: copies within the cache, sessions that lie in host memory for a while, adapters that come and go.
 
     scheduler ─► CopyPage | SwapOut | SwapIn, in order ─► executor: carry_out ─► span.copy/read/write_pages
                                                                       Swapped.content: the bytes in between
+              ─► Attach | Detach ────────────────────────────────────────────► span.attach/detach
 
 The scheduler decides and counts, `carry_out` moves the bytes.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from swarm.adapters.delta import BlockDelta
+from swarm.errors import PeerError, SwarmError
+
+logger = logging.getLogger(__name__)
 
 HOST_BYTES = 1 << 30
 """Host memory for swapped sessions."""
@@ -77,14 +84,54 @@ class SwapIn:
     pages: tuple[int, ...]
 
 
-Move = CopyPage | SwapOut | SwapIn
+@dataclass(slots=True, kw_only=True, eq=False)
+class Seat:
+    """An adapter's place on the device, from one Attach to the next Detach."""
+
+    digest: str
+    handle: int = -1
+    """What `BlockSpan.attach` gave; -1 before and after."""
 
 
-def carry_out(moves: Iterable[Move], span: Any) -> None:
-    """Move the bytes of a `swarm.server.blocks.BlockSpan`, in order: a page may be saved and then written."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """Copy an adapter into these pages, or (None) into memory of its own; rows may use its seat from then on."""
+
+    seat: Seat
+    deltas: Mapping[int, BlockDelta]
+    pages: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detach:
+    """No row uses this seat any more; the pages of its adapter belong to others."""
+
+    seat: Seat
+
+
+Move = CopyPage | SwapOut | SwapIn | Attach | Detach
+
+
+def carry_out(moves: Iterable[Move], span: Any) -> dict[str, SwarmError]:
+    """Move the bytes of a `swarm.server.blocks.BlockSpan`, in order: a page may be saved and then written.
+
+    Returns:
+        What went wrong with adapters, by digest: that is the matter of those who use them, and of nobody else.
+    """
+    moves = list(moves)
     for move in moves:
+        if isinstance(move, Detach) and move.seat.handle >= 0:
+            span.detach(move.seat.handle)
+            move.seat.handle = -1
+    failures: dict[str, SwarmError] = {}
+    for move in moves:
+        if isinstance(move, Attach):
+            if (failure := _attach(move, span)) is not None:
+                failures[move.seat.digest] = failure
+            continue
         if isinstance(move, CopyPage):
             span.copy_pages([(move.source, move.destination)])
+        if not isinstance(move, SwapOut | SwapIn):
             continue
         states = [row.state for row in move.session.rows if row.state is not None]
         if isinstance(move, SwapOut):
@@ -94,3 +141,15 @@ def carry_out(moves: Iterable[Move], span: Any) -> None:
             span.write_pages(move.pages, move.session.blocks, move.swapped.content)
             span.unpark_states(states)
             move.swapped.content = None
+    return failures
+
+
+def _attach(move: Attach, span: Any) -> SwarmError | None:
+    try:
+        move.seat.handle = span.attach(move.deltas, move.pages)
+    except SwarmError as error:
+        return error
+    except (RuntimeError, MemoryError, ValueError) as error:
+        logger.exception("adapter %.12s can't be attached", move.seat.digest)
+        return PeerError(f"adapter {move.seat.digest[:12]} can't be attached: {error}")
+    return None

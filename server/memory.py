@@ -1,15 +1,16 @@
-"""The pages of one span and the sessions that hold them: shared prefixes, and moves to host memory and back.
+"""The pages of one span and the sessions that hold them: shared prefixes, adapters, moves to host memory and back.
 
     begin(session)    what of its first job is known already: hits         preempt(victims) ─► SwapOut
     remember(row)     a prompt's full pages, for others to find            swap_in(session) ─► SwapIn
-                                                                           grow(session)    ─► CopyPage
+    adapters          who needs which, see `server.residency`              grow(session)    ─► CopyPage
 A session that has got pages keeps them for a turn, some tokens long, before another may have them, so that moving pages
 takes a small part of the time. Who gets pages is decided in `server.admission`; what is decided is executed by
 `server.host_pages.carry_out`. Pure.
 """
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from swarm.errors import PeerError, SwarmError
 from swarm.server.host_pages import CopyPage, HostBudget, Move, SwapIn, SwapOut
 from swarm.server.pages import PAGE_SIZE, PageAllocator
 from swarm.server.prefix_cache import PrefixCache
+from swarm.server.residency import AdapterMeter, Residency
 from swarm.server.sequences import CachedSequence, CachedSession, Job, pages_to_grow
 
 MIN_TURN_TOKENS = 32
@@ -73,6 +75,8 @@ class KvMemory:
         host: memory for swapped sessions.
         prefixes: pages that are found by content; None where prefixes can't be shared.
         min_turn_tokens: shortest turn.
+        meter: says what adapters take; None where there are none.
+        own_bytes: memory of the device for what of adapters does not lie in pages.
     """
 
     def __init__(
@@ -83,12 +87,17 @@ class KvMemory:
         host: HostBudget,
         prefixes: PrefixCache | None,
         min_turn_tokens: int = MIN_TURN_TOKENS,
+        meter: AdapterMeter | None = None,
+        own_bytes: int = 0,
     ):
         self.allocator = allocator
         self.prefixes = prefixes
         self.host = host
         self.moves: list[Move] = []
         """What is to be moved before the next batch runs, in order."""
+        self.adapters = Residency(
+            allocator, lambda move: self.moves.append(move), meter, own_bytes=own_bytes, relocate=self._relocate
+        )
         self.hits: list[Hit] = []
         """What was found in the cache since the last batch."""
         self.failures: list[tuple[CachedSession, SwarmError]] = []
@@ -116,6 +125,7 @@ class KvMemory:
             self.host.give_back(session.swapped.num_bytes)
         before = self.allocator.num_free
         session.free()
+        self.adapters.release(session)
         self.rate.record(now, self.allocator.num_free - before)
         if self.prefixes is not None:
             self.prefixes.trim()
@@ -216,13 +226,17 @@ class KvMemory:
         A session that comes back itself makes room for them: two can change places when host memory is full.
         """
         chosen: list[tuple[CachedSession, int]] = []
+        gone: Counter[str] = Counter()
         expected, num_bytes = self.allocator.num_free, 0 if session.swapped is None else -session.swapped.num_bytes
         for victim in victims:
             if expected >= target:
                 break
-            own, size = victim.num_own_pages(self.allocator), self._num_bytes(victim)
+            own = victim.num_own_pages(self.allocator) + self.adapters.pages_released(victim, gone, session)
+            size = self._num_bytes(victim)
             if own and self.host.has_room(num_bytes + size):
                 chosen.append((victim, size))
+                if victim.holds_adapters:
+                    gone.update({digest for digest in victim.adapters if digest is not None})
                 expected += own
                 num_bytes += size
         if expected < least:
@@ -230,8 +244,17 @@ class KvMemory:
         for victim, size in chosen:
             self.host.take(size)
             pages = victim.swap_out(size)
+            self.adapters.release(victim)
             assert victim.swapped is not None
             self.moves.append(SwapOut(session=victim, swapped=victim.swapped, pages=tuple(pages)))
+
+    def _relocate(self, moved: Sequence[tuple[int, int]]) -> None:
+        """Pages of sequences, (old, new), have made room for something that needs a run."""
+        self.moves += [CopyPage(source=old, destination=new) for old, new in moved]
+        places = dict(moved)
+        for session in self._sessions:
+            for row in session.rows:
+                row.table.relocate(places)
 
     def _num_bytes(self, session: CachedSession) -> int:
         states: int = sum(row.state.num_bytes for row in session.rows if row.state is not None)

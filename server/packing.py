@@ -11,11 +11,9 @@ about. One core, 15 blocks of SmolLM2-135M in fp32, ms by rows of the batch:
 It knows nothing of models or formats; `swarm.server.quantization` decides what is packed.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROWS = 32
@@ -46,7 +44,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
-            return weight_only(input, self.dequantize, self.bias)
+            return differentiable(input, self)
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """What `forward` computes, without gradients."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
         return product
 
@@ -60,21 +62,33 @@ class PackedLinear(nn.Module):
         return self.out_features * self.in_features * 4
 
 
-def weight_only(input: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    """x @ W^T + b, differentiable in x, for a weight [out, in] that `dequantize` makes anew."""
-    result: Tensor = _WeightOnly.apply(input, dequantize, bias)  # type: ignore[no-untyped-call]
+class FrozenLinear(Protocol):
+    """A linear whose weight is in a format of its own."""
+
+    def product(self, input: Tensor) -> Tensor:
+        """x . W^T + b, without gradients."""
+
+    def dequantize(self) -> Tensor:
+        """W [out, in], made anew."""
+
+
+def differentiable(input: Tensor, linear: FrozenLinear) -> Tensor:
+    """`linear.product(input)`, bit for bit what it gives without gradients, and differentiable in the input."""
+    rows: Tensor = _FrozenProduct.apply(input.flatten(0, -2), linear)  # type: ignore[no-untyped-call]
+    result: Tensor = rows.unflatten(0, input.shape[:-1])  # as a view that is made here, a layer may change it in place
     return result
 
 
-class _WeightOnly(torch.autograd.Function):
-    """x @ W^T + b with a weight that is dequantised for the product, forth and back, and never kept."""
+class _FrozenProduct(torch.autograd.Function):
+    """Forth by the linear's own product, back by its dequantised weight, which is never kept."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.dequantize = dequantize
-        return F.linear(input, dequantize().to(input.dtype), None if bias is None else bias.to(input.dtype))
+    def forward(ctx: Any, input: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(input)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.dequantize().to(gradient.dtype), None, None
+        return gradient @ ctx.linear.dequantize().to(gradient.dtype), None

@@ -13,8 +13,8 @@ where possible: then the CPU attention reads the cache as a view instead of gath
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from swarm.errors import InvalidRequest, PeerBusy
@@ -32,6 +32,9 @@ class Keeper(Protocol):
 
     def evicted(self, page: int) -> None:
         """The page is needed and gone; its keeper may `discard` others that are worthless without it."""
+
+    def moved(self, page: int, new: int) -> None:
+        """What was in this page, which is in use, is in a new one from now on."""
 
 
 class PageAllocator:
@@ -102,6 +105,54 @@ class PageAllocator:
             pages.extend(range(first, first + length))
         return pages
 
+    def allocate_run(self, count: int, *, may_evict: bool = True) -> list[int] | None:
+        """Take `count` >= 1 pages in one run, near the end of the pool, where they are least in the way of sequences.
+
+        Args:
+            count: pages wanted.
+            may_evict: whether idle pages may go for it; of all runs, that whose idle pages are least recently used.
+
+        Returns:
+            The pages, each then owned once; None where there is no such run.
+        """
+        fitting = [start for start in self._starts if self._ends[start] - start >= count]
+        if fitting:
+            start = min(fitting, key=lambda start: (self._ends[start] - start, -start))
+            first = self._ends[start] - count
+        elif may_evict and (found := self._evictable_run(count)) is not None:
+            first = found
+            for page in range(first, first + count):
+                if page in self._idle:
+                    self._evict(page)
+        else:
+            return None
+        self._take(first, count)
+        return list(range(first, first + count))
+
+    def clear_run(self, count: int, is_fixed: Callable[[int], bool]) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Take `count` >= 1 pages in one run although some are in use: these become others, where there is room.
+
+        Args:
+            count: pages wanted.
+            is_fixed: whether a page that is in use must stay where it is.
+
+        Returns:
+            The pages, each then owned once, and (old, new) of those that were in use: their owners and keepers have the
+            new ones now, and the owners must be told. None where there is no such run, or no room.
+        """
+        if count > self.num_free or (first := self._movable_run(count, is_fixed)) is None:
+            return None
+        pages = range(first, first + count)
+        in_use = [page for page in pages if self._references[page]]
+        for page in pages:
+            if page in self._idle:
+                self._evict(page)
+        for start, length in _runs(page for page in pages if not self._references[page]):
+            self._take(start, length)
+        while self._num_blank < len(in_use):
+            self._evict(next(iter(self._idle)))
+        return list(pages), [(page, self._give_way(page)) for page in in_use]
+
     def share(self, pages: Iterable[int]) -> None:
         """Add one owner to each of `pages`, all of which must be in use or idle."""
         for page in pages:
@@ -148,6 +199,51 @@ class PageAllocator:
         keeper = self._keepers[page]
         self.discard(page)
         keeper.evicted(page)
+
+    def _evictable_run(self, count: int) -> int | None:
+        """First page of the run without owners whose most recently used page was used longest ago."""
+        used_at = {page: number for number, page in enumerate(self._idle)}
+        best, best_age = None, len(used_at)
+        newest: deque[tuple[int, int]] = deque()  # (page, use) of the window, uses descending
+        length = 0
+        for page, references in enumerate(self._references):
+            length = 0 if references else length + 1
+            if not length:
+                newest.clear()
+                continue
+            use = used_at.get(page, -1)
+            while newest and newest[-1][1] <= use:
+                newest.pop()
+            newest.append((page, use))
+            if newest[0][0] <= page - count:
+                newest.popleft()
+            if length >= count and newest[0][1] <= best_age:
+                best, best_age = page - count + 1, newest[0][1]
+        return best
+
+    def _movable_run(self, count: int, is_fixed: Callable[[int], bool]) -> int | None:
+        """First page of the run with the fewest pages in use, none of them fixed, nearest to the end."""
+        best, best_cost, length, cost = None, count + 1, 0, 0
+        for page, references in enumerate(self._references):
+            if references and is_fixed(page):
+                length = cost = 0
+                continue
+            length, cost = length + 1, cost + (references > 0)
+            if length > count:
+                cost -= self._references[page - count] > 0
+            if length >= count and cost <= best_cost:
+                best, best_cost = page - count + 1, cost
+        return best
+
+    def _give_way(self, page: int) -> int:
+        """What is in this page will be in another one, in the smallest hole that there is; the page is owned once."""
+        new = min(self._starts, key=lambda start: self._ends[start] - start)
+        self._take(new, 1)
+        self._references[new], self._references[page] = self._references[page], 1
+        if (keeper := self._keepers.pop(page, None)) is not None:
+            self._keepers[new] = keeper
+            keeper.moved(page, new)
+        return new
 
     def _place(self, count: int, behind: int | None) -> tuple[int, int]:
         """(first page, length <= count) of the best place for a run of `count` pages."""
@@ -282,6 +378,10 @@ class PageTable:
         self._allocator.share(pages)
         self._pages = list(pages)
 
+    def relocate(self, moved: Mapping[int, int]) -> None:
+        """Some pages have become others; the allocator knows it."""
+        self._pages = [moved.get(page, page) for page in self._pages]
+
     def _must_copy(self, length: int) -> bool:
         """Whether growing to `length` writes into a last page that others own or want, too."""
         writes_last = length > self._length and self._length % PAGE_SIZE != 0
@@ -293,6 +393,19 @@ class PageTable:
         self._allocator.free([shared])
         self._pages[-1] = own
         return shared, own
+
+
+def _runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(first, length) of each run of ascending pages."""
+    first = last = None
+    for page in pages:
+        if last is None or page != last + 1:
+            if first is not None and last is not None:
+                yield first, last + 1 - first
+            first = page
+        last = page
+    if first is not None and last is not None:
+        yield first, last + 1 - first
 
 
 def _num_pages(length: int) -> int:

@@ -161,6 +161,12 @@ class PrefixCache:
         self._drop_outputs(key)
         del self._entries[key]
 
+    def moved(self, page: int, new: int) -> None:
+        """The allocator has put the content into another page."""
+        key = self._key_of.pop(page)
+        self._key_of[new] = key
+        self._entries[key].page = new
+
     def _drop_outputs(self, key: bytes) -> None:
         entry = self._entries[key]
         if entry.outputs is not None:

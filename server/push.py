@@ -113,7 +113,7 @@ class PushDesk:
             PeerBusy: this client has made us open too many.
             PeerError: it can't be reached.
         """
-        self._charge(client)
+        self.charge(client)
         if peer_id != self._transport.node.peer_id:
             return await self._transport.open(peer_id, PUSH_SERVICE, timeout_s=self._limits.push_open_timeout_s)
         near, far = LocalStream.pair(peer_id)
@@ -124,8 +124,12 @@ class PushDesk:
         """End the streams to ourselves; the transport ends all others."""
         await self._tasks.close()
 
-    def _charge(self, client: str) -> None:
-        """Count a stream that a client makes us open: whom we call is the client's choice, so how often is bounded."""
+    def charge(self, client: str) -> None:
+        """Count a stream that a client makes us open: whom we call is the client's choice, so how often is bounded.
+
+        Raises:
+            PeerBusy: there were too many lately.
+        """
         now, limits = time.monotonic(), self._limits
         level, at = self._opened.get(client, (0.0, now))
         level = max(0.0, level - (now - at) * limits.forwards_per_s)

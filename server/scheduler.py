@@ -8,18 +8,19 @@
 Pure: time enters as `now`, nothing blocks, no tensor is computed. The device thread owns the one instance.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 
 from swarm.errors import PeerBusy, SwarmError
-from swarm.server.admission import admit
+from swarm.server.admission import MAX_ATTACHES, admit
 from swarm.server.blocks.step import Chunk
 from swarm.server.chooser import BatchRow, Chooser
 from swarm.server.fairness import VirtualCounters
-from swarm.server.host_pages import CopyPage, Move
+from swarm.server.gathering import Gathering
+from swarm.server.host_pages import Attach, Move, SwapIn, SwapOut
 from swarm.server.memory import Hit, KvMemory
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.sequences import CachedSession, Job
@@ -30,8 +31,6 @@ TOKEN_BUDGET = 512
 """Tokens in one batch; a longer prompt runs in chunks, so that it stalls nobody's decode for longer than one chunk."""
 PAGE_WAIT_S = 30.0
 """How long work may find no free page before its session is told that the server is busy."""
-DECODING_S = 1.0
-"""A session that has decoded so recently is about to send its next token."""
 TELL_PERIOD_S = 1.0
 """How often a session that waits for pages is told so."""
 
@@ -69,12 +68,13 @@ class Batch:
 
     @property
     def chunks(self) -> list[Chunk]:
-        return [row.chunk for row in self.rows]
+        """What the span runs; the adapters of rows are known only once the moves have been carried out."""
+        return [row.chunk if row.seat is None else replace(row.chunk, adapter=row.seat.handle) for row in self.rows]
 
     @property
     def sessions(self) -> list[CachedSession]:
         """All whose cache it touches."""
-        moved = (move.session for move in self.moves if not isinstance(move, CopyPage))
+        moved = (move.session for move in self.moves if isinstance(move, SwapOut | SwapIn))
         return list(dict.fromkeys([*(row.session for row in self.rows), *moved]))
 
 
@@ -86,6 +86,7 @@ class Scheduler:
         token_budget: most tokens in one batch.
         counters: service of each client.
         costs: what batches cost.
+        gathering: how long batches wait for decode rows.
     """
 
     def __init__(
@@ -95,23 +96,34 @@ class Scheduler:
         token_budget: int = TOKEN_BUDGET,
         counters: VirtualCounters | None = None,
         costs: StepCost | None = None,
+        gathering: Gathering | None = None,
     ):
         self.memory = memory
         self.counters = VirtualCounters() if counters is None else counters
         self.costs = StepCost() if costs is None else costs
+        self.gathering = Gathering() if gathering is None else gathering
         self.token_budget = token_budget
         self.can_progress = False
         """Whether the last batch did something, or something changed since: if not, wait for a command."""
         self.num_waiting = 0
         """Sessions whose work waits for pages."""
         self._ready: dict[CachedSession, None] = {}
-        self._decoding: dict[CachedSession, float] = {}
-        """When sessions decoded last, the latest at the end."""
+        self._idle_since = 0.0
 
     @property
     def num_ready(self) -> int:
         """Sessions with work."""
         return len(self._ready)
+
+    def wait_until(self, now: float) -> float:
+        """When the next batch should be made, whatever comes before; not after `now` for at once."""
+        if not self.can_progress:
+            return self.next_deadline()
+        sessions = self._ready
+        if not sessions or self.num_waiting or not all(session.job.is_decode for session in sessions):
+            return now
+        since = max(self._idle_since, min(session.job.ready_since for session in sessions))
+        return self.gathering.until(sum(len(session.rows) for session in sessions), since, now, self.costs)
 
     def next_deadline(self) -> float:
         """When to look again although nothing happened."""
@@ -128,6 +140,8 @@ class Scheduler:
         if len(session.jobs) == 1:
             self._ready[session] = None
             self.counters.arrive(session.client)
+            if session.job.is_decode:
+                self.gathering.returned(session, now)
         self.memory.add(session)
         self.can_progress = True
         return None
@@ -140,7 +154,7 @@ class Scheduler:
     def close(self, session: CachedSession, now: float) -> None:
         """Forget a session: its work and all that it holds."""
         self.drop_queued(session)
-        self._decoding.pop(session, None)
+        self.gathering.forget(session)
         self.memory.free(session, now)
 
     def _rest(self, session: CachedSession) -> None:
@@ -159,8 +173,10 @@ class Scheduler:
         notices = self._refuse_starved(now)
         sessions = admit(self.memory, list(self._ready), self.counters, self.token_budget, now)
         notices += self._told_by_memory(now)
-        chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, self._num_expected(now))
+        expected = self.gathering.num_rows(now)
+        chooser = Chooser(sessions, self.memory, self.counters, self.costs, self.token_budget, expected)
         chooser.run()
+        self.can_progress |= self.memory.adapters.prefetch(MAX_ATTACHES)
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
         moves, self.memory.moves = self.memory.moves, []
@@ -186,6 +202,7 @@ class Scheduler:
             compute_s: how long it took.
             now: the time.
         """
+        self._idle_since = now
         if batch.rows:
             self.costs.observe(batch.num_decode, batch.num_tokens - batch.num_decode, compute_s)
         notices: list[Notice] = []
@@ -216,25 +233,29 @@ class Scheduler:
 
     def fail(self, batch: Batch, error: SwarmError) -> list[Notice]:
         """A batch has failed: what its sessions have in the cache can't be trusted any more."""
-        return [self._fail(session, error) for session in batch.sessions]
+        came = {move.seat.digest: error for move in batch.moves if isinstance(move, Attach)}
+        sessions, batch.rows = batch.sessions, []
+        notices = self.drop_adapters(batch, came)
+        return notices + [self._fail(session, error) for session in sessions if session.error is None]
+
+    def drop_adapters(self, batch: Batch, failures: Mapping[str, SwarmError]) -> list[Notice]:
+        """These adapters could not be brought to the device: who holds them fails, the rest of the batch may run."""
+        notices: list[Notice] = []
+        for digest, error in failures.items():
+            users = [it for it in self.memory.sessions if it.holds_adapters and digest in it.adapters]
+            self.memory.adapters.failed(digest)
+            notices += [self._fail(session, error) for session in users if session.error is None]
+        if failures:
+            batch.rows = [row for row in batch.rows if row.session.error is None]
+        return notices
 
     # -- details ------------------------------------------------------------------------------------------------
-
-    def _num_expected(self, now: float) -> int:
-        """Decode rows that are to be expected in a moment."""
-        while self._decoding:
-            session, last = next(iter(self._decoding.items()))
-            if now - last <= DECODING_S:
-                break
-            del self._decoding[session]
-        return sum(len(session.rows) for session in self._decoding)
 
     def _advance(self, session: CachedSession, job: Job, count: int, now: float) -> None:
         session.last_used = now
         session.turn_tokens += count
         if job.is_decode:
-            self._decoding.pop(session, None)
-            self._decoding[session] = now
+            self.gathering.answered(session, len(session.rows), now)
         if job.num_left:
             job.ready_since = now
             return

@@ -90,6 +90,8 @@ class CachedSession:
     """Who is served with it, for fairness."""
     listener: SessionListener
     rows: list[CachedSequence]
+    adapters: tuple[str | None, ...] = ()
+    """The adapter of each row; empty where no row has one."""
     share: float = 1.0
     """Part of the span's blocks that it runs."""
     jobs: deque[Job] = field(default_factory=deque)
@@ -103,8 +105,12 @@ class CachedSession:
     last_used: float = 0.0
     turn_tokens: int = 0
     """Tokens that ran since it got its first pages, or got them back."""
+    holds_adapters: bool = False
+    """Whether its adapters are kept on the device for it; `server.residency` says so."""
     last_step: int = -1
     """Step of the latest work; the loop's own."""
+    held_back: list[Work] | None = None
+    """Work that waits for its adapters to be in host memory; the loop's own."""
     is_closed: bool = False
     """Whether its listener wants to hear nothing any more; the loop's own."""
 

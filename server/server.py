@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from swarm import __version__
+from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
 from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
-from swarm.protocol import INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE
+from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, TRAIN_SERVICE
 from swarm.registry import Registry, ServerRecord
+from swarm.server.adapter_desk import AdapterDesk
+from swarm.server.adapter_intake import Base
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.blocks.step import Chunk
 from swarm.server.config import ServerConfig
@@ -27,6 +30,7 @@ from swarm.server.executor import Executor
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
+from swarm.server.training import TrainingDesk
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
 
@@ -91,6 +95,9 @@ class Server:
         self.executor: Executor
         self.handler: Handler | None = None
         self.state = ServerState.JOINING
+        self.adapters: dict[str, str] = {}
+        """Digests of the adapters that it was told to have."""
+        self.metrics_url: str | None = None
         self._registry: Registry
         self._decode_tps = 0.0
         self._stack = AsyncExitStack()
@@ -104,6 +111,8 @@ class Server:
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
+        if config.metrics_port is not None:
+            await self._serve_metrics(config.metrics_port)
         self.node = await Node.start(
             NodeConfig(
                 identity_path=config.identity_path,
@@ -156,7 +165,7 @@ class Server:
         self._decode_tps = await asyncio.to_thread(measure_decode, span)
         if self.state is ServerState.OFFLINE:
             raise LoadingStopped("stopped after loading")
-        self.executor = Executor(span, asyncio.get_running_loop())
+        self.executor = Executor(span, asyncio.get_running_loop(), adapter_bytes=self.config.adapter_bytes)
         self.executor.start()
         self._stack.push_async_callback(self.executor.stop)
         self.handler = Handler(
@@ -169,11 +178,49 @@ class Server:
             limits=HandlerLimits(history_bytes=self.config.history_bytes),
         )
         self._stack.push_async_callback(self.handler.close)
+        if self.config.adapter_bytes:
+            base = Base(
+                blocks=plan.blocks,
+                shapes={block: span.shape(block) for block in plan.blocks},
+                num_blocks=plan.num_blocks,
+                hidden_size=span.hidden_size,
+                name=plan.checkpoint.name,
+            )
+            await self._keep_adapters(self.handler.take_adapters(base, self.config.adapter_bytes))
+            self.transport.serve(ADAPTER_SERVICE, self.handler.adapter)
         self.transport.serve(SESSION_SERVICE, self.handler.session)
         self.transport.serve(PUSH_SERVICE, self.handler.push)
         self.transport.serve(INFO_SERVICE, self.handler.info)
+        desk = TrainingDesk(
+            self.executor,
+            model=plan.checkpoint.digest,
+            model_name=plan.checkpoint.name,
+            state=lambda: self.state,
+        )
+        self.transport.serve(TRAIN_SERVICE, desk.serve)
         self.state = ServerState.ONLINE
         await self._announce()
+
+    async def _keep_adapters(self, desk: AdapterDesk) -> None:
+        """Load the adapters that this server was told to have.
+
+        Raises:
+            SwarmError: one of them can't be had, or does not fit.
+        """
+        config, checkpoint = self.config, self.plan.checkpoint
+        for name in config.adapters:
+            loaded = await asyncio.to_thread(
+                load_adapter, name, checkpoint, cache_dir=config.cache_dir, token=config.token
+            )
+            await desk.keep(loaded.manifest, loaded.shards)
+            self.adapters[name] = loaded.digest
+
+    async def _serve_metrics(self, port: int) -> None:
+        from swarm.server.metrics import MetricsServer, ServerCollector
+
+        metrics = await MetricsServer.start(ServerCollector(self), host=self.config.metrics_host, port=port)
+        self._stack.push_async_callback(metrics.close)
+        self.metrics_url = metrics.url
 
     async def serve_until(self, stop: asyncio.Event) -> None:
         """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.
@@ -233,6 +280,7 @@ class Server:
             public_name=config.public_name,
             version=__version__,
             expires_at=time.time() + ttl_s,
+            adapters=handler.adapters.notes() if handler is not None and handler.adapters is not None else (),
         )
         entry = ModelEntry(digest=plan.checkpoint.digest, name=plan.checkpoint.name, num_blocks=plan.num_blocks)
         try:

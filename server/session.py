@@ -19,12 +19,13 @@ from swarm.codec import decode_tensor
 from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerTimeout, SwarmError
 from swarm.link import Accepted, Intake, StepChunk
 from swarm.protocol import Forward, OpenSession, Probe, ProbeResult, PushAccepted, SessionOpened, Step, Waiting
+from swarm.server.adapter_desk import AdapterDesk, AdapterLease
 from swarm.server.backlog import Backlog, StepStart
 from swarm.server.control import Control
 from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
-from swarm.server.load import LoadMeter
+from swarm.server.meters import SessionMeter
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushStream
 from swarm.server.sender import Sender
@@ -49,8 +50,9 @@ class ServedSession:
         max_step_tokens: most tokens in one Step.
         budget: memory for histories, shared by all sessions.
         pending: memory for steps that wait for room, shared by all sessions.
-        load: is told what the session cost.
+        meter: counts what the session does.
         open_push: opens push streams to peers.
+        adapters: brings the session's adapters, where it uses any.
     """
 
     def __init__(
@@ -63,15 +65,16 @@ class ServedSession:
         max_step_tokens: int,
         budget: HistoryBudget,
         pending: Budget,
-        load: LoadMeter,
+        meter: SessionMeter,
         open_push: Callable[[str], Awaitable[PushStream]],
+        adapters: AdapterDesk | None = None,
     ):
         self.last_active = time.monotonic()
         self._stream, self._opened = stream, opened
         self._executor, self._limits, self._max_step_tokens = executor, limits, max_step_tokens
-        self._budget, self._load = budget, load
-        self._intake = Intake(opened.batch_size, max_length=opened.max_length)
-        self._control = Control(stream, timeout_s=limits.send_timeout_s, on_lost=self.end)
+        self._budget, self._meter = budget, meter
+        self._intake = Intake(opened.batch_size, max_length=opened.max_length, adapter_of=opened.adapter_of)
+        self._control = Control(stream, timeout_s=limits.send_timeout_s, on_lost=self.end, on_tell=meter.told)
         self._sender = Sender(
             opened.batch_size,
             stream,
@@ -83,7 +86,16 @@ class ServedSession:
             on_progress=self._on_room,
             on_client_lost=self.end,
         )
-        self._cached = executor.open(opened.blocks, opened.batch_size, client=stream.peer_id, listener=self)
+        self._cached = executor.open(
+            opened.blocks,
+            opened.batch_size,
+            client=stream.peer_id,
+            listener=self,
+            adapters=opened.row_adapters,
+        )
+        self._lease: AdapterLease | None = None
+        if adapters is not None and opened.adapters:
+            self._lease = adapters.lease(opened, stream.peer_id, self._control.tell)
         self._backlog = Backlog()
         self._was_reordered = self._is_waiting = False
         self._pending: deque[tuple[Step, memoryview]] = deque()
@@ -106,7 +118,7 @@ class ServedSession:
         try:
             async with asyncio.TaskGroup() as group:
                 self._control.tell(SessionOpened(max_step_tokens=self._max_step_tokens, can_rollback=can_rollback))
-                for coroutine in (self._read(group), self._sender.run(), self._control.run()):
+                for coroutine in (self._read(group), self._sender.run(), self._control.run(), self._bring_adapters()):
                     group.create_task(self._until_end(coroutine))
                 await self._over.wait()
                 if self._error is not None:
@@ -138,11 +150,19 @@ class ServedSession:
         if self._stalled is not None:
             self._stalled.cancel()
         self._executor.close(self._cached)
+        if self._lease is not None:
+            self._lease.close()
         self._budget.forget(self, self._stream.peer_id)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
+
+    async def _bring_adapters(self) -> None:
+        """Let work run once the session's adapters are here; until then it waits, and others go on."""
+        if self._lease is not None:
+            await self._lease.load()
+            self._executor.adapters_ready(self._cached)
 
     # -- what comes in ------------------------------------------------------------------------------------------
 
@@ -289,6 +309,8 @@ class ServedSession:
         if step.step_id < self._intake.step_id:
             return
         chunk = self._check(step, body)
+        if self._intake.step_id < 0 < step.step_id:
+            self._meter.replayed(sum(step.num_tokens))
         self._sender.trace = step.trace
         accepted = self._intake.accept(chunk)
         if accepted is None:
@@ -371,12 +393,7 @@ class ServedSession:
         self._sender.append(produced)
         self._sender.pump()
         self._budget.use(self, self._stream.peer_id, self._sender.link)
-        self._load.record(
-            self.last_active,
-            queue_s=produced.queue_s,
-            compute_s=produced.compute_s,
-            num_tokens=produced.num_tokens,
-        )
+        self._meter.record(self.last_active, produced)
         self._on_room()
 
     def failed(self, step_id: int, error: SwarmError) -> None:

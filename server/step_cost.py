@@ -50,6 +50,11 @@ class StepCost:
         self._sums = (_Sums(), _Sums())
         self._coefficients: tuple[float, float, float] | None = PRIOR
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether `seconds` are seconds."""
+        return any(sums.weight for sums in self._sums)
+
     def observe(self, num_decode: int, num_prompt: int, seconds: float) -> None:
         """A batch of so many decode rows and prompt tokens took so long."""
         if seconds > 0:

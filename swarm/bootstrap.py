@@ -5,18 +5,20 @@ arguments --> Node.start --> addresses, ONLINE --> (SIGTERM, SIGINT) --> close
 
 import argparse
 import asyncio
-import logging
 import signal
 import sys
+from collections.abc import Sequence
 
+from swarm import logs
+from swarm.command import HelpFormatter, program
 from swarm.errors import SwarmError
 from swarm.network import Node, NodeConfig
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 after a clean stop, 2 for an error."""
-    args = _parse(argv)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    args = build_parser().parse_args(argv)
+    logs.configure(args)
     config = NodeConfig(
         identity_path=args.identity,
         initial_peers=tuple(args.initial_peers),
@@ -64,14 +66,15 @@ def _run(config: NodeConfig) -> None:
         uvloop.run(serve(config))
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m swarm.bootstrap",
+        prog=program("bootstrap"),
         description="A peer that serves no blocks: the address by which others join a swarm.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 picks a free one")
+    parser.add_argument("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, metavar="PORT", help="TCP port to listen on; 0 picks a free one")
     parser.add_argument(
         "--identity", metavar="FILE", help="identity file, made when missing; without it, a new identity"
     )
@@ -86,10 +89,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--initial-peers", nargs="+", default=[], metavar="ADDR", help="peers to join; none starts a new swarm"
     )
     parser.add_argument("--nat-port-map", action="store_true", help="ask the router for a port (UPnP, NAT-PMP)")
-    parser.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="what to log to stderr"
-    )
-    return parser.parse_args(argv)
+    logs.add_arguments(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Model names and the content that is served under them.
 
-Blocks are announced by content digest (`swarm.registry`). This table is for people, who know names: it tells a peer
-that a name is served with other content than its own. Every server adds an entry of its own, spread over shards so that
-no key grows with the swarm.
+Blocks are announced by content digest (`swarm.registry`). These tables are for people, who know names. One, by name,
+tells a peer that a name is served with other content than its own; the other lists all models there are. Every server
+adds an entry of its own to both, spread over shards so that no key grows with the swarm.
 """
 
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 from zlib import crc32
 
@@ -18,7 +20,9 @@ from swarm.types import MAX_BLOCKS
 CATALOG_TTL_S = 300.0
 NUM_SHARDS = 16
 MAX_ENTRIES = 1000
-"""More entries than this are not looked at."""
+"""More entries than this are not looked at under one name ..."""
+MAX_LISTED = 16384
+"""... and in the list of all models."""
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -35,23 +39,33 @@ _decoder = msgspec.msgpack.Decoder(ModelEntry)
 async def announce_model(node: Node, entry: ModelEntry) -> bool:
     """Say that this model is served here; repeat it before CATALOG_TTL_S has passed."""
     shard = crc32(node.peer_id.encode()) % NUM_SHARDS
-    value = msgspec.msgpack.encode(entry)
-    return await node.dht_store(_key(entry.name, shard), node.peer_id, value, time.time() + CATALOG_TTL_S)
+    value, expires_at = msgspec.msgpack.encode(entry), time.time() + CATALOG_TTL_S
+    stored = [
+        await node.dht_store(key, node.peer_id, value, expires_at)
+        for key in (_key(entry.name, shard), _list_key(shard))
+    ]
+    return all(stored)
+
+
+async def list_models(node: Node, limit: int) -> list[ModelEntry]:
+    """The models that servers say they serve, those of most servers first; at most `limit`.
+
+    Entries are claims of strangers: where they differ about one digest, what most of them say counts.
+    """
+    shards = await node.dht_get_many([_list_key(shard) for shard in range(NUM_SHARDS)])
+    entries = _decode_all([value for shard in shards.values() for value in shard.values()][:MAX_LISTED])
+    claims: dict[str, Counter[ModelEntry]] = {}
+    for entry in entries:
+        claims.setdefault(entry.digest, Counter())[entry] += 1
+    models = sorted(claims.values(), key=lambda claim: (-claim.total(), min(claim, key=repr).name))
+    return [max(claim, key=lambda entry: (claim[entry], repr(entry))) for claim in models[:limit]]
 
 
 async def lookup_name(node: Node, name: str) -> frozenset[ModelEntry]:
     """The different models that are served under a name; malformed entries are left out."""
     shards = await node.dht_get_many([_key(name, shard) for shard in range(NUM_SHARDS)])
     values = [value for shard in shards.values() for value in shard.values()]
-    entries = set()
-    for value in values[:MAX_ENTRIES]:
-        try:
-            entry = _decoder.decode(value)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            continue
-        if entry.name == name:
-            entries.add(entry)
-    return frozenset(entries)
+    return frozenset(entry for entry in _decode_all(values[:MAX_ENTRIES]) if entry.name == name)
 
 
 async def refuse_other_content(node: Node, name: str, digest: str) -> None:
@@ -70,5 +84,18 @@ async def refuse_other_content(node: Node, name: str, digest: str) -> None:
         )
 
 
+def _decode_all(values: Iterable[bytes]) -> Iterator[ModelEntry]:
+    """What is well-formed of these values."""
+    for value in values:
+        try:
+            yield _decoder.decode(value)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            continue
+
+
 def _key(name: str, shard: int) -> str:
     return f"swarm/names/v1/{name}/{shard}"
+
+
+def _list_key(shard: int) -> str:
+    return f"swarm/models/v1/{shard}"

@@ -7,6 +7,7 @@ SwarmError
 │   ├── UnsupportedModel    the block runner would run this model wrongly
 │   ├── CheckpointMismatch  same name, different content
 │   ├── ProtocolMismatch    the two sides speak different protocol versions
+│   ├── AdapterError        an adapter is malformed, not made for this model, or nobody has it
 │   └── ConfigError         a setting of this process can't work (port in use, bad identity file, ...)
 ├── PeerError           theirs: try another peer; `.peer_id` says whom to blame
 │   ├── PeerUnreachable     no connection could be made
@@ -46,6 +47,10 @@ class CheckpointMismatch(RequestError):
 
 class ProtocolMismatch(RequestError):
     """The peer speaks another version of the protocol."""
+
+
+class AdapterError(RequestError):
+    """An adapter is malformed, not made for this model, or nobody has it."""
 
 
 class ConfigError(RequestError):

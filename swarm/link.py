@@ -253,12 +253,13 @@ class Intake:
     Args:
         num_rows: rows of the session.
         max_length: most tokens in a row.
+        adapter_of: which adapter each row uses; empty where none does.
     """
 
-    def __init__(self, num_rows: int, *, max_length: int):
+    def __init__(self, num_rows: int, *, max_length: int, adapter_of: Sequence[int] = ()):
         self.step_id = -1
         self.lengths = [0] * num_rows
-        self._max_length = max_length
+        self._max_length, self._adapter_of = max_length, adapter_of
         self._outputs_from = (0,) * num_rows
         """As the first message of the step said, for all of it: a gap between outputs could not be sent on."""
         self._begun: tuple[tuple[int, ...] | None, tuple[int, ...]] | None = None
@@ -276,6 +277,7 @@ class Intake:
             raise InvalidRequest(f"the session has {rows} rows, the step speaks of {sorted(counts)}")
         if chunk.order is not None and max(chunk.order) >= rows:
             raise InvalidRequest(f"order names row {max(chunk.order)} of {rows}")
+        check_order(chunk.order, self._adapter_of)
         if any(first < base for first, base in zip(chunk.outputs_from, chunk.base, strict=True)):
             raise InvalidRequest(f"outputs wanted from {chunk.outputs_from}, but the step begins at {chunk.base}")
         if len(chunk.hidden_states) != sum(chunk.num_tokens) or not sum(chunk.num_tokens):
@@ -338,6 +340,21 @@ class Intake:
             return self.lengths
         ordered = self.lengths if chunk.order is None else [self.lengths[old] for old in chunk.order]
         return [min(held, base) for held, base in zip(ordered, chunk.base, strict=True)]
+
+
+def check_order(order: Sequence[int] | None, adapter_of: Sequence[int]) -> None:
+    """Whether rows are permuted only among those with the same adapter: what a row holds was computed with its own.
+
+    Raises:
+        InvalidRequest: a row would go on with another's tokens and its own adapter.
+    """
+    if order is None or not adapter_of:
+        return
+    for row, old in enumerate(order):
+        if adapter_of[row] != adapter_of[old]:
+            raise InvalidRequest(
+                f"row {row} with adapter {adapter_of[row]} can't continue row {old} with adapter {adapter_of[old]}"
+            )
 
 
 def _then(

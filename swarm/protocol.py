@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from swarm.errors import (
+    AdapterError,
     CheckpointMismatch,
     ConfigError,
     InvalidRequest,
@@ -36,7 +37,7 @@ from swarm.errors import (
 )
 from swarm.types import MAX_BLOCKS, BlockRange
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Both sides must speak the same version; it is the first thing that either side checks."""
 
 MAX_BATCH_SIZE = 1024
@@ -50,18 +51,33 @@ MAX_META_BYTES = 1 << 18
 
 MAX_HOPS = 256
 """Servers that one step may pass."""
+MAX_PINGS = 64
+"""Round trips that a server tells of."""
+
+MAX_ADAPTERS = 128
+"""Different adapters of one session."""
+MAX_HOLDERS = 8
+"""Peers of whom a client says that they may have its adapters."""
 
 SESSION_SERVICE = "session"
 PUSH_SERVICE = "push"
 INFO_SERVICE = "info"
+ADAPTER_SERVICE = "adapter"
+TRAIN_SERVICE = "train"
 
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Rows = Annotated[tuple[Length, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH_SIZE)]
+AdapterIndex = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_ADAPTERS)]
+PeerId = Annotated[str, msgspec.Meta(max_length=128)]
 StepId = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+NumBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+PeerName = Annotated[str, msgspec.Meta(max_length=128)]
 PushKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 """Chosen by the client for one link: the right to push steps into the session that was opened with it."""
 
@@ -111,6 +127,13 @@ class InfoRequest(Message, frozen=True, tag=1):
     """Ask a server what it is. Answered by `Info`."""
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A round trip between the server that says so and another peer."""
+
+    peer_id: PeerName
+    rtt_us: Microseconds
+
+
 class Info(Message, frozen=True, tag=2):
     """What a server is and how busy it is now."""
 
@@ -123,8 +146,31 @@ class Info(Message, frozen=True, tag=2):
     dtype: Text
     quantization: Text
     num_sessions: Length
-    kv_free_tokens: Annotated[int, msgspec.Meta(ge=0)]
-    kv_total_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    kv_free_tokens: Count
+    kv_total_tokens: Count
+    hidden_size: Length = 0
+    """Width of the hidden states that its blocks take; 0 where it doesn't say."""
+    num_rows: Length = 0
+    """Sequences of these sessions."""
+    num_waiting: Length = 0
+    """Sessions whose work waits for room in the cache."""
+    load: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of its capacity that is in use."""
+    tokens_per_s: Rate = 0.0
+    """Tokens of all sessions that ran through its blocks lately."""
+    queue_us: Microseconds = 0
+    """How long tokens waited lately before their batch began, on average."""
+    step_us: Microseconds = 0
+    """How long their batch took, on average."""
+    uptime_s: Annotated[float, msgspec.Meta(ge=0, le=1e10)] = 0.0
+    num_tokens: Count = 0
+    """Tokens that ran through its blocks since it started."""
+    num_opened: Count = 0
+    """Sessions that it let in since it started."""
+    num_failed: Count = 0
+    """Sessions among them that ended with an error, other than that somebody left."""
+    pings: Annotated[tuple[Ping, ...], msgspec.Meta(max_length=MAX_PINGS)] = ()
+    """Round trips to servers that it sends to."""
 
 
 class OpenSession(Message, frozen=True, tag=3):
@@ -142,6 +188,31 @@ class OpenSession(Message, frozen=True, tag=3):
     max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
     is_last: bool
     """Whether the outputs are the client's, from each step's `outputs_from` on; if not, they wait for a `Forward`."""
+    adapters: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MAX_ADAPTERS)] = ()
+    """The different adapters of its rows."""
+    adapter_of: Annotated[tuple[AdapterIndex, ...], msgspec.Meta(max_length=MAX_BATCH_SIZE)] = ()
+    """Which of them each row uses, -1 for none; may be left out where no row uses any."""
+    holders: Annotated[tuple[PeerId, ...], msgspec.Meta(max_length=MAX_HOLDERS)] = ()
+    """Servers that may have them; they are asked before the client is."""
+
+    @property
+    def row_adapters(self) -> tuple[str | None, ...]:
+        """The adapter of each row, validated.
+
+        Raises:
+            InvalidRequest: rows and adapters don't belong to each other.
+        """
+        if not self.adapters and not self.adapter_of:
+            return (None,) * self.batch_size
+        used = {index for index in self.adapter_of if index >= 0}
+        if len(self.adapter_of) != self.batch_size or used != set(range(len(self.adapters))):
+            raise InvalidRequest(
+                f"{len(self.adapters)} adapters, of which {len(used)} are used by {len(self.adapter_of)} rows of"
+                f" {self.batch_size}"
+            )
+        if len(set(self.adapters)) != len(self.adapters):
+            raise InvalidRequest(f"of {len(self.adapters)} adapters only {len(set(self.adapters))} are different")
+        return tuple(self.adapters[index] if index >= 0 else None for index in self.adapter_of)
 
     @property
     def blocks(self) -> BlockRange:
@@ -211,7 +282,7 @@ class Forward(Message, frozen=True, tag=7):
     """
 
     epoch: StepId
-    peer_id: Annotated[str, msgspec.Meta(max_length=128)]
+    peer_id: PeerName
     push_key: PushKey
     held: Rows
     as_of: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
@@ -274,6 +345,138 @@ class ProbeResult(Message, frozen=True, tag=14):
     is_waiting: bool
 
 
+class AdapterRequest(Message, frozen=True, tag=15):
+    """Send me of this adapter its manifest and what it has for these blocks, in `AdapterPart`s.
+
+    From a server to a client over the session stream, which answers with an `AdapterOffer` on a stream of its own; or
+    first message of a stream to a peer's `adapter` service, which sends what it has and ends the stream.
+    """
+
+    digest: Digest
+    with_manifest: bool
+    blocks: Annotated[tuple[Block, ...], msgspec.Meta(max_length=MAX_BLOCKS)]
+
+
+class AdapterOffer(Message, frozen=True, tag=16):
+    """First message of a stream to the `adapter` service: the parts that an `AdapterRequest` asked for follow.
+
+    The server ends the stream when it has checked them all, or fails it with what is wrong with them.
+    """
+
+    digest: Digest
+
+
+class AdapterPart(Message, frozen=True, tag=17):
+    """Bytes of the manifest (`block` None) or of one block's shard, from `offset` on; the body. Parts come in order."""
+
+    block: Block | None
+    offset: NumBytes
+    num_bytes: NumBytes
+    """Of the whole manifest or shard."""
+
+
+class AdapterLoading(Message, frozen=True, tag=18):
+    """The session's steps wait for its adapters, of which so many bytes are there; once a second."""
+
+    num_bytes: NumBytes
+    total_bytes: NumBytes
+    """As far as known by now."""
+
+
+# -- training: a stream of its own, whose life is the run's life at this server ------------------------------------
+
+
+class OpenTraining(Message, frozen=True, tag=40):
+    """First message of a training stream: which blocks. Answered by `TrainingOpened`."""
+
+    model: Digest
+    start: Block
+    end: Block
+
+    @property
+    def blocks(self) -> BlockRange:
+        """The blocks to run, validated.
+
+        Raises:
+            InvalidRequest: when the range is empty.
+        """
+        return BlockRange(self.start, self.end)
+
+
+class TrainingOpened(Message, frozen=True, tag=41):
+    """The server is ready for micro-batches."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    """Most tokens in one micro-batch."""
+    good_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    """From how many on a larger one is no faster per token, but keeps others waiting: what it should have about."""
+
+
+class TrainParameters(Message, frozen=True, tag=42):
+    """A version of what is trained in the blocks, in the form of an adapter (`swarm.adapters.format`).
+
+    The body is the manifest, which has this digest, and then its shards for the blocks of the stream, one after
+    another. Micro-batches name it by `version`; TrainForget frees it.
+    """
+
+    version: StepId
+    digest: Digest
+    manifest_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+class TrainForward(Message, frozen=True, tag=43):
+    """Whole sequences for the blocks; the body is their hidden states, row after row. Answered by `TrainOutputs`.
+
+    `micro_batch` has not been used on this stream before. `version` -1: the blocks as they are.
+    """
+
+    micro_batch: StepId
+    version: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
+    num_tokens: Rows
+    keep: bool
+    """Whether a `TrainBackward` may follow."""
+    hidden_states: TensorSpec
+
+
+class TrainOutputs(Message, frozen=True, tag=44):
+    """The outputs of a micro-batch; unless it `is_kept`, it can't go back."""
+
+    micro_batch: StepId
+    is_kept: bool
+    hidden_states: TensorSpec
+
+
+class TrainBackward(Message, frozen=True, tag=45):
+    """Gradients of the outputs of a micro-batch. Answered by `TrainGradients` or `TrainLost`; it is not kept after."""
+
+    micro_batch: StepId
+    gradients: TensorSpec
+
+
+class TrainGradients(Message, frozen=True, tag=46):
+    """Gradients of a micro-batch's inputs, then, in fp32, of the numbers of its version of the parameters.
+
+    The latter come block by block, tensors in the order of `swarm.adapters.BlockDelta.tensors`.
+    """
+
+    micro_batch: StepId
+    gradients: TensorSpec
+    num_parameters: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)]
+
+
+class TrainLost(Message, frozen=True, tag=47):
+    """This micro-batch is not kept any more: it must come forward again, under another number."""
+
+    micro_batch: StepId
+
+
+class TrainForget(Message, frozen=True, tag=48):
+    """These micro-batches will not go back, and these versions are stale."""
+
+    micro_batches: Annotated[tuple[StepId, ...], msgspec.Meta(max_length=1 << 14)]
+    versions: Annotated[tuple[StepId, ...], msgspec.Meta(max_length=1 << 10)]
+
+
 AnyMessage = (
     InfoRequest
     | Info
@@ -289,6 +492,19 @@ AnyMessage = (
     | Waiting
     | Probe
     | ProbeResult
+    | AdapterRequest
+    | AdapterOffer
+    | AdapterPart
+    | AdapterLoading
+    | OpenTraining
+    | TrainingOpened
+    | TrainParameters
+    | TrainForward
+    | TrainOutputs
+    | TrainBackward
+    | TrainGradients
+    | TrainLost
+    | TrainForget
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -331,6 +547,7 @@ _REQUEST_CODES: dict[int, type[RequestError]] = {
     5: CheckpointMismatch,
     6: ProtocolMismatch,
     7: ConfigError,
+    8: AdapterError,
 }
 _PEER_CODES: dict[int, type[PeerError]] = {
     32: PeerError,

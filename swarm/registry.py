@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from swarm.adapters.notes import AdapterNote, pack_notes, unpack_notes
 from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.network import Node
@@ -42,7 +43,7 @@ MAX_PERIOD_S = 1200.0
 MAX_TIME_S = 6.5535
 """Longest queue or round trip that a record can name."""
 
-_FORMAT = 2
+_FORMAT = 3
 _head = struct.Struct("!BBHHBfffBHIHd")
 _place = struct.Struct("!hhhHB")
 _ping = struct.Struct("!IH")
@@ -86,6 +87,7 @@ class ServerRecord:
         version: of its software.
         period_s: how often it renews this record.
         expires_at: unix time after which the record is void.
+        adapters: those that it has, the most recently used ones.
 
     Raises:
         InvalidRequest: for a field out of range.
@@ -110,6 +112,7 @@ class ServerRecord:
     version: str
     period_s: float = 20.0
     expires_at: float
+    adapters: tuple[AdapterNote, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("decode_tps", "batch_tps", "prefill_tps"):
@@ -162,7 +165,7 @@ class ServerRecord:
         for text in (self.quantization, self.dtype, self.public_name, self.version):
             data = text.encode()
             parts += (bytes([len(data)]), data)
-        return b"".join(parts)
+        return b"".join((*parts, pack_notes(self.adapters)))
 
     @classmethod
     def decode(cls, data: bytes, *, peer_id: str, model: str, num_blocks: int = MAX_BLOCKS) -> "ServerRecord":
@@ -182,7 +185,7 @@ class ServerRecord:
                 raise InvalidRequest(f"blocks {start}:{end}, the model has 0:{num_blocks}")
             place, position = _read_place(data, _head.size) if flags & _PLACED else (None, _head.size)
             pings, position = _read_pings(data, position)
-            quantization, dtype, public_name, version = _read_texts(data[position:])
+            (quantization, dtype, public_name, version), rest = _read_texts(data[position:])
             return cls(
                 peer_id=peer_id,
                 model=model,
@@ -203,6 +206,7 @@ class ServerRecord:
                 version=version,
                 period_s=period / 10,
                 expires_at=expires_at,
+                adapters=unpack_notes(rest),
             )
         except (InvalidRequest, ValueError, struct.error) as error:
             raise PeerMisbehaved(f"bad record of {peer_id}: {error}", peer_id=peer_id) from error
@@ -311,17 +315,15 @@ def _read_pings(data: bytes, position: int) -> tuple[tuple[Ping, ...], int]:
     return pings, position + 1 + len(pings) * _ping.size
 
 
-def _read_texts(data: bytes) -> list[str]:
-    """Four strings, each behind a byte that holds its length, and nothing after them."""
+def _read_texts(data: bytes) -> tuple[list[str], bytes]:
+    """Four strings, each behind a byte that holds its length, and what comes after them."""
     texts, position = [], 0
     for _ in range(4):
         if position >= len(data) or position + 1 + data[position] > len(data):
             raise InvalidRequest("cut short")
         texts.append(data[position + 1 : position + 1 + data[position]].decode())
         position += 1 + data[position]
-    if position != len(data):
-        raise InvalidRequest(f"{len(data) - position} bytes too many")
-    return texts
+    return texts, data[position:]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -5,8 +5,8 @@
 
     Offers (what each server says, and what was measured of it) ─► Router ─► Route: hops that cover each block once
 
-Nobody is excluded: failures, missing room, adapters that are not loaded and relays cost time, so that a bad server is
-still used where it is the only one. Pure: it knows nothing of records, pings or the clock; the caller turns what was
+Nobody is excluded: failures, missing room, adapters that have to be brought and relays cost time, so that a bad server
+is still used where it is the only one. Pure: it knows nothing of records, pings or the clock; the caller turns what was
 announced and measured into `Offer`s. The search itself is `swarm.route_search`.
 """
 
@@ -20,7 +20,7 @@ from swarm.errors import RouteNotFound
 from swarm.route_map import ChainWays, Location, NoWays, PeerMap
 from swarm.route_search import Costs, Floats, Ints, Spans, cheapest
 from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, name_ranges
 
 VISIT_S = 0.001
 """What a server does with a step besides its blocks: reading, queueing and sending, on an idle one."""
@@ -28,8 +28,6 @@ RELAY_S = 0.02
 """What a relay adds to every visit, besides its way."""
 NO_ROOM_S = 1.0
 """What waiting for room in a full cache costs each token, about."""
-ADAPTER_S = 0.02
-"""Loading an adapter that a server does not hold, spread over the tokens of a usual session."""
 MIN_FREE_TPS = 1e-3
 """Capacity that a fully loaded server is taken to have: nobody is excluded."""
 
@@ -49,7 +47,6 @@ class Offer:
         free_tps: block tokens per second that it could do beside what it does now.
         location: where it is in the network.
         kv_free_tokens: room in its cache; None if unknown.
-        adapters: those that it holds; None if unknown.
         is_relayed: whether it is reached through a relay.
     """
 
@@ -60,7 +57,6 @@ class Offer:
     free_tps: float = 0.0
     location: Location = _NOWHERE
     kv_free_tokens: int | None = None
-    adapters: frozenset[str] | None = None
     is_relayed: bool = False
 
 
@@ -70,8 +66,6 @@ class Need:
 
     kv_tokens: int = 0
     """Room in the cache."""
-    adapter: str | None = None
-    """The adapter that it uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +113,7 @@ class Router:
         Args:
             blocks: to be covered.
             need: of the session.
-            penalties: seconds that visits of some peers cost in addition.
+            penalties: seconds that visits of some peers cost in addition, for failures or adapters to be brought.
             after: the server that has the inputs, where it is not the client.
             before: the server that wants the outputs, where it is not the client.
 
@@ -141,7 +135,9 @@ class Router:
         need: Need | None = None,
         penalties: Mapping[str, float] | None = None,
     ) -> Route:
-        """A random chain for a batch that waits for nobody: a server's chance grows with its free capacity.
+        """A random chain for training: a server's chance grows with its free capacity.
+
+        The batches of training go through the client, so a visit costs the round trip to it.
 
         Every server draws an exponential time for the batch, divided by its free capacity. Among servers of the same
         blocks the quickest is each of them with a probability proportional to that capacity, and the cheapest chain
@@ -159,7 +155,7 @@ class Router:
         """
         self._refuse_gaps(blocks)
         drawn_s = generator.exponential(size=len(self._offers)) * num_tokens / self._free_tps
-        costs = Costs(block_s=drawn_s, visit_s=self._visits(need, penalties))
+        costs = Costs(block_s=drawn_s, visit_s=self._visits(need, penalties) + self._map.client_rtt_s)
         cost_s, hops = cheapest(self._spans, costs, NoWays(), self._spans.covering, blocks, beam=1)
         return Route(hops=self._hops(hops, blocks), cost_s=cost_s)
 
@@ -188,8 +184,6 @@ class Router:
         visit_s = self._costs.visit_s.copy()
         if need is not None:
             visit_s += NO_ROOM_S * (self._room < need.kv_tokens)
-            if need.adapter is not None:
-                visit_s += ADAPTER_S * _floats(_chance_to_lack(it, need.adapter) for it in self._offers)
         for peer_id, seconds in (penalties or {}).items():
             if (index := self._index.get(peer_id)) is not None:
                 visit_s[index] += seconds
@@ -204,13 +198,7 @@ class Router:
 
     def _refuse_gaps(self, blocks: BlockRange) -> None:
         if missing := self._spans.missing(blocks):
-            raise RouteNotFound(f"no server holds blocks {_ranges(missing)}", missing=missing)
-
-
-def _chance_to_lack(offer: Offer, adapter: str) -> float:
-    if offer.adapters is None:
-        return 0.5
-    return 0.0 if adapter in offer.adapters else 1.0
+            raise RouteNotFound(f"no server holds blocks {name_ranges(missing)}", missing=missing)
 
 
 def _ints(values: Iterable[int]) -> Ints:
@@ -219,14 +207,3 @@ def _ints(values: Iterable[int]) -> Ints:
 
 def _floats(values: Iterable[float]) -> Floats:
     return np.fromiter(values, dtype=np.float64)
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """[3, 4, 5, 9] as "3:6, 9:10"."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and ranges[-1][1] == index:
-            ranges[-1][1] = index + 1
-        else:
-            ranges.append([index, index + 1])
-    return ", ".join(f"{start}:{end}" for start, end in ranges)

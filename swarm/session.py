@@ -23,7 +23,7 @@ import torch
 
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.history import RowHistory, join
-from swarm.link import Link, StepChunk
+from swarm.link import Link, StepChunk, check_order
 from swarm.protocol import LinkFault
 from swarm.types import BlockRange
 
@@ -159,16 +159,25 @@ class Session:
         batch_size: rows.
         max_length: most tokens in a row.
         push: whether servers send to each other; if not, everything goes through the client.
+        adapter_of: which adapter each row uses; empty where none does.
     """
 
-    def __init__(self, blocks: BlockRange, *, batch_size: int, max_length: int, push: bool = True):
+    def __init__(
+        self,
+        blocks: BlockRange,
+        *,
+        batch_size: int,
+        max_length: int,
+        push: bool = True,
+        adapter_of: Sequence[int] = (),
+    ):
         self.blocks = blocks
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_replays = 0
         self.fallbacks: set[tuple[str, str]] = set()
         """Pairs of peers of which the first can't send to the second."""
-        self._push = push
+        self._push, self._adapter_of = push, adapter_of
         self._nothing = (0,) * batch_size
         self._parts = [_Part(blocks=blocks, feed=Link(batch_size, to_client=False), held=self._nothing)]
         self._lengths = [0] * batch_size
@@ -245,9 +254,10 @@ class Session:
             order: for each row, which old row it continues (beam search); applied first.
 
         Raises:
-            InvalidRequest: for lengths that do not fit the session.
+            InvalidRequest: for lengths or an order that do not fit the session.
         """
         outputs = tuple(num_tokens if num_outputs is None else num_outputs)
+        check_order(order, self._adapter_of)
         lengths = [self._lengths[old] for old in order] if order is not None else list(self._lengths)
         self._check_step(hidden_states, positions, num_tokens, outputs, lengths)
         base = tuple(positions)

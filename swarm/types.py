@@ -1,7 +1,7 @@
 """Words of the shared language: plain frozen values with no behaviour beyond their own arithmetic."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -49,6 +49,17 @@ class BlockRange:
 
     def __str__(self) -> str:
         return f"{self.start}:{self.end}"
+
+
+def name_ranges(indices: Sequence[int]) -> str:
+    """[3, 4, 5, 9] as "3:6, 9:10"."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1][1] = index + 1
+        else:
+            ranges.append([index, index + 1])
+    return ", ".join(f"{start}:{end}" for start, end in ranges)
 
 
 class ServerState(IntEnum):

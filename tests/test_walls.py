@@ -15,7 +15,8 @@ FOLDERS = {"swarm": "swarm", "client": "swarm.client", "server": "swarm.server",
 
 ROOMS = {
     "kernels": {"torch", "triton", "swarm.kernels"},
-    "swarm": {"torch", "numpy", "hivemind", "msgspec", "cryptography", "uvloop", "base58", "swarm"},
+    "swarm": {"torch", "numpy", "hivemind", "msgspec", "cryptography", "uvloop", "base58", "shtab", "swarm"},
+    "swarm/adapters": {"torch", "safetensors", "huggingface_hub", "msgspec", "swarm"},
     "swarm/checkpoint": {
         "torch",
         "transformers",
@@ -27,7 +28,20 @@ ROOMS = {
         "tqdm",
         "swarm",
     },
-    "server": {"torch", "transformers", "bitsandbytes", "uvloop", "msgspec", "numpy", "tqdm", "rich", "swarm"},
+    "swarm/health": {"starlette", "uvicorn", "jinja2", "prometheus_client", "msgspec", "rich", "uvloop", "swarm"},
+    "swarm/top": {"prometheus_client", "rich", "uvloop", "swarm"},
+    "server": {
+        "torch",
+        "transformers",
+        "bitsandbytes",
+        "uvloop",
+        "msgspec",
+        "numpy",
+        "prometheus_client",
+        "tqdm",
+        "rich",
+        "swarm",
+    },
     "client": {"torch", "transformers", "peft", "uvloop", "msgspec", "numpy", "tqdm", "rich", "swarm"},
 }
 """Third-party packages, and ours, that a folder may use; a deeper folder's own entry counts."""
@@ -37,7 +51,10 @@ WALLS = {
     "server": {"swarm.client"},
     "client": {"swarm.server", "swarm.kernels"},
 }
-DOORS = {"swarm/__init__.py": {"swarm.client"}}  # the lazy public name, loaded when somebody asks for it
+DOORS = {
+    "swarm/__init__.py": {"swarm.client"},  # the lazy public name, loaded when somebody asks for it
+    "swarm/health/canary.py": {"swarm.client"},  # what a client would find, it finds out as a client
+}
 NOWHERE = {"pickle", "hivemind.DHT", "hivemind.dht.dht", "hivemind.moe", "hivemind.utils.mpfuture"}
 """Pickles run code; hivemind's multi-process layers can wedge a peer for good."""
 

@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"swarm": "swarm", "client": "swarm/client", "server": "swarm/server", "kernels": "swarm/kernels"}
+DATA = {"static", "templates"}
+"""Folders of the health page that belong to their package."""
 IMPORT_ALL = """
 import sys, swarm, swarm.client, swarm.server, swarm.kernels, swarm.checkpoint.source, swarm.errors
 for module in (swarm, swarm.client, swarm.server, swarm.kernels):
@@ -27,7 +29,7 @@ def tree() -> set[str]:
         f"{target}/{path.relative_to(ROOT / folder)}"
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or path.parent.name in DATA)
     }
 
 
@@ -49,7 +51,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_packages_listed_are_the_packages_there_are() -> None:
     """A new sub-package that isn't listed in pyproject.toml would be missing from the wheel alone."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted({str(Path(path).parent).replace("/", ".") for path in tree()})
+    folders = {Path(path).parent for path in tree() if Path(path).parent.name not in DATA}
+    assert sorted(listed) == sorted(str(folder).replace("/", ".") for folder in folders)
 
 
 def test_the_wheel_holds_the_sources_and_nothing_else(wheel: Path) -> None:

@@ -3,6 +3,9 @@
 transformers layer --q, k, v of the new rows--> internals.attend --> LayerAttention --> kernels.paged_attention
                                                                          |
                                                           k_pool, v_pool (all pages of this block), Step
+
+Rows of whole sequences that are trained on (`Step.whole`) are attended to without the cache, with gradients.
+The rows at positions that an adapter has put before a sequence get the keys and values that the adapter has for them.
 """
 
 from typing import Any
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from swarm.errors import UnsupportedModel
 from swarm.kernels.paged_attention import AttentionForm, paged_attention, write_kv
+from swarm.kernels.ragged_attention import ragged_attention
+from swarm.server.blocks.rank_pages import Strip
 from swarm.server.blocks.step import Step
 from swarm.server.pages import PAGE_SIZE
 
@@ -42,6 +47,10 @@ class LayerAttention:
         self.kv_shape = kv_shape
         self._temperature = temperature
         self._step = step
+        self.prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+        """By adapter: keys and values of its virtual positions, [P, kv heads, width]."""
+        self.memory: Tensor
+        """One flat buffer; the pools are views of it, keys first."""
         self.k_pool: Tensor
         self.v_pool: Tensor
 
@@ -49,8 +58,19 @@ class LayerAttention:
         """Make the pools, [kv heads, num_pages * PAGE_SIZE, width]; a CPU gives memory only to pages that are used."""
         heads, key_width, value_width = self.kv_shape
         slots = num_pages * PAGE_SIZE
-        self.k_pool = torch.empty(heads, slots, key_width, dtype=dtype, device=device)
-        self.v_pool = torch.empty(heads, slots, value_width, dtype=dtype, device=device)
+        keys, values = heads * slots * key_width, heads * slots * value_width
+        self.memory = torch.empty(keys + values, dtype=dtype, device=device)
+        self.k_pool = self.memory[:keys].view(heads, slots, key_width)
+        self.v_pool = self.memory[keys:].view(heads, slots, value_width)
+
+    @property
+    def strips(self) -> list[Strip]:
+        """Where the parts of a page lie in `memory`."""
+        heads, key_width, value_width = self.kv_shape
+        slots = self.k_pool.shape[1]
+        keys = [Strip(head * slots * key_width, PAGE_SIZE * key_width) for head in range(heads)]
+        first = self.k_pool.numel()
+        return keys + [Strip(first + head * slots * value_width, PAGE_SIZE * value_width) for head in range(heads)]
 
     def page_bytes(self, dtype: torch.dtype) -> int:
         heads, key_width, value_width = self.kv_shape
@@ -83,17 +103,47 @@ class LayerAttention:
         Returns:
             [1, T, H, E].
         """
-        batch = self._step.batch
         if self._temperature is not None:
             query = query * self._query_scale(query.dtype)
-        write_kv(key[0], value[0], self.k_pool, self.v_pool, batch)
+        if self._step.whole is not None:
+            return self._attend_whole(query[0], key[0].transpose(0, 1), value[0].transpose(0, 1))[None]
+        batch = self._step.batch
+        key, value = key[0], value[0]
+        if self._step.virtual:
+            key, value = self._with_prefixes(key, value)
+        write_kv(key, value, self.k_pool, self.v_pool, batch)
         return paged_attention(query[0], self.k_pool, self.v_pool, batch, self.form)[None]
 
     def attend_rows(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
         """The same for rows as they come out of a projection -> [T, H, E]."""
+        if self._step.whole is not None:
+            return self._attend_whole(q_THD.transpose(0, 1), k_TKD, v_TKE)
         batch = self._step.batch
-        write_kv(k_TKD.transpose(0, 1), v_TKE.transpose(0, 1), self.k_pool, self.v_pool, batch)
+        k_KTD, v_KTE = k_TKD.transpose(0, 1), v_TKE.transpose(0, 1)
+        if self._step.virtual:
+            k_KTD, v_KTE = self._with_prefixes(k_KTD, v_KTE)
+        write_kv(k_KTD, v_KTE, self.k_pool, self.v_pool, batch)
         return paged_attention(q_THD.transpose(0, 1), self.k_pool, self.v_pool, batch, self.form)
+
+    def _attend_whole(self, q_HTD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Tensor:
+        """Rows of whole sequences: nothing is cached -> [T, H, E]."""
+        whole = self._step.whole
+        assert whole is not None
+        if whole.prefix is not None:
+            k_TKD, v_TKE = whole.prefix.put(k_TKD, v_TKE)
+        return ragged_attention(q_HTD, k_TKD.transpose(0, 1), v_TKE.transpose(0, 1), whole.batch, self.form)
+
+    def _with_prefixes(self, k_KTD: Tensor, v_KTE: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, with what adapters have for the rows at their virtual positions."""
+        if not self.prefixes:
+            return k_KTD, v_KTE
+        k_KTD, v_KTE = k_KTD.clone(), v_KTE.clone()
+        for it in self._step.virtual:
+            if (prefix := self.prefixes.get(it.adapter)) is not None:
+                for rows, prefix_PKW in zip((k_KTD, v_KTE), prefix, strict=True):
+                    own = prefix_PKW[it.position : it.position + it.num_rows]
+                    rows[:, it.row : it.row + it.num_rows] = own.transpose(0, 1)
+        return k_KTD, v_KTE
 
     def _query_scale(self, dtype: torch.dtype) -> Tensor:
         assert self._temperature is not None

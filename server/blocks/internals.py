@@ -83,6 +83,15 @@ class LayerCall:
     cache_argument: str | None
     """Name under which it takes a cache, if it does."""
 
+    def arguments(self, ropes: list[Any], positions_1T: Tensor) -> dict[str, Any]:
+        """What it is called with beside hidden states, for rows at these positions."""
+        given = dict(self.constants)
+        if self.rope is not None:
+            given["position_embeddings"] = ropes[self.rope]
+        if self.takes_positions:
+            given["position_ids"] = positions_1T
+        return given
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallPlan:
@@ -98,7 +107,7 @@ def trace_calls(config: PretrainedConfig, attn_implementation: str, ignored: fro
     Args:
         config: of the whole model.
         attn_implementation: name under which to build it.
-        ignored: arguments that an adapter takes care of, so that they may be anything.
+        ignored: arguments that `quirks` take care of, so that they may be anything.
 
     Raises:
         UnsupportedModel: a layer is given something that this runner would not give it, or hidden states don't

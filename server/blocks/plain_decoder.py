@@ -4,8 +4,8 @@
 
 One row of a small model spends much of its time between matrix products. Whether a layer is of this kind is not decided
 by its name: it must have these submodules, and its output on sample rows must not change (`PlainDecoder.of` checks
-both). Llama, Mistral, Qwen 2 and 3 and many others are. It runs instead of the layer's own forward; a layer whose
-projections are wrapped (by adapters) goes back to its own forward by `PlainDecoder.remove`.
+both). Llama, Mistral, Qwen 2 and 3 and many others are. It runs instead of the layer's own forward, and calls `forward`
+of products directly, where adapters put themselves while they are needed (`sites`).
 """
 
 from collections.abc import Callable

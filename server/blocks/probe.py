@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 
 from swarm.errors import UnsupportedModel
 from swarm.kernels.paged_attention import AttentionForm
-from swarm.server.blocks.adapters import Adapter
 from swarm.server.blocks.attention import attention_form
 from swarm.server.blocks.internals import PROBE, LayerCall, Ropes, SequenceState
+from swarm.server.blocks.quirks import Quirks
 
 _ROWS = 5
 
@@ -55,22 +55,23 @@ class Prober:
 
     Args:
         config: of the whole model.
-        adapter: of the model type.
+        quirks: of the model type.
         ropes: the rotary embeddings of the span.
     """
 
     def __init__(
-        self, config: PretrainedConfig, adapter: Adapter, ropes: Ropes, dtype: torch.dtype, device: torch.device
+        self, config: PretrainedConfig, quirks: Quirks, ropes: Ropes, dtype: torch.dtype, device: torch.device
     ):
         self._config = config
         self._text_config = config.get_text_config(decoder=True)
-        self._adapter = adapter
+        self._quirks = quirks
         self._ropes = ropes
+        self.device = device
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, _ROWS, self._text_config.hidden_size, generator=generator)
         self._hidden = hidden.to(dtype).to(device)
         self._positions = torch.arange(2, 2 + _ROWS, device=device)[None]
-        slopes = adapter.alibi_H(self._text_config)
+        slopes = quirks.alibi_H(self._text_config)
         self._alibi_H = slopes.to(device) if slopes is not None else None
         self._forms: dict[tuple[Any, ...], AttentionForm] = {}
 

@@ -1,56 +1,46 @@
 """A span of consecutive blocks on one device: transformers' own decoder layers over our paged KV cache.
 
-    load: checkpoint --iter_blocks--> layer --adapt, probe, fuse, quantise--> Block          (one at a time)
+    load: checkpoint --iter_blocks--> layer --quirks, probe, fuse, quantise--> Block         (one at a time)
     run:  [Chunk] --segments--> rows of the active chunks --Block after Block--> [hidden states], one per chunk
+    attach: {block: BlockDelta} --adapters--> a handle, which chunks name
 
 Rows of all sequences are flattened into [1, T, H]; a chunk joins the rows at its entry block and leaves them at its
 exit block. It does not know sessions, networks or who asks; one thread calls it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from swarm.adapters.delta import BlockDelta
+from swarm.adapters.format import BlockShape
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
-from swarm.server.blocks.adapters import Adapter, adapter_for
+from swarm.server.blocks.adapter_checks import AdaptableBlock
+from swarm.server.blocks.adapters import SpanAdapters
 from swarm.server.blocks.attention import LayerAttention
-from swarm.server.blocks.fusion import fuse
-from swarm.server.blocks.internals import CallPlan, LayerCall, Ropes, SequenceState, trace_calls
-from swarm.server.blocks.plain_decoder import PlainDecoder, RotaryTables
-from swarm.server.blocks.probe import BlockSpec, Prober
+from swarm.server.blocks.block import Block, prepare
+from swarm.server.blocks.internals import Ropes, SequenceState, trace_calls
+from swarm.server.blocks.plain_decoder import RotaryTables
+from swarm.server.blocks.probe import Prober
+from swarm.server.blocks.quirks import quirks_of
+from swarm.server.blocks.sites import Current
 from swarm.server.blocks.step import Chunk, Step, check_chunk, segments
+from swarm.server.blocks.training_pass import Part, TrainingPass, check_part
+from swarm.server.host_pages import HostBudget
 from swarm.server.packing import PackedLinear
 from swarm.server.pages import PAGE_SIZE
-from swarm.server.quantization import Int8Linear, quantize
+from swarm.server.quantization import Int8Linear
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
 _PAGES_WITHOUT_ATTENTION = 1 << 14
 """Pages of a span whose blocks keep no keys and values: they cost nothing, and only count tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """One decoder layer, ready to run."""
-
-    index: int
-    layer: nn.Module
-    call: LayerCall
-    spec: BlockSpec
-    attention: LayerAttention | None
-
-    def run(self, hidden_1TH: Tensor, arguments: dict[str, Any]) -> Tensor:
-        output = self.layer.forward(hidden_1TH, **arguments)
-        hidden: Tensor = output[0] if self.spec.returns_tuple else output
-        return hidden
 
 
 class BlockSpan:
@@ -66,6 +56,7 @@ class BlockSpan:
         config: PretrainedConfig,
         ropes: Ropes,
         step: Step,
+        current: Current,
         dtype: torch.dtype,
         device: torch.device,
         num_pages: int,
@@ -84,6 +75,8 @@ class BlockSpan:
         for block in loaded:
             if block.attention is not None:
                 block.attention.allocate(num_pages, dtype, device)
+        adaptable = [self._adaptable(block) for block in loaded]
+        self._adapters = SpanAdapters(adaptable, current, torch.empty(0, dtype=dtype, device=device))
 
     @classmethod
     def load(
@@ -117,20 +110,21 @@ class BlockSpan:
         """
         device = torch.device(device)
         config: PretrainedConfig = checkpoint.config()
-        adapter = adapter_for(config.get_text_config(decoder=True))
-        plan = trace_calls(config, adapter.attn_implementation, adapter.ignored)
+        quirks = quirks_of(config.get_text_config(decoder=True))
+        plan = trace_calls(config, quirks.attn_implementation, quirks.ignored)
         ropes = Ropes(build_rotary(config, device=device) if plan.ropes else {}, plan.ropes)
-        prober = Prober(config, adapter, ropes, dtype, device)
-        step, tables, loaded = Step(), RotaryTables(), []
+        prober = Prober(config, quirks, ropes, dtype, device)
+        step, current, tables = Step(), Current(), RotaryTables()
+        loaded: list[Block] = []
         layers = iter_blocks(
-            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=adapter.attn_implementation
+            checkpoint, blocks, dtype=dtype, device=device, attn_implementation=quirks.attn_implementation
         )
         for index, layer in layers:
-            loaded.append(_prepare(index, layer, plan, prober, step, adapter, tables, quantization))
+            loaded.append(prepare(index, layer, plan, prober, step, current, quirks, tables, quantization))
             if on_progress is not None:
                 on_progress(len(loaded), len(blocks))
         num_pages = _num_pages(loaded, num_pages, kv_bytes, dtype)
-        return cls(blocks, loaded, config=config, ropes=ropes, step=step, dtype=dtype, device=device,
+        return cls(blocks, loaded, config=config, ropes=ropes, step=step, current=current, dtype=dtype, device=device,
                    num_pages=num_pages, quantization=quantization)  # fmt: skip
 
     @property
@@ -202,6 +196,77 @@ class BlockSpan:
         for state in states:
             state.move_to(self.device)
 
+    def shape(self, block: int) -> BlockShape:
+        """What adapters may change in a block.
+
+        Raises:
+            InvalidRequest: it is not in the span.
+        """
+        return self._adapters.shape(block)
+
+    def training_pass(self, blocks: BlockRange, parts: Sequence[Part], budget: HostBudget) -> TrainingPass:
+        """Whole sequences, to be run through `blocks` with gradients; nothing of them is cached.
+
+        Args:
+            blocks: of this span.
+            parts: sequences of one tenant each.
+            budget: of memory for what is kept for the way back.
+
+        Raises:
+            InvalidRequest: a part has a wrong shape, or lengths or a delta that don't fit.
+        """
+        if not self.blocks.covers(blocks):
+            raise InvalidRequest(f"blocks {blocks} are outside this span, {self.blocks}")
+        for part in parts:
+            check_part(part, self.hidden_size)
+        first = self.blocks.start
+        return TrainingPass(self._loaded[blocks.start - first : blocks.end - first], parts, step=self._step,
+                            ropes=self._ropes, device=self.device, dtype=self.dtype, budget=budget)  # fmt: skip
+
+    def adapter_pages(self, deltas: Mapping[int, BlockDelta], pages: Sequence[int] = ()) -> int:
+        """Pages that an adapter needs beside these, if they follow the last of these; 0 if these have room for it.
+
+        How much of a run of pages can be used depends on where it begins, so ask again once the pages are known.
+        """
+        return self._adapters.pages_missing(deltas, pages)
+
+    def adapter_bytes(self, deltas: Mapping[int, BlockDelta], *, paged: bool) -> int:
+        """Memory that an adapter takes outside of its pages; all of it if it gets none."""
+        return self._adapters.own_bytes(deltas, paged=paged)
+
+    @torch.inference_mode()
+    def attach(self, deltas: Mapping[int, BlockDelta], pages: Sequence[int] | None = None) -> int:
+        """Copy an adapter to the device, so that chunks may name it.
+
+        Args:
+            deltas: what it does to blocks of this span.
+            pages: of the KV cache, for its rank rows, owned by nobody else until it is detached; None for memory of
+                its own.
+
+        Returns:
+            Its handle, which never names another one.
+
+        Raises:
+            InvalidRequest: it can't be applied to these blocks, or the pages have no room for it; nothing has changed.
+        """
+        return self._adapters.attach(deltas, pages)
+
+    @torch.inference_mode()
+    def detach(self, handle: int) -> None:
+        """Forget an adapter; its pages may be used for something else then.
+
+        Raises:
+            InvalidRequest: no adapter has this handle.
+        """
+        self._adapters.detach(handle)
+
+    def _adaptable(self, block: Block) -> AdaptableBlock:
+        linears = {member.path: member.shape for site in block.sites for member in site.members}
+        kv_shape = block.attention.kv_shape if block.attention is not None else None
+        shape = BlockShape(hidden_size=self.hidden_size, linears=linears, kv_shape=kv_shape)
+        return AdaptableBlock(index=block.index, shape=shape, sites=block.sites, attention=block.attention,
+                              stateful=block.spec.stateful)  # fmt: skip
+
     def _attentions(self, blocks: BlockRange) -> list[LayerAttention]:
         first = self.blocks.start
         loaded = self._loaded[blocks.start - first : blocks.end - first]
@@ -223,11 +288,12 @@ class BlockSpan:
         for chunk in batch:
             check_chunk(chunk, start=self.blocks.start, end=self.blocks.end, hidden_size=self.hidden_size,
                         num_pages=self.num_pages, stateful=self.stateful)  # fmt: skip
+            self._adapters.check(chunk)
         hidden = [chunk.hidden_states.to(self.device, self.dtype) for chunk in batch]
         for segment in segments(batch):
             active = [batch[index] for index in segment.active]
             rows = [hidden[index] for index in segment.active]
-            self._step.set(active, self.device)
+            self._enter(active)
             output_TH = self._run_blocks(torch.cat(rows) if len(rows) > 1 else rows[0], segment.start, segment.end)
             for index, part in zip(segment.active, output_TH.split([row.shape[0] for row in rows]), strict=True):
                 hidden[index] = part
@@ -236,6 +302,10 @@ class BlockSpan:
                 chunk.state.position = chunk.position + chunk.num_tokens
         return hidden
 
+    def _enter(self, chunks: Sequence[Chunk]) -> None:
+        self._step.set(chunks, self.device)
+        self._adapters.enter(self._step)
+
     def _run_blocks(self, hidden_TH: Tensor, start: int, end: int) -> Tensor:
         hidden_1TH = hidden_TH[None]
         step, chunks = self._step, self._step.chunks
@@ -243,12 +313,14 @@ class BlockSpan:
         arguments: dict[int, dict[str, Any]] = {}
         offset = self.blocks.start
         for block in self._loaded[start - offset : end - offset]:
+            if step.virtual:
+                hidden_1TH = self._adapters.add_prompts(block.index, hidden_1TH, step.virtual)
             if block.spec.stateful:
                 hidden_1TH = self._run_by_sequence(block, hidden_1TH)
                 continue
             given = arguments.get(id(block.call))
             if given is None:
-                given = arguments[id(block.call)] = _arguments(block.call, ropes, step.positions_1T)
+                given = arguments[id(block.call)] = block.call.arguments(ropes, step.positions_1T)
             hidden_1TH = block.run(hidden_1TH, given)
         return hidden_1TH[0]
 
@@ -260,61 +332,18 @@ class BlockSpan:
             pieces = chunk.split() if block.spec.token_by_token and chunk.position > 0 else [chunk]
             for piece, piece_1nH in zip(pieces, own_1nH.split([it.num_tokens for it in pieces], dim=1), strict=True):
                 parts.append(self._run_one(block, piece, piece_1nH))
-        self._step.set(chunks, self.device)
+        self._enter(chunks)
         return torch.cat(parts, dim=1)
 
     def _run_one(self, block: Block, chunk: Chunk, hidden_1nH: Tensor) -> Tensor:
-        self._step.set([chunk], self.device)
+        self._enter([chunk])
         positions_1n = self._step.positions_1T
         ropes = self._ropes.compute(hidden_1nH, positions_1n, [chunk.num_tokens])
-        given = _arguments(block.call, ropes, positions_1n)
+        given = block.call.arguments(ropes, positions_1n)
         assert block.call.cache_argument is not None
         chunk.state.position = chunk.position
         given[block.call.cache_argument] = chunk.state
         return block.run(hidden_1nH, given)
-
-
-def _prepare(
-    index: int,
-    layer: nn.Module,
-    plan: CallPlan,
-    prober: Prober,
-    step: Step,
-    adapter: Adapter,
-    tables: RotaryTables,
-    quantization: str,
-) -> Block:
-    """Adapt, check, fuse and quantise one freshly loaded layer, and give its attention our cache."""
-    call = plan.layers[index]
-    if adapter.patch is not None:
-        temperature = adapter.temperature(layer)
-        adapter.patch(layer)
-    else:
-        temperature = None
-    spec = prober.check(index, layer, call)
-    run_once = partial(prober.run, index, layer, call, slice(None))
-    fuse(layer, run_once)
-    plain = PlainDecoder.of(layer, run_once, tables)
-    share = quantize(layer, quantization, run_once)
-    if quantization != "none" and share < 0.9:
-        logger.warning("block %d: only %.0f %% of its weights could be quantised to %s (experts and other parameters "
-                       "that are no linear layers stay as they are)", index, 100 * share, quantization)  # fmt: skip
-    if plain is not None:
-        plain.install()
-    attention = None
-    if spec.attention is not None:
-        attention = LayerAttention(spec.attention.form, spec.attention.kv_shape, temperature, step)
-        spec.attention.module.__dict__["swarm_attention"] = attention
-    return Block(index=index, layer=layer, call=call, spec=spec, attention=attention)
-
-
-def _arguments(call: LayerCall, ropes: list[Any], positions_1T: Tensor) -> dict[str, Any]:
-    given = dict(call.constants)
-    if call.rope is not None:
-        given["position_embeddings"] = ropes[call.rope]
-    if call.takes_positions:
-        given["position_ids"] = positions_1T
-    return given
 
 
 def _num_pages(loaded: Sequence[Block], num_pages: int | None, kv_bytes: int | None, dtype: torch.dtype) -> int:

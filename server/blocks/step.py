@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swarm.errors import InvalidRequest
 from swarm.kernels.paged_attention import PagedBatch, RowSpan
+from swarm.kernels.ragged_attention import RaggedBatch
 from swarm.server.pages import PAGE_SIZE
 
 
@@ -36,6 +37,8 @@ class Chunk:
     """The block after the last one to run."""
     state: Any = None
     """What `BlockSpan.new_state` gave for this sequence; None where the span is not stateful."""
+    adapter: int = -1
+    """What `BlockSpan.attach` gave for the adapter of this sequence; -1 for none."""
 
     @property
     def num_tokens(self) -> int:
@@ -47,6 +50,17 @@ class Chunk:
             replace(self, hidden_states=self.hidden_states[i : i + 1], position=self.position + i)
             for i in range(self.num_tokens)
         ]
+
+
+class VirtualRows(NamedTuple):
+    """Rows at positions that an adapter has put before a sequence."""
+
+    row: int
+    """The first one."""
+    position: int
+    """Of the first one."""
+    num_rows: int
+    adapter: int
 
 
 class Segment(NamedTuple):
@@ -72,10 +86,42 @@ def segments(batch: Sequence[Chunk]) -> list[Segment]:
     return cut
 
 
+class WholeRows:
+    """Whole sequences from position 0 on, whose attention needs no cache and passes gradients.
+
+    Args:
+        lengths: of the sequences, in row order.
+        device: of the rows.
+    """
+
+    __slots__ = ("batch", "positions_1T", "prefix")
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.batch = RaggedBatch(lengths, device)
+        positions = [position for length in lengths for position in range(length)]
+        self.positions_1T = torch.tensor([positions]).to(device)
+        self.prefix: Prefix | None = None
+        """What adapters have for the block that runs now."""
+
+
+class Prefix(NamedTuple):
+    """Keys and values that take the place of those of some rows."""
+
+    rows: Tensor
+    """[N] int64."""
+    k_NKD: Tensor
+    v_NKE: Tensor
+
+    def put(self, k_TKD: Tensor, v_TKE: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with these; differentiable in both."""
+        keys = k_TKD.index_copy(0, self.rows, self.k_NKD.to(k_TKD.dtype))
+        return keys, v_TKE.index_copy(0, self.rows, self.v_NKE.to(v_TKE.dtype))
+
+
 class Step:
     """The rows that are being run now; see the module docstring."""
 
-    __slots__ = ("batch", "chunks", "memo", "positions_1T")
+    __slots__ = ("batch", "chunks", "memo", "positions_1T", "virtual", "whole")
 
     def __init__(self) -> None:
         self.chunks: Sequence[Chunk] = ()
@@ -83,6 +129,9 @@ class Step:
         self.positions_1T: Tensor
         self.memo: dict[Any, Any] = {}
         """What layers derive from the positions, kept for the other layers."""
+        self.whole: WholeRows | None = None
+        """Set while whole sequences run without a cache (`training_pass`); then there are no chunks and no batch."""
+        self.virtual: Sequence[VirtualRows] = ()
 
     def set(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         """Describe `chunks`, in row order."""
@@ -98,6 +147,16 @@ class Step:
         self.batch = PagedBatch(spans, PAGE_SIZE, device)
         self.positions_1T = torch.tensor([positions]).to(device, non_blocking=True)
         self.memo = {}
+        self.whole = None
+        self.virtual = ()
+
+    def set_whole(self, whole: WholeRows) -> None:
+        """Describe whole sequences, in row order."""
+        self.chunks = ()
+        self.positions_1T = whole.positions_1T
+        self.memo = {}
+        self.virtual = ()
+        self.whole = whole
 
 
 def check_chunk(chunk: Chunk, *, start: int, end: int, hidden_size: int, num_pages: int, stateful: bool) -> None:

@@ -3,6 +3,7 @@
     look_up(repo) --one request--> commit, file names, SHA-256 of the weight files
                   --small files--> config, tokenizer, index      --> Found(path, digest, weight_map, files)
     HubFiles.fetch(shards) --one download each, content checked--> paths
+    fetch_files(repo, names) --the same for a repository of any other kind, such as an adapter--> paths
 
 The content digest is computed from the hashes that the hub keeps for large files, so it equals the one of a downloaded
 directory. Files go where every program of the hub keeps them (HF_HOME). What a branch pointed to is remembered, so that
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -133,6 +134,51 @@ def look_up(repo: str, *, revision: str | None, hub_cache: Path | None, token: s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """Some files of a repository."""
+
+    paths: dict[str, Path]
+    """Of those that were asked for and are there, all in one directory."""
+    others: tuple[str, ...]
+    """What else lies in the top folder."""
+
+
+def fetch_files(
+    repo: str,
+    wanted: Mapping[str, int],
+    *,
+    revision: str | None,
+    hub_cache: Path | None,
+    token: str | None,
+    cache_dir: Path,
+) -> Fetched:
+    """Download files of any repository, those that are there.
+
+    Args:
+        repo: "org/name".
+        wanted: by name in the top folder, the largest size in bytes that is accepted.
+        revision, hub_cache, token, cache_dir: as for `look_up`.
+
+    Raises:
+        UnknownModel: no such repository or revision, no access, or no network and it wasn't used before.
+        CheckpointMismatch: a file is too large, or has other content than the hub announced.
+    """
+    listing = _list(repo, revision or "main", token, cache_dir)
+    files = HubFiles(
+        repo=repo, commit=listing.commit, sha256=listing.sha256, cache_dir=cache_dir, hub_cache=hub_cache, token=token
+    )
+    names = {*listing.small, *listing.weights}
+    paths = {}
+    for name, limit in wanted.items():
+        if name not in names:
+            continue
+        if listing.sizes.get(name, 0) > limit:
+            raise CheckpointMismatch(f"{name} of {repo} has {listing.sizes[name]} bytes, limit {limit}")
+        paths[name] = files.fetch([name])[name] if name in listing.sha256 else files.download(name)
+    return Fetched(paths=paths, others=tuple(sorted(names - set(wanted))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Listing:
     """What a repository holds at a commit."""
 
@@ -143,6 +189,8 @@ class _Listing:
     """All other files of the top folder."""
     sha256: dict[str, str]
     """Of those weight files that the hub stores outside git."""
+    sizes: dict[str, int]
+    """Of all files of the top folder, where the hub tells."""
 
 
 def _list(repo: str, revision: str, token: str | None, cache_dir: Path) -> _Listing:
@@ -177,6 +225,7 @@ def _ask(repo: str, revision: str, token: str | None) -> _Listing:
         small=tuple(small[:_MAX_SMALL_FILES]),
         weights=tuple(sorted(it.rfilename for it in siblings if "/" not in it.rfilename and it.rfilename not in small)),
         sha256={it.rfilename: it.lfs.sha256 for it in siblings if it.lfs and _SHA256.fullmatch(it.lfs.sha256)},
+        sizes={it.rfilename: it.size for it in siblings if "/" not in it.rfilename and it.size is not None},
     )
 
 
@@ -194,6 +243,7 @@ def _read_note(note: Path) -> _Listing | None:
             small=tuple(found["small"]),
             weights=tuple(found["weights"]),
             sha256=dict(found["sha256"]),
+            sizes=dict(found["sizes"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

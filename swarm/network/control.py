@@ -250,6 +250,13 @@ class DaemonControl:
         reply = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
         return [PeerID(peer.id) for peer in reply.peers]
 
+    async def list_addresses(self) -> list[str]:
+        """Full addresses of these peers, as far as the daemon knows them."""
+        reply = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        return [
+            f"{Multiaddr(address)}/p2p/{PeerID(peer.id).to_base58()}" for peer in reply.peers for address in peer.addrs
+        ]
+
     # --- below: one request, one call, one event of the persistent connection ---
 
     async def _ask(self, request: Any, timeout_s: float | None = None) -> Any:

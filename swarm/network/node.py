@@ -197,6 +197,17 @@ class Node:
         except TimeoutError as error:
             raise PeerTimeout(f"{peer_id} did not accept {name} within {timeout_s:g} s", peer_id=peer_id) from error
 
+    async def known_addresses(self) -> tuple[str, ...]:
+        """Full addresses of the peers that we have a connection to: other ways into the same swarm.
+
+        Raises:
+            PeerTimeout: the daemon does not answer.
+        """
+        try:
+            return tuple(await self._control.list_addresses())
+        except (P2PDaemonError, TimeoutError) as error:
+            raise PeerTimeout(f"the libp2p daemon does not say whom it knows: {error}") from error
+
     async def connect(self, address: str, *, timeout_s: float = 5.0) -> None:
         """Make sure that there is a connection to the peer at a full address.
 

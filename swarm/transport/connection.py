@@ -23,7 +23,7 @@ from swarm.errors import (
 from swarm.protocol import MAX_META_BYTES, error_from_wire, error_to_wire
 from swarm.transport.events import Credited, Failed, Finished, Greeted, Opened, Received, Refused
 from swarm.transport.frames import MAX_FRAGMENT_BYTES
-from swarm.transport.limits import Limits
+from swarm.transport.limits import Limits, Traffic
 from swarm.transport.mux import Mux
 from swarm.transport.stream import Stream
 
@@ -38,6 +38,8 @@ _JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
 
 class Owner(Protocol):
     """Who keeps a connection."""
+
+    traffic: Traffic
 
     def on_greeted(self, connection: "Connection", ticket: bytes) -> None:
         """HELLO has come; sets `peer_id` where the ticket proves it. May raise a SwarmError to refuse."""
@@ -207,9 +209,7 @@ class Connection(asyncio.Protocol):
         else:
             self._send(self._mux.take_output() + head)
             self._uncork()
-            self.transport.write(
-                bytes(body)
-            )  # a copy: some transports keep a view, and the caller may reuse its tensor
+            self._write(bytes(body))  # a copy: some transports keep a view, and the caller may reuse its tensor
 
     async def wait_turn(self) -> None:
         """Wait until the carrier takes more and those who came before have had a turn; `end_turn` must follow."""
@@ -260,6 +260,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.is_closed:
             return
+        self._owner.traffic.received += len(data)
         try:
             for event in self._mux.receive(data, time.monotonic()):
                 self._on_event(event)
@@ -341,13 +342,17 @@ class Connection(asyncio.Protocol):
         else:
             self._is_corked = True
             self._loop.call_soon(self._uncork_again)
-            self.transport.write(data)
+            self._write(data)
 
     def _uncork(self) -> None:
         if self._corked:
             data = b"".join(self._corked)
             self._corked.clear()
-            self.transport.write(data)
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        self._owner.traffic.sent += len(data)
+        self.transport.write(data)
 
     def _uncork_again(self) -> None:
         self._is_corked = False

@@ -39,6 +39,14 @@ class Limits:
 
 
 @dataclass(slots=True)
+class Traffic:
+    """Bytes of all connections of a transport since its start, frames and messages, before encryption."""
+
+    received: int = 0
+    sent: int = 0
+
+
+@dataclass(slots=True)
 class Budget:
     """Bytes received and not yet consumed, counted over all connections of a transport."""
 

@@ -33,7 +33,7 @@ from swarm.protocol import PROTOCOL_VERSION, Message
 from swarm.transport.connection import Connection
 from swarm.transport.direct import DirectListener, dial
 from swarm.transport.frames import MAX_SERVICE_BYTES
-from swarm.transport.limits import Budget, Limits
+from swarm.transport.limits import Budget, Limits, Traffic
 from swarm.transport.mux import Mux
 from swarm.transport.offers import OFFER_STREAM, OfferDesk, ask_offer
 from swarm.transport.reachability import Reachability
@@ -72,6 +72,7 @@ class Transport:
     ) -> None:
         self.limits = limits or Limits()
         self.node = node
+        self.traffic = Traffic()
         self._version = version
         self._listen = listen
         self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
@@ -160,6 +161,15 @@ class Transport:
     def rtt_s(self, peer_id: str) -> float | None:
         """The last measured round trip to a connected peer in seconds."""
         return next((c.rtt_s for c in self._by_peer.get(peer_id, ()) if c.rtt_s is not None), None)
+
+    def round_trips(self) -> dict[str, float]:
+        """The last measured round trips, in seconds, to the peers that we connected to."""
+        return {
+            peer_id: connection.rtt_s
+            for peer_id, connections in self._by_peer.items()
+            for connection in connections
+            if connection.rtt_s is not None and not isinstance(connection, _Accepted)
+        }
 
     @property
     def direct_port(self) -> int | None:

@@ -5,6 +5,8 @@
 Two servers of 15 blocks each, fp32, one thread each; each session is a thread that generates greedily from a prompt of
 its own, all in one client process with one thread. Each answer is compared with the one that its prompt got alone. The
 floor is transformers' own generate with a batch of 16, one thread. No answer ends before its length, here and there.
+Everything is measured once a round, and ratios are those of one round, so that a machine whose speed changes from
+minute to minute does not decide them; medians over the rounds are reported.
 
 Then a prompt of 2,048 tokens arrives while 8 sessions decode: the 99th percentile of their time between tokens, from
 its arrival to its first token, against that before it came. Every arrival has a prompt that no server has seen.
@@ -15,6 +17,7 @@ import json
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -52,20 +55,24 @@ def main() -> None:
     checkpoint = resolve(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     prompts = [prompt(tokenizer, index) for index in range(max(*args.sessions, args.decoding))]
-    local = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    local_rate = batch_rate(endless(local), prompts[:16], args.new_tokens)
-    del local
+    local = endless(AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32))
     processes: list[PeerProcess] = []
     with all_stopped(processes):
         model = endless(start_swarm(SPANS, "none", processes, kv_tokens=KV_TOKENS))
         alone = {tuple(tokens): answer(model, tokens, args.new_tokens)[0] for tokens in prompts}
-        rows = [measure(model, prompts[:count], args, alone) for count in args.sessions]
+        rounds = []
+        for _ in range(args.rounds):
+            local_rate = batch_rate(local, prompts[:16], args.new_tokens)
+            runs = [measure(model, prompts[:count], args.new_tokens, alone) for count in args.sessions]
+            rounds.append(compared(runs, local_rate))
+        rows = [combined(runs) for runs in zip(*rounds, strict=True)]
+        del local
         arrivals = [
             arrival(model, prompts[: args.decoding], long_prompt(tokenizer, index, args.prompt_tokens), args, alone)
             for index in range(args.arrivals)
         ]
         model.close()
-    report(rows, arrivals, local_rate, args)
+    report(rows, arrivals, args)
 
 
 def parse() -> argparse.Namespace:
@@ -110,27 +117,38 @@ def answer(model: Any, tokens: list[int], new_tokens: int, **options: Any) -> tu
     return output[0].tolist(), clock.times[1:]
 
 
-def measure(model: Any, prompts: list[list[int]], args: argparse.Namespace, alone: dict) -> dict:
+def measure(model: Any, prompts: list[list[int]], new_tokens: int, alone: dict) -> dict:
     """All prompts at once: aggregate rate while all of them decode, gaps between tokens, and whether all were right."""
-    rates: list[float] = []
-    gaps: list[float] = []
-    identical = 0
-    for _ in range(args.rounds):
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            results = list(pool.map(lambda tokens: answer(model, tokens, args.new_tokens), prompts))
-        start = max(times[0] for _, times in results)
-        end = min(times[-1] for _, times in results)
-        rates.append(sum(start < moment <= end for _, times in results for moment in times) / (end - start))
-        gaps += [b - a for _, times in results for a, b in pairwise(times)]
-        identical += sum(out == alone[tuple(tokens)] for (out, _), tokens in zip(results, prompts, strict=True))
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        results = list(pool.map(lambda tokens: answer(model, tokens, new_tokens), prompts))
+    start = max(times[0] for _, times in results)
+    end = min(times[-1] for _, times in results)
+    gaps = [b - a for _, times in results for a, b in pairwise(times)]
     return {
         "sessions": len(prompts),
-        "tokens_per_s": round(statistics.median(rates), 1),
-        "median_gap_ms": milliseconds(statistics.median(gaps)),
-        "p99_gap_ms": milliseconds(p99(gaps)),
-        "answers": args.rounds * len(prompts),
-        "identical": identical,
+        "tokens_per_s": sum(start < moment <= end for _, times in results for moment in times) / (end - start),
+        "median_gap_ms": statistics.median(gaps) * 1000,
+        "p99_gap_ms": p99(gaps) * 1000,
+        "answers": len(prompts),
+        "identical": sum(out == alone[tuple(tokens)] for (out, _), tokens in zip(results, prompts, strict=True)),
     }
+
+
+def compared(runs: list[dict], local_rate: float) -> list[dict]:
+    """The runs of one round with their ratios to its first run and to the local batch."""
+    for run in runs:
+        run["local_batch_16_tokens_per_s"] = local_rate
+        run["over_one"] = run["tokens_per_s"] / runs[0]["tokens_per_s"]
+        run["over_local_batch_16"] = run["tokens_per_s"] / local_rate
+        run["p99_over_single_median"] = run["p99_gap_ms"] / runs[0]["median_gap_ms"]
+    return runs
+
+
+def combined(runs: Sequence[dict]) -> dict:
+    """The runs of all rounds with one number of sessions: medians, and sums of what is counted."""
+    counted = {name: sum(run[name] for run in runs) for name in ("answers", "identical")}
+    medians = {name: round(statistics.median(run[name] for run in runs), 2) for name in runs[0]}
+    return {**medians, **counted, "sessions": runs[0]["sessions"]}
 
 
 class Until(StoppingCriteria):
@@ -207,32 +225,26 @@ def batch_rate(model: Any, prompts: list[list[int]], new_tokens: int) -> float:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in prompts])
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts])
-    rates = []
-    for _ in range(3):
-        times = []
-        for count in (1, new_tokens + 1):
-            started = time.perf_counter()
-            model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
-            times.append(time.perf_counter() - started)
-        rates.append(new_tokens * len(prompts) / (times[1] - times[0]))
-    return statistics.median(rates)
+    times = []
+    for count in (1, new_tokens + 1):
+        started = time.perf_counter()
+        model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+        times.append(time.perf_counter() - started)
+    return new_tokens * len(prompts) / (times[1] - times[0])
 
 
-def report(rows: list[dict], arrivals: list[dict], local_rate: float, args: argparse.Namespace) -> None:
+def report(rows: list[dict], arrivals: list[dict], args: argparse.Namespace) -> None:
     """Tables and JSON."""
-    single = rows[0]
+    local_rate = rows[0]["local_batch_16_tokens_per_s"]
     print(f"transformers, batch of 16, one process: {local_rate:.1f} tokens/s")
     print(
         f"{'sessions':>8} {'tokens/s':>9} {'x one':>7} {'x local 16':>11}"
         f" {'median ms':>10} {'p99 ms':>8} {'x median of one':>16} {'identical':>11}"
     )
     for row in rows:
-        row["over_one"] = round(row["tokens_per_s"] / single["tokens_per_s"], 2)
-        row["over_local_batch_16"] = round(row["tokens_per_s"] / local_rate, 2)
-        row["p99_over_single_median"] = round(row["p99_gap_ms"] / single["median_gap_ms"], 2)
         print(
-            f"{row['sessions']:8} {row['tokens_per_s']:9} {row['over_one']:7} {row['over_local_batch_16']:11}"
-            f" {row['median_gap_ms']:10} {row['p99_gap_ms']:8} {row['p99_over_single_median']:16}"
+            f"{row['sessions']:8} {row['tokens_per_s']:9.1f} {row['over_one']:7} {row['over_local_batch_16']:11}"
+            f" {row['median_gap_ms']:10.1f} {row['p99_gap_ms']:8.1f} {row['p99_over_single_median']:16}"
             f" {row['identical']:7}/{row['answers']}"
         )
     for row in arrivals:
@@ -252,7 +264,6 @@ def report(rows: list[dict], arrivals: list[dict], local_rate: float, args: argp
                 "model": MODEL,
                 "new_tokens": args.new_tokens,
                 "rounds": args.rounds,
-                "local_batch_16_tokens_per_s": round(local_rate, 1),
                 "rows": rows,
                 "arrivals": arrivals,
                 "targets": results,

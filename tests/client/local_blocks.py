@@ -42,10 +42,14 @@ class LocalBlockService:
         decoder = model.get_submodule(path.rpartition(".")[0])
         self.run_row = _row_runner(decoder if decoder is not model else model, blocks)
 
-    def open_session(self, *, batch_size: int, max_length: int) -> "LocalBlockSession":
+    def open_session(self, *, batch_size: int, max_length: int, adapters: Any = None) -> "LocalBlockSession":
         session = LocalBlockSession(self, batch_size, max_length)
+        session.adapters = adapters
         self.sessions.append(session)
         return session
+
+    def open_training(self, blocks: BlockRange) -> "LocalTraining":
+        return LocalTraining(self, blocks)
 
     def close(self) -> None:
         self.is_closed = True
@@ -70,6 +74,8 @@ class LocalBlockSession:
         self.lengths = [0] * batch_size
         self.steps: list[SentStep] = []
         self.is_closed = False
+        self.adapters: Any = None
+        """As given; nothing is done with them here."""
 
     @property
     def route(self) -> tuple[Hop, ...]:
@@ -136,6 +142,38 @@ class LocalBlockSession:
             self.rows[row] = self._new_row()
         elif position < length:
             self.rows[row].crop(position - length)
+
+
+class LocalTraining:
+    """One training run of a LocalBlockService, through all of its blocks."""
+
+    def __init__(self, service: LocalBlockService, blocks: BlockRange):
+        assert blocks == BlockRange(0, service.num_blocks)
+        self.service = service
+        self.num_calls = 0
+        self.dropped: list[Any] = []
+        self.forgotten: list[int] = []
+
+    def forth(
+        self, hidden_states: torch.Tensor, lengths: Sequence[int], *, parameters: Any, wants_gradients: bool
+    ) -> Any:
+        assert parameters is None
+        self.num_calls += 1
+        with torch.set_grad_enabled(wants_gradients):
+            leaf = hidden_states.detach().requires_grad_(wants_gradients)
+            rows = [self.service.run_row(row, DynamicCache(), 0) for row in leaf.split(list(lengths))]
+            outputs = torch.cat(rows)
+        return (leaf, outputs), outputs.detach()
+
+    def back(self, call: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        leaf, outputs = call
+        return torch.autograd.grad(outputs, leaf, gradients, retain_graph=True)[0], {}
+
+    def drop(self, call: Any) -> None:
+        self.dropped.append(call)
+
+    def forget(self, version: int) -> None:
+        self.forgotten.append(version)
 
 
 def _row_runner(decoder: Any, blocks: Any) -> Callable[[torch.Tensor, DynamicCache, int], torch.Tensor]:

@@ -128,3 +128,17 @@ def test_refusals_that_blame_the_request_are_believed_in_the_end():
     patience, refusal = Patience(1000.0), InvalidRequest("no")
     assert [patience.failed(0.0, refusal) for _ in range(MAX_REFUSALS)] == [None] * MAX_REFUSALS
     assert patience.failed(0.0, refusal) is refusal
+
+
+def test_waiting_for_what_comes_nearer_is_no_trouble():
+    """The time begins anew with each piece of it; a failure is still one more than before."""
+    patience = Patience(10.0)
+    for now in range(100, 200, 8):
+        patience.waits(float(now))
+        assert not patience.is_over(now + 9.0)
+        patience.nears()
+    assert not patience.is_over(1000.0)
+    patience.failed(1000.0, GONE)
+    patience.nears()
+    patience.failed(1001.0, GONE)
+    assert patience.pause_s(GONE) > 0

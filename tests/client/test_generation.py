@@ -419,13 +419,6 @@ def test_saving_is_refused(pair: Pair, tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_gradients_are_refused(pair: Pair) -> None:
-    """Until training exists, a clear error instead of a silently wrong gradient."""
-    embeddings = pair.distributed.get_input_embeddings()(IDS).requires_grad_()
-    with pytest.raises(InvalidRequest, match="gradients"):
-        pair.distributed(inputs_embeds=embeddings)
-
-
 def test_generate_without_a_session_still_works(pair: Pair) -> None:
     """use_cache=False sends everything each time and closes each session."""
     expected = pair.local.generate(IDS, max_new_tokens=4, **(GREEDY | {"min_new_tokens": 4}))

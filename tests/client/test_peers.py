@@ -13,7 +13,6 @@ from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected
 from swarm.registry import ServerRecord
-from swarm.routing import Need
 from swarm.types import BlockRange, ServerState
 
 
@@ -174,12 +173,12 @@ async def test_queues_room_and_distance_decide_between_equal_servers(peers):
     peers._pinger = cast(Any, FakePinger())
     for worse, better in [
         ({"queue_s": 0.2}, {}),
-        ({"kv_free_tokens": 10}, {"kv_free_tokens": 100}),
+        ({"kv_free_tokens": 100}, {"kv_free_tokens": 200}),
         ({"place": Place(position=(0.2, 0.0, 0.0))}, {"place": Place(position=(0.01, 0.0, 0.0))}),
         ({"is_relayed": True}, {}),
     ]:
         await read(peers, record("worse", **worse), record("better", **better))
-        assert await chosen(peers, need=Need(kv_tokens=100)) == "better"
+        assert await chosen(peers, num_tokens=100) == "better"
 
 
 class FakePinger:

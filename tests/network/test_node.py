@@ -195,6 +195,12 @@ async def test_a_killed_daemon_is_replaced_with_everything_as_before():
         assert await a.dht_get("key") == {b.peer_id: b"value"}
 
 
+def stop(pid: int) -> None:
+    """SIGSTOP a child, and return when all its threads have stopped: one may still answer when `kill` returns."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 async def test_a_daemon_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch):
     """A daemon that is stopped (SIGSTOP) answers nothing; another takes its place, and calls fail meanwhile."""
     monkeypatch.setattr(node, "HANG_TIMEOUT_S", 1.0)
@@ -242,7 +248,7 @@ async def test_peers_come_back_to_a_bootstrap_peer_that_restarts(tmp_path: Path,
 async def test_a_peer_that_lost_everybody_for_ten_seconds_is_back():
     """Everyone else freezes for 10 s and the routing table empties; when they wake, values are found again."""
     async with bootstrap_process() as (process, address), await start(address, client_mode=True) as a:
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process.pid)
         thawed = asyncio.get_running_loop().call_later(10.0, os.kill, process.pid, signal.SIGCONT)
         while asyncio.get_running_loop().time() < thawed.when() - 1:
             assert not await a.dht_store("key", a.peer_id, b"value", time.time() + 60)

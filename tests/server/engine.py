@@ -54,6 +54,7 @@ class Engine:
         min_turn_tokens: shortest turn.
         stateful: whether sequences have a state.
         weights: of clients.
+        own_bytes: memory for adapters beside the pages.
         seconds: how long a batch takes, from its numbers of decode rows and prompt tokens.
     """
 
@@ -67,6 +68,7 @@ class Engine:
         min_turn_tokens: int = 8,
         stateful: bool = False,
         weights: dict[str, float] | None = None,
+        own_bytes: int = 0,
         seconds=lambda num_decode, num_prompt: 0.01 + 0.0005 * num_decode + 0.0005 * num_prompt,
     ):
         self.span = FakeSpan(num_pages, stateful=stateful) if span is None else span
@@ -79,6 +81,8 @@ class Engine:
             host=self.host,
             prefixes=self.prefixes,
             min_turn_tokens=min_turn_tokens,
+            meter=self.span,
+            own_bytes=own_bytes,
         )
         self.scheduler = Scheduler(self.memory, token_budget=token_budget, counters=VirtualCounters(weights))
         self.now = 100.0
@@ -88,13 +92,20 @@ class Engine:
         """Clients of whose ready work the last batch left something out."""
         self._seconds = seconds
 
-    def open(self, client: str = "a", rows: int = 1, blocks: BlockRange = BLOCKS) -> CachedSession:
+    def open(
+        self,
+        client: str = "a",
+        rows: int = 1,
+        blocks: BlockRange = BLOCKS,
+        adapters: Sequence[str | None] = (),
+    ) -> CachedSession:
         """A session."""
         session = CachedSession(
             blocks=blocks,
             client=client,
             listener=None,  # type: ignore[arg-type]
-            rows=[self._row(blocks) for _ in range(rows)],
+            rows=[self._row(blocks, adapters[row] if adapters else None) for row in range(rows)],
+            adapters=tuple(adapters),
             share=len(blocks) / len(self.span.blocks),
         )
         self.told[session] = Told()
@@ -124,7 +135,8 @@ class Engine:
         batch = self.scheduler.schedule(self.now)
         self.left_out = {session.client for session in self.scheduler._ready if session.job.num_left}
         self._tell(batch.notices)
-        carry_out(batch.moves, self.span)
+        if failures := carry_out(batch.moves, self.span):
+            self._tell(self.scheduler.drop_adapters(batch, failures))
         self.num_swaps += sum(hasattr(move, "swapped") for move in batch.moves)
         if batch.rows:
             outputs = to_host(batch.rows, self.span.run(batch.chunks))
@@ -148,13 +160,16 @@ class Engine:
         owners = [0] * self.allocator.num_pages
         for page in (page for session in sessions for row in session.rows for page in row.table.pages):
             owners[page] += 1
+        for adapter in self.memory.adapters._seated.values():
+            for page in adapter.pages:
+                owners[page] += adapter.num_holders > 0
         assert owners == [self.allocator.references(page) for page in range(len(owners))]
         assert self.allocator.num_used == sum(count > 0 for count in owners)
         assert self.host.used == sum(it.swapped.num_bytes for it in sessions if it.swapped is not None)
         assert self.host.used <= self.host.capacity
 
-    def _row(self, blocks: BlockRange) -> CachedSequence:
-        keys = None if self.prefixes is None else self.prefixes.keys(blocks.start, blocks.end)
+    def _row(self, blocks: BlockRange, adapter: str | None) -> CachedSequence:
+        keys = None if self.prefixes is None else self.prefixes.keys(blocks.start, blocks.end, adapter or "")
         return CachedSequence(table=PageTable(self.allocator), state=self.span.new_state(), keys=keys)
 
     def _tell(self, notices) -> None:
@@ -186,9 +201,17 @@ def make_work(
 class User:
     """A client that knows what it should get: it keeps the tokens of its session and what it asked for."""
 
-    def __init__(self, engine: Engine, client: str, rows: int, blocks: BlockRange = BLOCKS):
+    def __init__(
+        self,
+        engine: Engine,
+        client: str,
+        rows: int,
+        blocks: BlockRange = BLOCKS,
+        adapters: Sequence[tuple[str, float] | None] = (),
+    ):
         self.engine, self.blocks = engine, blocks
-        self.session = engine.open(client, rows, blocks)
+        self.values = [0.0 if it is None else it[1] for it in adapters] or [0.0] * rows
+        self.session = engine.open(client, rows, blocks, [None if it is None else it[0] for it in adapters])
         self.rows: list[list[float]] = [[] for _ in range(rows)]
         self.step = 0
         self.kept: list[int] = []
@@ -221,7 +244,7 @@ class User:
             for start, row in zip(starts, self.rows, strict=True)
         ]
         for index, (row, first) in enumerate(zip(self.rows, wanted, strict=True)):
-            outputs = expected(torch.tensor(row), self.blocks)
+            outputs = expected(torch.tensor(row), self.blocks, self.values[index])
             self.wanted |= {(self.step, index, at): outputs[at] for at in range(first, len(row))}
         cuts = [[len(piece) * part // num_works for part in range(num_works + 1)] for piece in pieces]
         kept = base if base is not None else starts

@@ -1,5 +1,7 @@
 """A span without layers that stores what it is given in pages: any mix-up of pages gives wrong outputs."""
 
+from dataclasses import dataclass, field
+
 import torch
 
 from swarm.server.blocks.step import Chunk
@@ -25,8 +27,18 @@ class FakeState:
         return other
 
 
+@dataclass(frozen=True)
+class FakeDelta:
+    """What an adapter does: its rows' outputs grow by `value`, as long as its pages hold what was put there."""
+
+    value: float
+    num_pages: int = 1
+    linears: dict = field(default_factory=dict)
+
+
 class FakeSpan:
-    """Stands for the blocks: each output depends on all tokens so far, their positions and the blocks that are run.
+    """Stands for the blocks: each output depends on all tokens so far, their positions, the blocks that are run, and
+    the adapter of the row.
 
     Args:
         num_pages: of the pool.
@@ -36,6 +48,7 @@ class FakeSpan:
     blocks = BLOCKS
     hidden_size = HIDDEN
     page_bytes = 1024
+    device = torch.device("cpu")
     failure: Exception | None = None
 
     def __init__(self, num_pages: int = 64, *, stateful: bool = False):
@@ -44,6 +57,29 @@ class FakeSpan:
         self.shares_prefixes = not stateful
         self.cells = torch.full((num_pages, PAGE_SIZE), float("nan"), dtype=torch.float64)
         self.num_tokens = 0
+        self.adapters: dict[int, tuple[float, list[int]]] = {}
+        self.attach_failure: Exception | None = None
+        self.num_attached = 0
+
+    def adapter_pages(self, deltas, pages=()):
+        count = sum(delta.num_pages for delta in deltas.values())
+        return count if not pages else max(0, count + pages[0] % 2 - len(pages))  # a run that begins odd loses one
+
+    def adapter_bytes(self, deltas, *, paged):
+        return 0 if paged else self.page_bytes * self.adapter_pages(deltas)
+
+    def attach(self, deltas, pages):
+        if self.attach_failure is not None:
+            raise self.attach_failure
+        assert pages is None or not pages or not self.adapter_pages(deltas, pages)
+        value = sum(delta.value for delta in deltas.values())
+        self.cells[list(pages or ())] = -value
+        self.num_attached += 1
+        self.adapters[self.num_attached] = (value, list(pages or ()))
+        return self.num_attached
+
+    def detach(self, handle):
+        del self.adapters[handle]
 
     def new_state(self):
         return FakeState() if self.stateful else None
@@ -89,15 +125,19 @@ class FakeSpan:
             assert not chunk.state.is_parked, "the state of a swapped session"
             assert chunk.state.total == tokens[: chunk.position].sum(), "the state of another sequence"
             chunk.state.total = float(tokens.sum())
-        return expected(tokens, BlockRange(chunk.entry, chunk.exit))[chunk.position :]
+        value = 0.0
+        if chunk.adapter >= 0:
+            value, pages = self.adapters[chunk.adapter]
+            assert (self.cells[pages] == -value).all(), "somebody wrote into an adapter's pages"
+        return expected(tokens, BlockRange(chunk.entry, chunk.exit), value)[chunk.position :]
 
 
-def expected(tokens: torch.Tensor, blocks: BlockRange) -> torch.Tensor:
+def expected(tokens: torch.Tensor, blocks: BlockRange, adapter: float = 0.0) -> torch.Tensor:
     """Outputs [n, HIDDEN] of a sequence of n tokens that nobody disturbed."""
     tokens = tokens.double()
     positions = torch.arange(1, len(tokens) + 1, dtype=torch.float64)
     sums = (tokens * positions).cumsum(0) % 10007 + tokens.cumsum(0) / 4 + 100 * blocks.start + blocks.end
-    return torch.stack([sums, tokens], dim=1).float()
+    return torch.stack([sums + 20_000 * adapter, tokens], dim=1).float()
 
 
 def inputs(tokens: torch.Tensor) -> torch.Tensor:

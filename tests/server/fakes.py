@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from swarm.adapters.delta import BlockDelta
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import SwarmError
 from swarm.protocol import (
@@ -25,6 +26,7 @@ from swarm.protocol import (
 )
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
+from swarm.server.meters import BatchMeter
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.work import Produced, ProducedRow, SessionListener, Work
 from swarm.transport import Stream, Transport
@@ -49,6 +51,8 @@ class FakeCache:
     queue: deque[Work] = field(default_factory=deque)
     num_done: int = 0
     outputs_from: tuple[int, ...] = ()
+    adapters: tuple[str | None, ...] = ()
+    is_held: bool = False
 
 
 class FakeExecutor:
@@ -64,11 +68,14 @@ class FakeExecutor:
             stateful=stateful, hidden_size=HIDDEN, blocks=BlockRange(0, 8), dtype=torch.float32, max_positions=4096
         )
         self.constant, self.budget, self.num_pages = constant, budget, num_pages
-        self.num_waiting = 0
+        self.num_waiting = self.num_ready = 0
+        self.meter = BatchMeter()
         self.is_held = False
         self.num_tokens_run = 0
         self.num_dropped = 0
         self.sessions: list[FakeCache] = []
+        self.adapters: dict[str, int] = {}
+        """What each does: it adds so much to the constant."""
         self._is_scheduled = False
 
     @property
@@ -83,10 +90,33 @@ class FakeExecutor:
     def pages(self) -> int:
         return sum(-(-len(row) // PAGE_SIZE) for cache in self.sessions for row in cache.rows)
 
-    def open(self, blocks: BlockRange, batch_size: int, *, client: str, listener: SessionListener) -> FakeCache:
+    def open(
+        self,
+        blocks: BlockRange,
+        batch_size: int,
+        *,
+        client: str,
+        listener: SessionListener,
+        adapters: Sequence[str | None] = (),
+    ) -> FakeCache:
         cache = FakeCache(listener, client, [torch.zeros(0, HIDDEN) for _ in range(batch_size)])
+        cache.adapters, cache.is_held = tuple(adapters), any(adapters)
         self.sessions.append(cache)
         return cache
+
+    @property
+    def attached_adapters(self) -> tuple[str, ...]:
+        return tuple(self.adapters)
+
+    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta]) -> None:
+        self.adapters[digest] = sum(int(delta.linears["q"].bias_O[0]) for delta in deltas.values())
+
+    def forget_adapter(self, digest: str) -> None:
+        self.adapters.pop(digest, None)
+
+    def adapters_ready(self, session: FakeCache) -> None:
+        session.is_held = False
+        self.kick()
 
     def submit(self, session: FakeCache, work: Work) -> None:
         assert len(work.hidden_states) == sum(work.num_tokens) > 0
@@ -120,9 +150,9 @@ class FakeExecutor:
         if self.is_held:
             return
         for session in list(self.sessions):
-            if session.queue:
+            if session.queue and not session.is_held:
                 self._run_batch(session)
-        if any(session.queue for session in self.sessions):
+        if any(session.queue and not session.is_held for session in self.sessions):
             self.kick()
 
     def _run_batch(self, session: FakeCache) -> None:
@@ -140,7 +170,9 @@ class FakeExecutor:
             position = len(row) - len(new)
             first = max(position, session.outputs_from[index])
             if len(new) and first < len(row):
-                outputs = run_blocks(row, self.constant)[first:]
+                adapter = session.adapters[index] if session.adapters else None
+                own = self.adapters[adapter] if adapter is not None else 0
+                outputs = run_blocks(row, self.constant + own)[first:]
                 produced.append(ProducedRow(row=index, position=first, hidden_states=outputs))
         count = self.budget - budget
         session.num_done += count

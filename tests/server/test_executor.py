@@ -230,3 +230,15 @@ async def test_an_idle_session_makes_room_and_is_back_when_it_is_needed(monkeypa
             assert torch.equal(listener.outputs(), expected(own, BLOCKS))
             executor.close(session)
         assert await executor.pages_in_use() == 0
+
+
+async def test_a_batch_waits_as_long_as_the_scheduler_says():
+    """What comes meanwhile joins it."""
+    async with running(FakeSpan()) as executor:
+        scheduler = executor._scheduler
+        scheduler.wait_until = lambda now: now if scheduler.num_ready == 2 else now + 60.0
+        for session, _ in (opened := [open_session(executor), open_session(executor)]):
+            executor.submit(session, work(torch.ones(1)))
+        for _, listener in opened:
+            await listener.until(lambda listener=listener: listener.produced_all)
+            assert [it.batch_tokens for it in listener.produced_all] == [2]

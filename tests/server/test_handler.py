@@ -74,6 +74,57 @@ async def test_what_it_does_not_serve_is_refused_by_name(nodes: list[Node]):
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_it_tells_what_it_does(nodes: list[Node]):
+    """Info has load, speed and counts of now; a session that somebody ends is no failure, one that errs is."""
+    async with chain_of(nodes, 2) as chain:
+        first, _ = chain.handlers
+        hops = await chain.open_route(0, 1)
+        await hops[0].step(0, [tokens(4)], positions=[0])
+        await hops[1].results(0, [4])
+        info = first.describe()
+        assert (info.num_sessions, info.num_rows, info.num_opened, info.num_tokens) == (1, 1, 1, 4)
+        assert info.queue_us == 1000 and info.step_us == 2000 and info.tokens_per_s > 0
+        assert info.hidden_size == 4 and info.uptime_s >= 0 and 0 < info.load <= 1
+        await hops[0].stream.close()
+        await eventually(lambda: first.num_sessions == 0)
+        assert first.meter.ended == {"done": 1} and first.describe().num_failed == 0
+        bad = await chain.open(0, is_last=True)
+        await bad.step(0, [tokens(4)], positions=[7])
+        await eventually(lambda: first.describe().num_failed == 1)
+        assert first.meter.ended["InvalidRequest"] == 1
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_it_knows_round_trips_to_those_it_sends_to_only(nodes: list[Node]):
+    """Whoever connected to us may be a client, whose identity is nobody's business."""
+    async with chain_of(nodes, 2) as chain:
+        first, second = chain.handlers
+        await chain.open_route(0, 1)
+        next_peer = chain.peer_id(1)
+        await eventually(lambda: first.describe().pings != ())
+        assert [ping.peer_id for ping in first.describe().pings] == [next_peer]
+        assert first.describe().pings[0].rtt_us > 0 and second.describe().pings == ()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_refusals_takeovers_and_lost_links_are_counted(nodes: list[Node]):
+    """What an operator looks for when somebody complains."""
+    async with chain_of(nodes, 2) as chain:
+        first, second = chain.handlers
+        with pytest.raises(CheckpointMismatch):
+            await chain.open(0, model="cd" * 32)
+        assert first.meter.refused == {"CheckpointMismatch": 1}
+        hops = await chain.open_route(0, 1)
+        await eventually(lambda: first.meter.num_hops == 1)
+        await hops[0].step(3, [tokens(5)], positions=[0])
+        await hops[1].results(3, [5])
+        assert (first.meter.num_replays, first.meter.num_replayed) == (1, 5)
+        assert second.meter.num_replays == 1
+        await hops[1].stream.close()
+        await eventually(lambda: first.meter.links_down == {"UNREACHABLE": 1})
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_load_comes_from_running_sessions_and_waiting_steps(nodes: list[Node]):
     """It rises with each session that runs, is full while somebody waits for pages, and falls at the end."""
     async with chain_of(nodes, 1) as chain:

@@ -49,6 +49,13 @@ def test_gradients_reach_the_inputs():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_outputs_are_the_same_bits_with_and_without_gradients():
+    """A training pass that is repeated without keeping its graph gives nothing else."""
+    packed = PackedLinear(make(48, 64).weight, make(48, 64).bias)
+    x = torch.randn(5, 64)
+    assert torch.equal(packed(x.clone().requires_grad_()), packed(x))
+
+
 def test_only_full_precision_layers_on_a_cpu_are_packed():
     """fp32 linears that the layer calls are replaced; 16-bit layers stay as they are."""
     layer = nn.Sequential(make(32, 32), nn.ReLU(), make(32, 32))

@@ -1,7 +1,7 @@
 """Page bookkeeping: no page is lost or given away twice, and sequences never share what they write."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
@@ -235,3 +235,63 @@ def test_a_length_in_the_wrong_direction_is_refused(change):
     table.grow(8)
     with pytest.raises(InvalidRequest):
         change(table)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=24), st.integers(1, 6))
+def test_a_run_is_found_wherever_there_is_one(states, count):
+    """Pages in use stay; of the runs without any, the one with the least recently used idle pages is taken."""
+
+    class Keeps:
+        def evicted(self, page):
+            gone.append(page)
+
+    gone, allocator = [], PageAllocator(len(states))
+    pages = allocator.allocate(len(states))
+    idle = [page for page, state in zip(pages, states, strict=True) if state == 1]
+    for page in idle:
+        allocator.keep(page, Keeps())
+    allocator.free(idle)
+    allocator.free([page for page, state in zip(pages, states, strict=True) if state == 0])
+    windows = [range(start, start + count) for start in range(len(states) - count + 1)]
+    possible = [window for window in windows if all(states[page] < 2 for page in window)]
+    found = allocator.allocate_run(count)
+    assert (found is None) == (not possible)
+    if found is not None:
+        assert range(found[0], found[-1] + 1) in possible and gone == [page for page in found if states[page] == 1]
+        assert max(gone, default=-1) == min(max([p for p in it if states[p] == 1], default=-1) for it in possible)
+        assert all(allocator.references(page) == 1 for page in found)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=24), st.integers(1, 6))
+def test_pages_in_use_make_room_for_a_run(states, count):
+    """What was in use is in other pages, with its owners and keepers; as few as can be move, and none that is fixed."""
+
+    class Keeps:
+        def evicted(self, page):
+            gone.append(page)
+
+        def moved(self, page, new):
+            kept[new] = kept.pop(page)
+
+    gone, kept, allocator = [], {}, PageAllocator(len(states))
+    pages = allocator.allocate(len(states))
+    by_state = [[page for page in pages if states[page] == state] for state in range(4)]
+    allocator.share(by_state[2][::2])  # some have two owners
+    for page in by_state[1] + by_state[2][1::2]:
+        allocator.keep(page, Keeps())
+    kept.update({page: page for page in by_state[2][1::2]})
+    allocator.free(by_state[1] + by_state[0])
+    owners = {page: allocator.references(page) for page in by_state[2]}
+    windows = [range(start, start + count) for start in range(len(states) - count + 1)]
+    costs = [sum(states[page] == 2 for page in it) for it in windows if all(states[page] < 3 for page in it)]
+    found = allocator.clear_run(count, lambda page: states[page] == 3)
+    assert (found is None) == (not costs or count > len(by_state[0]) + len(by_state[1]))
+    if found is None:
+        return
+    run, moved = found
+    assert run == list(range(run[0], run[0] + count)) and len(moved) == min(costs)
+    places = {page: page for page in owners} | dict(moved)
+    assert len({*places.values(), *run, *by_state[3]}) == len(places) + count + len(by_state[3])
+    assert all(allocator.references(places[page]) == number for page, number in owners.items())
+    assert all(allocator.references(page) == 1 for page in run) and kept == {places[old]: old for old in kept.values()}
+    assert allocator.num_used == len(owners) + count + len(by_state[3])

@@ -94,6 +94,7 @@ def test_gradients_reach_the_inputs(format):
     linear(x).backward(ahead)
     torch.testing.assert_close(x.grad, ahead @ linear.dequantize())
     assert relative_error(x.grad, ahead @ weight) < ERROR[format]
+    assert torch.equal(linear(x), linear(x.detach()))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -8,14 +8,17 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from swarm.errors import PeerBusy, PeerError
 from swarm.server.admission import HOLD_S
 from swarm.server.pages import PAGE_SIZE
+from swarm.server.residency import ALIGNMENT_PAGES
 from swarm.server.scheduler import PAGE_WAIT_S
 from swarm.types import BlockRange
 from tests.server.engine import Engine, User, make_work
-from tests.server.fake_span import FakeSpan
+from tests.server.fake_span import FakeDelta, FakeSpan
 
 NUM_PAGES = 12
 MAX_TOKENS = 8 * PAGE_SIZE
 """Of one session: together with copies of its rows' last pages it fits into the cache when it is alone."""
+ADAPTERS = {"x": 1, "y": 1, "z": 2}
+"""Pages of each; a session may use them all."""
 PREFIXES = [[float(1000 * prefix + i) for i in range(MAX_TOKENS)] for prefix in range(2)]
 
 
@@ -28,10 +31,14 @@ class ServerMachine(RuleBasedStateMachine):
         token_budget=st.sampled_from([5, 16, 40]),
         min_turn=st.sampled_from([0, 8]),
         stateful=st.sampled_from([False, False, True]),
+        has_adapters=st.booleans(),
     )
-    def start(self, token_budget, min_turn, stateful):
-        self.engine = Engine(NUM_PAGES, token_budget=token_budget, min_turn_tokens=min_turn, stateful=stateful)
-        self.stateful = stateful
+    def start(self, token_budget, min_turn, stateful, has_adapters):
+        num_pages = NUM_PAGES + (sum(ADAPTERS.values()) + ALIGNMENT_PAGES * len(ADAPTERS) if has_adapters else 0)
+        self.engine = Engine(
+            num_pages, token_budget=token_budget, min_turn_tokens=min_turn, stateful=stateful, own_bytes=4 * 1024
+        )
+        self.stateful, self.has_adapters = stateful, has_adapters
         self.open_users = []
         self.counter = 0.0
 
@@ -40,11 +47,22 @@ class ServerMachine(RuleBasedStateMachine):
         client=st.sampled_from("abc"),
         rows=st.integers(1, 3),
         blocks=st.sampled_from([BlockRange(0, 4), BlockRange(0, 4), BlockRange(1, 3)]),
+        adapters=st.lists(st.sampled_from([None, *ADAPTERS]), min_size=3, max_size=3),
     )
-    def open(self, client, rows, blocks):
-        user = User(self.engine, client, rows, blocks)
+    def open(self, client, rows, blocks, adapters=(None,) * 3):
+        values = {name: number + 1.0 for number, name in enumerate(ADAPTERS)}
+        used = adapters[:rows] if self.has_adapters else []
+        for name in filter(None, used):
+            self.engine.memory.adapters.add(name, {0: FakeDelta(values[name], ADAPTERS[name])})
+        user = User(self.engine, client, rows, blocks, [name and (name, values[name]) for name in used])
         self.open_users.append(user)
         return user
+
+    @rule(name=st.sampled_from([*ADAPTERS]))
+    def forget(self, name):
+        """An adapter that nobody uses leaves host memory."""
+        if all(name not in user.session.adapters for user in self.open_users):
+            self.engine.memory.adapters.forget(name)
 
     @rule(
         user=users,
@@ -67,13 +85,14 @@ class ServerMachine(RuleBasedStateMachine):
         client=st.sampled_from("abc"),
         rows=st.sampled_from([1, 1, 2]),
         blocks=st.sampled_from([BlockRange(0, 4), BlockRange(0, 4), BlockRange(1, 3)]),
+        adapters=st.lists(st.sampled_from([None, None, *ADAPTERS]), min_size=3, max_size=3),
         count=st.sampled_from([16, 33, 40]),
         num_wanted=st.sampled_from([None, 1]),
         turns=st.integers(0, 12),
     )
-    def newcomer(self, client, rows, blocks, count, num_wanted, turns):
+    def newcomer(self, client, rows, blocks, adapters, count, num_wanted, turns):
         """A user whose prompt begins as that of all newcomers."""
-        user = self.open(client, rows, blocks)
+        user = self.open(client, rows, blocks, adapters)
         user.send([PREFIXES[0][:count]] * rows, num_wanted=num_wanted)
         self.run(turns)
         return user
@@ -97,8 +116,9 @@ class ServerMachine(RuleBasedStateMachine):
 
     @rule(user=users, data=st.data())
     def beams(self, user, data):
-        """A step that reorders the rows."""
-        order = [data.draw(st.integers(0, len(user.rows) - 1)) for _ in user.rows]
+        """A step that reorders the rows, among those with the same adapter."""
+        rows = range(len(user.rows))
+        order = [data.draw(st.sampled_from([i for i in rows if user.values[i] == user.values[row]])) for row in rows]
         if sum(len(user.rows[old]) + 1 for old in order) <= MAX_TOKENS:
             user.send([self.fresh(1) for _ in user.rows], order=order)
 
@@ -526,3 +546,18 @@ def test_who_can_get_no_pages_is_not_waited_for_until_all_are_refused():
         engine.now = min(max(engine.now, engine.scheduler.next_deadline()), engine.now + 1.0)
     other.check()
     assert HOLD_S - 1 <= waited < PAGE_WAIT_S and engine.told[stuck.session].failed
+
+
+def test_decode_rows_wait_for_others_that_are_about_to_come_but_no_prompt_does():
+    """Two sessions that decode in turn meet in one batch; as soon as a prompt is there, nothing waits."""
+    engine = Engine()
+    first, second = engine.open("a"), engine.open("b")
+    for _ in range(3):
+        for session in (first, second):
+            engine.decode(session)
+        assert len(engine.turn().rows) == 2
+        engine.now += 0.020
+    engine.decode(first)
+    assert engine.scheduler.wait_until(engine.now) > engine.now
+    engine.prompt(engine.open("c"), 20)
+    assert engine.scheduler.wait_until(engine.now) == engine.now

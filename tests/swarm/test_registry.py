@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.adapters.notes import MAX_NOTES, AdapterNote
 from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.identity import Identity
@@ -73,6 +74,15 @@ records = st.builds(
     version=names,
     period_s=st.integers(1, 12000).map(lambda tenths: tenths / 10),
     expires_at=st.floats(0, 1e11),
+    adapters=st.lists(
+        st.builds(
+            AdapterNote,
+            short=st.binary(min_size=4, max_size=4),
+            max_rank=st.integers(0, 127).map(lambda steps: 8 * steps),
+            on_device=st.booleans(),
+        ),
+        max_size=MAX_NOTES,
+    ).map(tuple),
 )
 
 
@@ -86,12 +96,23 @@ def test_a_record_survives_the_wire(record: ServerRecord):
     """Every valid record is read back as it was written, and is small."""
     data = record.encode()
     assert decode(data) == record
-    assert len(data) <= 46 + 6 * MAX_PINGS + 4 * 33 <= MAX_RECORD_BYTES
+    assert len(data) <= 47 + 6 * MAX_PINGS + 4 * 33 + 5 * MAX_NOTES <= MAX_RECORD_BYTES
 
 
 def test_a_usual_record_is_compact():
-    """With its signature (64 bytes) and eight pings a usual record stays below 200 bytes."""
+    """With its signature (64 bytes) and eight pings a usual record stays below 200 bytes; adapters add 5 bytes each."""
+    notes = tuple(AdapterNote.of(f"{number:064x}", 16, on_device=True) for number in range(MAX_NOTES))
     assert len(RECORD.encode()) + 64 + 2 <= 200
+    assert len(replace(RECORD, adapters=notes).encode()) + 64 + 3 <= 360
+
+
+def test_adapters_are_recognised_and_their_number_is_bounded():
+    """By the beginning of their digest; rank and place are there; beyond the limit they are left out."""
+    digests = [f"{number:08x}" + "0" * 56 for number in range(MAX_NOTES + 8)]
+    notes = tuple(AdapterNote.of(digest, 12, on_device=digest == digests[1]) for digest in digests)
+    found = decode(replace(RECORD, adapters=notes).encode()).adapters
+    assert len(found) == MAX_NOTES and found[0].is_about(digests[0]) and not found[0].is_about(digests[1])
+    assert [note.on_device for note in found[:3]] == [False, True, False] and found[0].max_rank == 16
 
 
 @given(st.binary(max_size=MAX_RECORD_BYTES + 10))
@@ -115,7 +136,7 @@ def test_damage_never_raises_anything_else(record: ServerRecord, data: st.DataOb
 @pytest.mark.parametrize(
     ("offset", "value", "reason"),
     [
-        (0, b"\x01", "format 1"),
+        (0, b"\x02", "format 2"),
         (1, b"\x09", "ServerState"),
         (2, struct.pack("!HH", 24, 24), "24:24"),
         (2, struct.pack("!HH", 0, 60000), "0:60000"),

@@ -111,8 +111,6 @@ def test_a_penalised_server_is_used_only_when_it_is_the_only_one():
     [
         ({"kv_free_tokens": 99}, {"kv_free_tokens": 100}),
         ({"kv_free_tokens": 99}, {"kv_free_tokens": None}),
-        ({"adapters": frozenset()}, {"adapters": None}),
-        ({"adapters": None}, {"adapters": frozenset({"mine"})}),
         ({"is_relayed": True}, {}),
         ({"visit_s": 0.2}, {}),
         ({"location": Location(client_rtt_s=0.2)}, {}),
@@ -120,12 +118,12 @@ def test_a_penalised_server_is_used_only_when_it_is_the_only_one():
     ],
 )
 def test_soft_costs_decide_between_equal_servers(worse, better):
-    """No room, an adapter that must be loaded, a relay, a queue, a long way: each makes the other one the choice."""
+    """No room, a relay, a queue, a long way: each makes the other one the choice."""
     for offers in (
         [offer("worse", **worse), offer("better", **better)],
         [offer("better", **better), offer("worse", **worse)],
     ):
-        route = Router(offers).fastest(BlockRange(0, 4), need=Need(kv_tokens=100, adapter="mine"))
+        route = Router(offers).fastest(BlockRange(0, 4), need=Need(kv_tokens=100))
         assert [hop.peer_id for hop in route.hops] == ["better"]
 
 

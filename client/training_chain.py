@@ -1,0 +1,142 @@
+"""The streams of a training run to the servers of one chain: what is posted goes out in order, what comes is reported.
+
+    post(hop, message) ─► outbox ─► writer ─► Stream ~~► server        Listener ◄─ message, failure ─ reader ◄─ Stream
+
+The outbox has no limit of its own: what waits there are micro-batches that the client keeps anyway. It knows nothing of
+micro-batches, versions and retries.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from swarm.errors import PeerDisconnected, PeerMisbehaved, PeerTimeout, SwarmError
+from swarm.network.tasks import TaskSet
+from swarm.protocol import TRAIN_SERVICE, Message, OpenTraining, TrainingOpened
+from swarm.session import Hop
+from swarm.transport import EndOfStream, Stream, Transport
+
+Posted = tuple[Message, bytes | memoryview]
+
+
+class ChainListener(Protocol):
+    """Who is told of what happens to a chain, on the loop, one call at a time."""
+
+    def on_message(self, index: int, message: Message, body: memoryview) -> None:
+        """A hop has sent something. A SwarmError that this raises is the hop's failure."""
+
+    def on_failure(self, index: int, error: SwarmError) -> None:
+        """A hop is lost, and the chain with it; nothing more will be reported."""
+
+
+class TrainingChain:
+    """Streams to all hops of a route, open. Made by `open_chain`."""
+
+    def __init__(self, hops: Sequence[Hop], streams: Sequence[Stream], opened: Sequence[TrainingOpened]):
+        self.hops = tuple(hops)
+        self.max_tokens = min(it.max_tokens for it in opened)
+        """Most tokens of a micro-batch."""
+        self.good_tokens = min(it.good_tokens for it in opened)
+        """What a micro-batch should have about."""
+        self.versions: list[set[int]] = [set() for _ in hops]
+        """Of the parameters, that were sent to each hop."""
+        self._streams = tuple(streams)
+        self._outboxes: list[deque[Posted]] = [deque() for _ in hops]
+        self._wakes = [asyncio.Event() for _ in hops]
+        self._tasks = TaskSet()
+        self._is_over = False
+
+    def start(self, listener: ChainListener) -> None:
+        """Report to this one from now on."""
+        for index, stream in enumerate(self._streams):
+            for work in (self._read(index, stream, listener), self._write(index, stream, listener)):
+                self._tasks.spawn(work, name=f"training at {self.hops[index].peer_id}")
+
+    def post(self, index: int, message: Message, body: bytes | memoryview = b"") -> None:
+        """Send a message to a hop as soon as there is room for it."""
+        self._outboxes[index].append((message, body))
+        self._wakes[index].set()
+
+    async def close(self) -> None:
+        """End all streams; servers forget the run."""
+        self._is_over = True
+        await self._tasks.close()
+        for stream in self._streams:
+            await stream.close()
+
+    async def _read(self, index: int, stream: Stream, listener: ChainListener) -> None:
+        try:
+            while True:
+                message, body = await stream.receive()
+                listener.on_message(index, message, body)
+        except EndOfStream:
+            self._fail(index, PeerDisconnected("the server ended the run", peer_id=stream.peer_id), listener)
+        except SwarmError as error:
+            self._fail(index, error, listener)
+
+    async def _write(self, index: int, stream: Stream, listener: ChainListener) -> None:
+        outbox, wake = self._outboxes[index], self._wakes[index]
+        try:
+            while True:
+                await wake.wait()
+                wake.clear()
+                while outbox:
+                    await stream.send(*outbox.popleft())
+        except SwarmError as error:
+            self._fail(index, error, listener)
+
+    def _fail(self, index: int, error: SwarmError, listener: ChainListener) -> None:
+        if not self._is_over:
+            self._is_over = True
+            listener.on_failure(index, error)
+
+
+class HopFailed(Exception):
+    """A chain could not be opened because of one hop.
+
+    Args:
+        hop: which one.
+        error: what it said, or that it did not.
+    """
+
+    def __init__(self, hop: Hop, error: SwarmError):
+        super().__init__(str(error))
+        self.hop, self.error = hop, error
+
+
+async def open_chain(transport: Transport, hops: Sequence[Hop], *, model: str, timeout_s: float) -> TrainingChain:
+    """Open streams to all hops at the same time.
+
+    Raises:
+        HopFailed: one of them can't be reached or refuses.
+    """
+    results = await asyncio.gather(*(_open(transport, hop, model, timeout_s) for hop in hops), return_exceptions=True)
+    opened = [it for it in results if not isinstance(it, BaseException)]
+    failed = next((it for it in results if isinstance(it, BaseException)), None)
+    if failed is not None:
+        for stream, _ in opened:
+            await stream.close()
+        raise failed
+    return TrainingChain(hops, [stream for stream, _ in opened], [message for _, message in opened])
+
+
+async def _open(transport: Transport, hop: Hop, model: str, timeout_s: float) -> tuple[Stream, TrainingOpened]:
+    stream = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            stream = await transport.open(hop.peer_id, TRAIN_SERVICE, timeout_s=timeout_s)
+            await stream.send(OpenTraining(model=model, start=hop.blocks.start, end=hop.blocks.end))
+            message, _ = await stream.receive()
+        if not isinstance(message, TrainingOpened):
+            raise PeerMisbehaved(f"expected TrainingOpened, got {type(message).__name__}", peer_id=hop.peer_id)
+        return stream, message
+    except TimeoutError:
+        error: SwarmError = PeerTimeout(f"no training run within {timeout_s:g} s", peer_id=hop.peer_id)
+    except EndOfStream:
+        error = PeerDisconnected("the server ended the run", peer_id=hop.peer_id)
+    except SwarmError as refusal:
+        error = refusal
+    if stream is not None:
+        await stream.close()
+    raise HopFailed(hop, error) from error

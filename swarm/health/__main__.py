@@ -1,0 +1,125 @@
+"""`python -m swarm.health --initial-peers ADDR`: a page that shows how a swarm is.
+
+    arguments ─► Page.start ─► ONLINE and its address ─► until SIGTERM, SIGINT ─► Page.close
+
+Exit status: 0 after a clean stop, 2 an error (one line on stderr).
+"""
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swarm import logs
+from swarm.checkpoint.cache import default_cache_dir
+from swarm.checkpoint.embedded import DEFAULT_MODEL
+from swarm.command import HelpFormatter, program
+from swarm.errors import InvalidRequest, SwarmError
+
+if TYPE_CHECKING:
+    from swarm.health.monitor import Settings
+
+HISTORY = "health.sqlite3"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    logs.configure(args)
+    try:
+        _run(args)
+    except (SwarmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("health"),
+        description="A page that shows how a swarm is: models, servers, coverage, latency, history, and a token that is"
+        " sent through everything each minute. Any peer may run one, and several may run at once.",
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    add("--initial-peers", nargs="+", default=[], metavar="ADDR", help="full addresses of any peers of the swarm")
+    add("--host", default="127.0.0.1", metavar="IP", help="address to listen on; 0.0.0.0 shows the page to others")
+    add("--port", type=int, default=8080, metavar="PORT", help="TCP port of the page; 0 picks a free one")
+    add("--period", type=float, default=10.0, metavar="S", help="how often the swarm is looked at, in seconds")
+    add(
+        "--canary",
+        nargs="+",
+        metavar="MODEL",
+        help="models that real tokens are sent through: embedded names, directories, hub ids; the others get made-up"
+        f" hidden states (default: {DEFAULT_MODEL})",
+    )
+    add("--no-canary", action="store_true", help="send nothing through the swarm; saves memory")
+    add("--history", type=Path, metavar="FILE", help="SQLite file of the last week; if not given, in ~/.cache/swarm")
+    logs.add_arguments(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    import uvloop
+
+    if not args.initial_peers:
+        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
+    if not args.period >= 0.5:
+        raise InvalidRequest(f"--period is {args.period:g} s, need at least 0.5")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(args))
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from swarm.health.serving import Page
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    history = args.history or default_cache_dir() / HISTORY
+    starting = asyncio.create_task(Page.start(_settings(args), host=args.host, port=args.port, history=history))
+    if await _first(stop, starting):
+        starting.cancel()
+        await asyncio.wait({starting})
+        return
+    page = await starting
+    try:
+        Console(highlight=False).print(f"[bold green]ONLINE[/] {page.url}", soft_wrap=True)
+        watching = asyncio.create_task(page.wait())
+        if not await _first(stop, watching):
+            await watching
+        watching.cancel()
+    finally:
+        await page.close()
+    print("stopped", flush=True)
+
+
+async def _first(stop: asyncio.Event, task: asyncio.Task[Any]) -> bool:
+    """Wait for either; whether it was `stop` and the task still runs."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    return not task.done()
+
+
+def _settings(args: argparse.Namespace) -> "Settings":
+    from swarm.health.monitor import Settings
+
+    return Settings(
+        initial_peers=tuple(args.initial_peers),
+        period_s=args.period,
+        checkpoints=tuple(args.canary or [DEFAULT_MODEL]),
+        has_canary=not args.no_canary,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

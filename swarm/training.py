@@ -1,0 +1,262 @@
+"""The micro-batches of a training run on their way through a chain of servers, forth and back: who gets what next.
+
+    add, go_back ─► Pipeline ─ next_action ─► Forward | Backward | Forget, to one hop of the chain
+                       ▲
+                       └── came_forth, came_back, lost_one, chain_lost        from the hops' answers
+
+A micro-batch visits the hops in order and, when the gradients of its outputs are there, in reverse; several are under
+way at once, so that all hops work. The chain holds what a micro-batch needs for the way back, and nobody else does:
+when a hop is lost, the whole chain is, and every micro-batch that is not done begins anew on the next chain, under a
+new number. Nothing counts before a micro-batch has come all the way back, and then it counts once: answers to old
+numbers are ignored. So a run with lost servers has the same gradients as one without.
+
+Pure: no I/O, no clock, and tensors are only passed on: whatever the caller puts in. Hops are numbered from 0.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+from swarm.errors import PeerMisbehaved
+
+
+class State(Enum):
+    """Where a micro-batch is."""
+
+    WAITING = "has to begin"
+    FORTH = "at a hop, on the way forth"
+    HELD = "the chain holds it for the way back"
+    BACK = "at a hop, on the way back"
+    RESTING = "the chain knows nothing of it, and nothing is to be done"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class MicroBatch:
+    """Some whole sequences of one call."""
+
+    num_tokens: tuple[int, ...]
+    version: int
+    """Of the parameters; -1 for none."""
+    inputs: Any
+    wants_gradients: bool
+    outputs: Any = None
+    """None until they have come."""
+    output_gradients: Any = None
+    input_gradients: Any = None
+    """None until it has come back."""
+    parameter_gradients: list[Any] = field(default_factory=list)
+    """By hop of the chain that it came back through."""
+    state: State = State.WAITING
+    number: int = -1
+    """Under which the chain knows it; another one each time that it begins."""
+    hop: int = -1
+    """Where it is."""
+    is_kept: bool = False
+    """Whether all hops so far keep what the way back needs."""
+
+
+class Forward(NamedTuple):
+    """Send a micro-batch's hidden states to a hop."""
+
+    hop: int
+    micro: MicroBatch
+    hidden_states: Any
+
+
+class Backward(NamedTuple):
+    """Send the gradients of a micro-batch's outputs at a hop to this hop."""
+
+    hop: int
+    micro: MicroBatch
+    gradients: Any
+
+
+class Forget(NamedTuple):
+    """Tell all hops that these numbers will not go back."""
+
+    numbers: tuple[int, ...]
+
+
+Action = Forward | Backward | Forget
+
+
+class Pipeline:
+    """See the module docstring."""
+
+    def __init__(self) -> None:
+        self.num_hops = 0
+        """Of the chain; 0 while there is none."""
+        self.num_done = 0
+        """Outputs and gradients that have come and counted: this is progress, and nothing else is."""
+        self.num_restarts = 0
+        """Times that a micro-batch had to go forth again."""
+        self._next_number = 0
+        self._waiting: deque[MicroBatch] = deque()
+        self._known: dict[int, MicroBatch] = {}
+        """By number, those that the chain has."""
+        self._actions: deque[Action] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is to be sent, or an answer is to come."""
+        return bool(self._waiting or self._actions or self.hops_at_work)
+
+    @property
+    def hops_at_work(self) -> frozenset[int]:
+        """Hops from which an answer is to come."""
+        return frozenset(it.hop for it in self._known.values() if it.state in (State.FORTH, State.BACK))
+
+    def micro(self, number: int) -> MicroBatch | None:
+        """The micro-batch that the chain knows by this number."""
+        return self._known.get(number)
+
+    # -- what the caller wants ----------------------------------------------------------------------------------
+
+    def add(self, micros: Iterable[MicroBatch]) -> None:
+        """Micro-batches that are to go forth."""
+        self._waiting.extend(micros)
+
+    def go_back(self, micros: Iterable[MicroBatch]) -> None:
+        """Micro-batches whose outputs have come, and whose `output_gradients` are there now."""
+        for micro in micros:
+            micro.input_gradients, micro.parameter_gradients = None, []
+            if micro.state is State.HELD:
+                self._send_back(micro)
+            elif micro.state is State.RESTING:
+                self._begin_again(micro)
+
+    def drop(self, micros: Iterable[MicroBatch]) -> None:
+        """Micro-batches in which nobody is interested any more."""
+        dropped = set(micros)
+        self._waiting = deque(micro for micro in self._waiting if micro not in dropped)
+        numbers = tuple(micro.number for micro in dropped if micro.number in self._known)
+        self._actions = deque(it for it in self._actions if isinstance(it, Forget) or it.micro not in dropped)
+        if numbers:
+            self._actions.append(Forget(numbers))
+        for micro in dropped:
+            self._rest(micro)
+
+    # -- what happens -------------------------------------------------------------------------------------------
+
+    def chain_opened(self, num_hops: int) -> None:
+        """There is a chain, which knows nothing yet."""
+        self.num_hops = num_hops
+
+    def chain_lost(self) -> None:
+        """The chain is gone, with all that it held."""
+        self.num_hops = 0
+        self._actions.clear()
+        lost = sorted(self._known.values(), key=lambda micro: -micro.number)
+        for micro in lost:
+            state = micro.state
+            self._rest(micro)
+            if state is not State.HELD:  # one that was held begins again when its gradients come
+                self._begin_again(micro, first=True)
+
+    def came_forth(self, hop: int, number: int, outputs: Any, *, is_kept: bool) -> bool:
+        """A hop has run a micro-batch.
+
+        Returns:
+            False where it was not kept although its gradients wait for it: it will begin again.
+
+        Raises:
+            PeerMisbehaved: this hop was not asked to.
+        """
+        micro = self._expected(hop, number, State.FORTH)
+        if micro is None:
+            return True
+        micro.is_kept &= is_kept
+        if hop + 1 < self.num_hops:
+            micro.hop = hop + 1
+            self._actions.append(Forward(hop + 1, micro, outputs))
+            return True
+        if micro.outputs is None:
+            micro.outputs = outputs
+            self.num_done += 1
+        if micro.is_kept:
+            micro.state = State.HELD
+            if micro.output_gradients is not None:
+                self._send_back(micro)
+            return True
+        if micro.wants_gradients:
+            self._actions.append(Forget((number,)))  # some hops may have kept it
+        self._rest(micro)
+        if micro.output_gradients is None or not micro.wants_gradients:
+            return True
+        self._begin_again(micro)
+        return False
+
+    def came_back(self, hop: int, number: int, input_gradients: Any, parameter_gradients: Any) -> None:
+        """A hop has found the gradients of a micro-batch.
+
+        Raises:
+            PeerMisbehaved: this hop was not asked to.
+        """
+        micro = self._expected(hop, number, State.BACK)
+        if micro is None:
+            return
+        micro.parameter_gradients.insert(0, parameter_gradients)
+        if hop > 0:
+            micro.hop = hop - 1
+            self._actions.append(Backward(hop - 1, micro, input_gradients))
+        else:
+            micro.input_gradients = input_gradients
+            self.num_done += 1
+            self._rest(micro)
+
+    def lost_one(self, hop: int, number: int) -> None:
+        """A hop does not keep a micro-batch any more: it begins again.
+
+        Raises:
+            PeerMisbehaved: this hop was not asked for it.
+        """
+        micro = self._expected(hop, number, State.BACK)
+        if micro is not None:
+            self._actions.append(Forget((number,)))
+            self._rest(micro)
+            self._begin_again(micro, first=True)
+
+    def next_action(self) -> Action | None:
+        """What to send now; None if an answer must come first, or there is no chain."""
+        if not self.num_hops:
+            return None
+        if self._actions:
+            return self._actions.popleft()
+        num_under_way = sum(micro.state is not State.HELD for micro in self._known.values())
+        if not self._waiting or num_under_way >= 2 * self.num_hops + 2:
+            return None
+        micro = self._waiting.popleft()
+        micro.state, micro.number, micro.hop, micro.is_kept = State.FORTH, self._next_number, 0, micro.wants_gradients
+        self._known[micro.number] = micro
+        self._next_number += 1
+        return Forward(0, micro, micro.inputs)
+
+    # -- details ------------------------------------------------------------------------------------------------
+
+    def _send_back(self, micro: MicroBatch) -> None:
+        micro.state, micro.hop, micro.parameter_gradients = State.BACK, self.num_hops - 1, []
+        self._actions.append(Backward(micro.hop, micro, micro.output_gradients))
+
+    def _begin_again(self, micro: MicroBatch, *, first: bool = False) -> None:
+        self.num_restarts += 1
+        micro.state, micro.parameter_gradients = State.WAITING, []
+        (self._waiting.appendleft if first else self._waiting.append)(micro)
+
+    def _rest(self, micro: MicroBatch) -> None:
+        self._known.pop(micro.number, None)
+        micro.state, micro.hop, micro.is_kept = State.RESTING, -1, False
+
+    def _expected(self, hop: int, number: int, state: State) -> MicroBatch | None:
+        """The micro-batch of a number, which must be on its way there; None for one that nobody waits for."""
+        micro = self._known.get(number)
+        if micro is None:
+            if 0 <= number < self._next_number:
+                return None
+            raise PeerMisbehaved(f"an answer for micro-batch {number}, of {self._next_number} that were sent")
+        if micro.hop != hop or micro.state is not state:
+            raise PeerMisbehaved(
+                f"hop {hop} answers for micro-batch {number}, which is {micro.state.value} {micro.hop}"
+            )
+        return micro
