@@ -22,6 +22,7 @@ from swarm.client.peers import Peers
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.client.training import Call, Parameters, RemoteTraining
+from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
 from swarm.private.credentials import Credentials
@@ -56,6 +57,17 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop without waiting for it; what goes wrong with the swarm is only logged."""
+
+        async def supervised() -> None:
+            try:
+                await coroutine
+            except SwarmError as error:
+                logger.info("%s: %s", coroutine.__qualname__, error)
+
+        asyncio.run_coroutine_threadsafe(supervised(), self._loop)
 
     def post(self, function: Callable[[], object]) -> None:
         """Call a function on the loop, without waiting; nothing happens when the loop has ended."""
@@ -274,7 +286,8 @@ def connect(
     except BaseException:
         loop.stop()
         raise
-    peers = Peers(node, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    peers = Peers(node, transport, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    loop.start(peers.get_acquainted())
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
