@@ -25,7 +25,7 @@ from swarm.server.sequences import CachedSequence, CachedSession, Job, pages_to_
 MIN_TURN_TOKENS = 32
 """Shortest turn; a session with more tokens has a longer one, since moving it takes longer."""
 TURN_PART = 8
-"""A turn lasts for one token per so many that the session holds."""
+"""A turn lasts for one token per so many that the session holds, or that would find room in its adapters' pages."""
 RELEASE_WINDOW_S = 30.0
 """Pages freed so long ago count 1/e in the rate at which pages become free."""
 UNKNOWN_WAIT_S = 10.0
@@ -209,7 +209,8 @@ class KvMemory:
 
     def is_in_turn(self, session: CachedSession) -> bool:
         """Whether its pages are its own for some tokens more."""
-        turn = max(self._min_turn_tokens, session.num_tokens // TURN_PART)
+        size = session.num_tokens + PAGE_SIZE * self.adapters.num_pages(session)
+        turn = max(self._min_turn_tokens, size // TURN_PART)
         return session.has_pages and session.starved_since is None and session.turn_tokens < turn
 
     def swap_in(self, session: CachedSession) -> None:

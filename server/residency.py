@@ -142,6 +142,10 @@ class Residency:
         """Adapters that must be brought to the device before a session can run."""
         return {adapter.digest for adapter in self._of([session]) if adapter.seat is None}
 
+    def num_pages(self, session: Any) -> int:
+        """Pages of the adapters that a session holds."""
+        return sum(len(adapter.pages) for adapter in self._of([session])) if session.holds_adapters else 0
+
     def pages_wanted(self, sessions: Iterable[Any]) -> int:
         """Pages that count as free and will not any more once all these sessions hold their adapters."""
         return sum(adapter.most_pages for adapter in self._of(sessions) if not adapter.is_held)

@@ -76,7 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="adapters that PEFT has saved, directories or hub ids; each is a model of its own, MODEL:NAME",
     )
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
-    add("--port", type=int, default=DEFAULT_PORT, help="TCP port; 0 picks a free one (default: %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        metavar="PORT",
+        help="TCP port; 0 picks a free one (default: %(default)s)",
+    )
     add(
         "--api-keys",
         nargs="+",

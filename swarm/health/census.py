@@ -8,6 +8,7 @@ by then counts. So a dead server costs its own time-out and nobody else's. Runs 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping
 
@@ -22,8 +23,12 @@ from swarm.registry import Registry, ServerRecord
 from swarm.transport import EndOfStream, Transport
 from swarm.types import ServerState
 
+log = logging.getLogger(__name__)
+
 MAX_MODELS = 32
 """Models that are looked at, those of most servers first."""
+LIST_PERIOD_S = 30.0
+"""How often it is read which models there are; their records are read at each look."""
 MAX_ASKING = 32
 """Servers that are asked at once."""
 ASKS_PER_S = 25.0
@@ -45,6 +50,7 @@ class Census:
         self._node, self._transport, self._period_s = node, transport, period_s
         self._registry = Registry(node)
         self._entries: dict[str, ModelEntry] = {}
+        self._listed_at = float("-inf")
         self._records: dict[str, list[ServerRecord]] = {}
         self._answers: dict[str, Answer] = {}
         self._asking: set[str] = set()
@@ -103,20 +109,28 @@ class Census:
         await self._tasks.close()
 
     async def _read(self) -> None:
-        """Read all models and all records; those of known models at once, those of new ones behind the list."""
-        listed, records = await asyncio.gather(list_models(self._node, MAX_MODELS), self._look_up(self._entries))
-        records |= await self._look_up([entry.digest for entry in listed if entry.digest not in records])
-        self._entries = {entry.digest: entry for entry in listed}
-        self._records = {digest: records[digest] for digest in self._entries}
-        present = {record.peer_id for found in self._records.values() for record in found}
+        """Read the records of all models that are known; which there are is read now and then, in the background."""
+        if not self._entries:
+            await self._list()
+        elif time.monotonic() - self._listed_at > LIST_PERIOD_S:
+            self._listed_at = time.monotonic()
+            self._tasks.spawn(self._list_quietly(), name="list of models")
+        digests = list(self._entries)
+        found = await asyncio.gather(*(self._registry.lookup(digest) for digest in digests))
+        self._records = dict(zip(digests, found, strict=True))
+        present = {record.peer_id for records in found for record in records}
         self._answers = {peer_id: answer for peer_id, answer in self._answers.items() if peer_id in present}
         self.read_at = time.time()
 
-    async def _look_up(self, digests: Iterable[str]) -> dict[str, list[ServerRecord]]:
-        """Records of these models."""
-        wanted = list(digests)
-        found = await asyncio.gather(*(self._registry.lookup(digest) for digest in wanted))
-        return dict(zip(wanted, found, strict=True))
+    async def _list(self) -> None:
+        entries = await list_models(self._node, MAX_MODELS)
+        self._entries, self._listed_at = {entry.digest: entry for entry in entries}, time.monotonic()
+
+    async def _list_quietly(self) -> None:
+        try:
+            await self._list()
+        except PeerError as error:
+            log.info("the list of models can't be read: %s", error)
 
     def _ask_due(self) -> list[asyncio.Task[None]]:
         """Begin to ask everybody whose turn it is."""

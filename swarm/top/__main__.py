@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     Views = AsyncGenerator[RenderableType, None]
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What ends it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
@@ -72,8 +76,9 @@ async def _show(args: argparse.Namespace) -> None:
 
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, task.cancel)
     views = _server_views(args) if args.metrics else _swarm_views(args)
     console = Console(highlight=False)
     try:
@@ -86,6 +91,9 @@ async def _show(args: argparse.Namespace) -> None:
                     live.update(view, refresh=True)
     except asyncio.CancelledError:
         return
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 async def _swarm_views(args: argparse.Namespace) -> "Views":

@@ -150,7 +150,32 @@ async def test_a_dht_that_was_never_there_is_an_error_and_one_that_is_silent_is_
     await census.look({}, (), wait_s=1.0)
     read_at = census.read_at
     assert read_at is not None and time.time() - read_at < 60
-    monkeypatch.setattr(census_module, "list_models", silent)
+    monkeypatch.setattr(type(census._registry), "lookup", silent)
     [model] = await census.look({}, (), wait_s=1.0)
     assert model.servers and census.read_at == read_at and census.hidden_size(DIGEST) == 64
+    await census.close()
+
+
+async def test_a_look_does_not_wait_for_the_list_of_models(swarm, monkeypatch):
+    """Known models are looked at while the list is read again; a new one is there when the list has come."""
+    record = make_record(peer_ids(1)[0], "0:6")
+    census, _ = swarm([record], {record.peer_id: make_info(record)})
+    await census.look({}, (), wait_s=1.0)
+    gate = asyncio.Event()
+    other = ModelEntry(digest=DIGEST, name="renamed", num_blocks=6)
+
+    async def slow(*_: Any) -> list[ModelEntry]:
+        await gate.wait()
+        return [other]
+
+    monkeypatch.setattr(census_module, "list_models", slow)
+    monkeypatch.setattr(census_module, "LIST_PERIOD_S", 0.0)
+    [model] = await census.look({}, (), wait_s=1.0)
+    assert model.name != "renamed"
+    monkeypatch.setattr(census_module, "LIST_PERIOD_S", 60.0)
+    gate.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    [model] = await census.look({}, (), wait_s=1.0)
+    assert model.name == "renamed"
     await census.close()

@@ -156,7 +156,7 @@ def test_a_swarm_that_never_answers_is_reported_as_such(make_swarm, make_page, m
     async def silent(*_: object) -> None:
         raise PeerTimeout("nobody answers")
 
-    monkeypatch.setattr(census, "list_models", silent)
+    monkeypatch.setattr(census.Registry, "lookup", silent)
     page.monitor._census.read_at -= 60
     state = page.refresh()
     assert state.stale_s > 59 and state.models[0].name == "tiny-llama"
