@@ -7,7 +7,7 @@ honest client in this process decodes token by token: --seconds in peace, then f
 attackers are processes of their own, as many peers as --attackers says, each from a loopback address of its own:
 
     messages     mutated steps, sessions, pushes, forwards on streams that any peer may open, on both carriers
-    connections  half-open TCP, plain text, TLS without HELLO, bytes that trickle, wrong tickets, floods of PING and OPEN
+    connections  half-open TCP, plain text, TLS without HELLO, trickled bytes, wrong tickets, floods of PING and OPEN
 
 Afterwards the server must be the same process with the same daemon, hold no pages and no streams but the client's, and
 have grown by a bounded amount. Attack and server share the machine, so the client's times include the attack's own CPU.

@@ -1,4 +1,4 @@
-"""The files for operators: units that systemd takes, commands and options that exist, a container that runs as nobody."""
+"""The files for operators: units that systemd takes, commands and options that exist, a container that is not root."""
 
 import re
 import shlex
