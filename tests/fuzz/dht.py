@@ -54,6 +54,14 @@ class DhtHandlers:
         )
         self._names = sorted(self._nobody.handlers)
 
+    def close(self) -> None:
+        """End the participant's background work and its loop."""
+        self._dht.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
     def call(self, number: int, data: bytes) -> bytes | None:
         """One request of a stranger; None when it was an error of that call, as `UnaryDesk` makes of any exception."""
 

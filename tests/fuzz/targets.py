@@ -7,6 +7,7 @@ worth keeping lies in corpus/TARGET/, one input per file. All keys are fixed, so
     TARGETS ──► test_decoders.py (corpus, and hypothesis)      campaign.py (atheris, coverage-guided, for hours)
 """
 
+import atexit
 import ssl
 import struct
 import tempfile
@@ -293,7 +294,9 @@ def dht_request(data: bytes) -> None:
 
 @cache
 def _handlers() -> DhtHandlers:
-    return DhtHandlers(PEER)
+    handlers = DhtHandlers(PEER)
+    atexit.register(handlers.close)
+    return handlers
 
 
 def dht_seeds() -> list[bytes]:

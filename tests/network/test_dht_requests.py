@@ -132,5 +132,6 @@ def test_others_have_their_turn_during_a_large_store():
     (number,) = (index for index, name in enumerate(handlers._names) if name.endswith("rpc_store"))
     answer = handlers.call(number, request.SerializeToString())
     counting.cancel()
+    handlers.close()
     assert answer is not None and all(dht_pb2.StoreResponse.FromString(answer).store_ok)
     assert turns > 10
