@@ -24,6 +24,7 @@ ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3"
         (["--initial-peers", ADDRESS, "--max-answers", "-1"], "--max-answers is -1"),
         (["--initial-peers", ADDRESS, "--api-keys", "/nowhere/keys"], "/nowhere/keys"),
         (["--initial-peers", ADDRESS, "--identity", "/nowhere/id"], "/nowhere/id"),
+        (["--initial-peers", ADDRESS, "--adapters", "path"], "'path' is not NAME=PATH"),
         (["--initial-peers", ADDRESS, "--port", "99999"], "port 99999"),
         (["no-such-model", "--initial-peers", ADDRESS, "--port", "0"], "no-such-model"),
     ],

@@ -16,6 +16,7 @@ from tests.client.conftest import Pair
 __all__ = ["browser"]
 
 PHONE = {"width": 360, "height": 640}
+expect.set_options(timeout=60_000)
 
 LIMITS = ApiLimits(max_tokens=9)
 
@@ -32,6 +33,13 @@ def page(browser: Browser) -> Iterator[Page]:
         assert complaints == []
 
 
+def visit(page: Page, api: RunningApi) -> None:
+    """Open the page, and let answers be what they are each time."""
+    page.goto(api.url)
+    page.get_by_text("Settings").click()
+    page.get_by_label("Temperature").fill("0")
+
+
 def ask(page: Page, question: str) -> None:
     page.get_by_label("Question").fill(question)
     page.get_by_role("button", name="Send").click()
@@ -39,11 +47,9 @@ def ask(page: Page, question: str) -> None:
 
 def test_a_question_is_answered_with_its_route(page: Page, serve: Callable[..., RunningApi], pair: Pair) -> None:
     """The model by its name, the answer's text, the servers and blocks it went through, and counts."""
-    page.goto(serve(limits=LIMITS).url)
+    visit(page, serve(limits=LIMITS))
     expect(page.get_by_label("Model")).to_have_value(pair.path.name)
-    page.get_by_text("Settings").click()
     page.get_by_label("Longest answer").fill("7")
-    page.get_by_label("Temperature").fill("0")
     ask(page, "w3 w4 w5")
     answer = page.locator(".assistant")
     expect(answer.locator(".route")).to_contain_text("7 tokens")
@@ -54,7 +60,7 @@ def test_a_question_is_answered_with_its_route(page: Page, serve: Callable[..., 
 
 def test_a_conversation_is_sent_whole(page: Page, serve: Callable[..., RunningApi], pair: Pair) -> None:
     """Until a new one is begun."""
-    page.goto(serve(limits=LIMITS).url)
+    visit(page, serve(limits=LIMITS))
     for count in (1, 2):
         page.get_by_label("Question").fill("w3 w4")
         page.get_by_label("Question").press("Enter")
@@ -80,7 +86,7 @@ def test_an_answer_comes_word_by_word_and_can_be_stopped(
             wait_until(lambda: pair.service.num_open == 0)
 
     pair.service.before_step = wait
-    page.goto(serve().url)
+    visit(page, serve())
     ask(page, "w3 w4")
     answer = page.locator(".assistant p")
     expect(answer).not_to_be_empty()
@@ -101,7 +107,7 @@ def test_a_failure_is_told_under_what_was_said(page: Page, serve: Callable[..., 
             raise RouteNotFound("nobody serves blocks 1:2", missing=[1])
 
     pair.service.before_step = fail
-    page.goto(serve(limits=LIMITS).url)
+    visit(page, serve(limits=LIMITS))
     ask(page, "w3 w4")
     expect(page.locator(".assistant .error")).to_have_text("nobody serves blocks 1:2")
     ask(page, "w3 w4")
@@ -110,7 +116,7 @@ def test_a_failure_is_told_under_what_was_said(page: Page, serve: Callable[..., 
 
 def test_it_fits_a_phone(page: Page, serve: Callable[..., RunningApi]) -> None:
     """Nothing is wider than the screen, and the question can be seen."""
-    page.goto(serve(limits=LIMITS).url)
+    visit(page, serve(limits=LIMITS))
     ask(page, "w3 " * 60 + "w" * 200)
     expect(page.locator(".route")).to_have_count(1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -119,7 +125,7 @@ def test_it_fits_a_phone(page: Page, serve: Callable[..., RunningApi]) -> None:
 
 def test_what_is_written_is_no_html(page: Page, serve: Callable[..., RunningApi]) -> None:
     """It is shown as it is."""
-    page.goto(serve(limits=LIMITS).url)
+    visit(page, serve(limits=LIMITS))
     ask(page, "<img src=x onerror=alert(1)> w3")
     expect(page.locator(".user p")).to_have_text("<img src=x onerror=alert(1)> w3")
     assert page.locator("#log img").count() == 0
@@ -142,7 +148,7 @@ def test_a_key_is_kept_and_used(page: Page, serve: Callable[..., RunningApi], pa
     path = tmp_path / "keys.txt"
     key = add_key(path, "ann")
     page.add_init_script(f"localStorage.setItem('key', {key!r})")
-    page.goto(serve(keys=Keys([path]), limits=LIMITS).url)
+    visit(page, serve(keys=Keys([path]), limits=LIMITS))
     expect(page.get_by_label("Model")).to_have_value(pair.path.name)
     ask(page, "w3")
     expect(page.locator(".route")).to_have_count(1)

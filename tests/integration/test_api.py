@@ -3,27 +3,33 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import peft
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from swarm import AutoDistributedModelForCausalLM
 from swarm.api.config import ApiLimits
 from swarm.api.gateway import make_app
 from swarm.api.identities import Identities, derive
 from swarm.api.keys import Keys, add_key
 from swarm.api.models import Models, serve_model
 from swarm.checkpoint.source import resolve
+from swarm.client.adapters import BASE
 from swarm.client.model import distribute
 from swarm.client.runtime import SwarmService, connect
 from swarm.client.session import SessionConfig
 from swarm.identity import Identity
 from tests.api.conftest import RunningApi
 from tests.client.conftest import tokenizer
+from tests.server.blocks.peft_adapters import save_adapter
 
 from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm
 
@@ -38,7 +44,9 @@ def gateway(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Runnin
     """Put the API in front of a swarm."""
     with ExitStack() as stack:
 
-        def start(swarm: LocalSwarm, keys: Keys | None = None, **limits: Any) -> RunningApi:
+        def start(
+            swarm: LocalSwarm, keys: Keys | None = None, adapters: dict[str, Path] | None = None, **limits: Any
+        ) -> RunningApi:
             checkpoint = resolve(str(swarm.model))
 
             def join(identity: Identity) -> SwarmService:
@@ -54,7 +62,10 @@ def gateway(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Runnin
             service = join(Identity.generate())
             stack.callback(service.close)
             identities = Identities(join, secret=SECRET, max_clients=4) if keys else None
-            models = Models([serve_model(distribute(checkpoint, service), tokenizer=tokenizer)])
+            base = serve_model(distribute(checkpoint, service), tokenizer=tokenizer)
+            for name, path in (adapters or {}).items():
+                base.model.load_adapter(path, adapter_name=name)
+            models = Models([base, *map(base.with_adapter, adapters or {})])
             app = make_app(
                 models,
                 service,
@@ -94,6 +105,54 @@ def test_the_swarm_answers(
     route = answer["swarm"]["route"]
     assert [hop["name"] for hop in route] and all(hop["name"].startswith("server-") for hop in route)
     assert all(hop["ms_per_token"] > 0 for hop in route)
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two that PEFT has saved; one has virtual tokens before the prompt."""
+    root, kinds = tmp_path_factory.mktemp("adapters"), {}
+    for seed, (name, config) in enumerate(
+        {
+            "lora": peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+            "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        }.items()
+    ):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        kinds[name] = save_adapter(base, config, root / name, seed=seed)
+    return kinds
+
+
+def test_adapters_are_models_of_their_own(
+    swarm: LocalSwarm,
+    gateway: Callable[..., RunningApi],
+    tokenizer: PreTrainedTokenizerFast,
+    adapters: dict[str, Path],
+) -> None:
+    """Listed by name, and each answers as `generate` does with it; several at once, and several answers each."""
+    api = gateway(swarm, adapters=adapters)
+    names = ["tiny-llama", "tiny-llama:lora", "tiny-llama:prompt"]
+    with urlopen(f"{api.url}/v1/models") as response:
+        listed = {model["id"]: model["max_model_len"] for model in json.load(response)["data"]}
+    assert listed == dict(zip(names, (512, 512, 509), strict=True))
+
+    def answer(name: str) -> list[str]:
+        with ask(api, model=name, n=2, ignore_eos=True) as response:
+            assert response.status == 200, response.read()
+            return [choice["text"] for choice in json.load(response)["choices"]]
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = dict(zip(names, pool.map(answer, names), strict=True))
+    ids = tokenizer("w3 w4 w5", return_tensors="pt")["input_ids"]
+    with AutoDistributedModelForCausalLM.from_pretrained(swarm.model, initial_peers=[swarm.address]) as model:
+        model.generation_config.eos_token_id = None
+        for name, path in adapters.items():
+            model.load_adapter(path, adapter_name=name)
+        for name in names:
+            adapter = name.partition(":")[2] or BASE
+            output = model.generate(ids, adapter_name=adapter, max_new_tokens=8, do_sample=False)
+            expected = tokenizer.decode(output[0, 3:], skip_special_tokens=True)
+            assert found[name] == [expected, expected]
+    assert len({texts[0] for texts in found.values()}) == 3
 
 
 def test_a_client_that_hangs_up_frees_the_pages(swarm: LocalSwarm, gateway: Callable[..., RunningApi]) -> None:
