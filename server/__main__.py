@@ -21,7 +21,7 @@ from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
 if TYPE_CHECKING:
-    from swarm.server.server import Plan
+    from swarm.server.plan import Plan
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -50,7 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
-    add("--blocks", metavar="START:END", help="half-open range of blocks, 0:24 is 24 blocks; all blocks if not given")
+    add(
+        "--blocks",
+        metavar="START:END",
+        help="half-open range of blocks, 0:24 is 24 blocks; if not given, as many as fit, where they are needed most",
+    )
+    add("--num-blocks", type=int, metavar="N", help="how many blocks to choose; as many as fit if not given")
     add("--initial-peers", nargs="+", default=(), metavar="ADDR", help="addresses of peers of the swarm to join")
     add(
         "--quantization",
@@ -112,6 +117,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
     return ServerConfig(
         model=args.model,
         blocks=BlockRange.parse(args.blocks) if args.blocks else None,
+        num_blocks=args.num_blocks,
         revision=args.revision,
         cache_dir=args.cache_dir,
         token=args.token,
@@ -144,7 +150,7 @@ def _run(config: ServerConfig) -> None:
         from swarm.server.lean import import_transformers_lean
 
         import_transformers_lean()
-    from swarm.server.server import make_plan
+    from swarm.server.plan import make_plan
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -174,6 +180,8 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
             joining.cancel()
             return
         await joining
+        if server.reason:
+            screen.chosen(server.plan, server.reason)
         screen.joined(server.node.addresses)
         loading = asyncio.create_task(server.load(screen.loaded))
         if await _first(stop, loading):

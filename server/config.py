@@ -52,7 +52,9 @@ class ServerConfig:
     model: str
     """Embedded name, checkpoint directory or hub id."""
     blocks: BlockRange | None = None
-    """Which blocks to serve; None serves all."""
+    """Which blocks to serve; None lets the server choose, and move when the swarm gains by it."""
+    num_blocks: int | None = None
+    """How many blocks to choose; None takes as many as fit."""
     revision: str | None = None
     cache_dir: Path | None = None
     token: str | None = None

@@ -118,6 +118,11 @@ class Handler:
         self.adapters = AdapterDesk(self.executor, base, limit_bytes=limit_bytes, open_stream=self._open_adapter_stream)
         return self.adapters
 
+    def end_sessions(self, error: SwarmError) -> None:
+        """End all sessions; their clients are told this."""
+        for session in list(self._sessions):
+            session.end(error)
+
     async def close(self) -> None:
         """End what the transport does not know of."""
         if self.adapters is not None:

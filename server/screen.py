@@ -19,7 +19,8 @@ from swarm.command import program
 from swarm.server.config import ServerConfig
 
 if TYPE_CHECKING:
-    from swarm.server.server import Plan, Server
+    from swarm.server.plan import Plan
+    from swarm.server.server import Server
 
 
 class Screen:
@@ -35,6 +36,11 @@ class Screen:
         self._config, self._plan = config, plan
         self._console = console or Console(highlight=False)
         self._progress: Progress | None = None
+
+    def chosen(self, plan: "Plan", reason: str) -> None:
+        """The server has chosen its blocks."""
+        self._plan = plan
+        self._line(reason)
 
     def joined(self, addresses: Sequence[str]) -> None:
         """The network is up: where the server can be reached, and what to type elsewhere."""
@@ -68,7 +74,7 @@ class Screen:
 
     def online(self, server: "Server") -> None:
         """It serves."""
-        plan = self._plan
+        plan = self._plan = server.plan
         weights = f"{plan.quantization if plan.quantization != 'none' else 'unquantised'} {_name(plan.dtype)}"
         text = f": blocks {plan.blocks}, {weights} on {plan.device}, KV cache for {server.executor.total_tokens} tokens"
         line = Text("ONLINE", style="bold green").append(text, style="not bold default")
@@ -116,7 +122,8 @@ class Screen:
         self._console.print()
 
     def _join_command(self, address: str) -> str:
-        return f"{program('server')} {self._config.model} --blocks {self._missing_blocks()} --initial-peers {address}"
+        blocks = "" if self._plan.is_auto else f"--blocks {self._missing_blocks()} "
+        return f"{program('server')} {self._config.model} {blocks}--initial-peers {address}"
 
     def _ask_command(self, address: str) -> str:
         return f'{program("client")} "Your question" --model {self._config.model} --initial-peers {address}'

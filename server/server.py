@@ -1,38 +1,43 @@
 """One server from start to stop: joins the swarm, loads its blocks, announces itself, serves, leaves.
 
-ServerConfig ─► plan ─► Node, Transport ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
-                                                                                  ─► announce ONLINE ... OFFLINE
+ServerConfig ─► plan ─► Node, Transport ─► Placing ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
+                                              ▲                      ▲              ─► announce ONLINE ... OFFLINE
+                                              └─ Mover: leave_for ───┘
 """
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 
 import torch
 
 from swarm import __version__
 from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
-from swarm.checkpoint.source import Checkpoint, resolve
-from swarm.errors import ConfigError, PeerError, SwarmError
+from swarm.errors import ConfigError, PeerBusy, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
+from swarm.placement import Holding
 from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, TRAIN_SERVICE
-from swarm.registry import Registry, ServerRecord
+from swarm.registry import MAX_KV_TOKENS, MAX_TIME_S, TTL_PERIODS, Registry, ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
 from swarm.server.blocks.span import BlockSpan
-from swarm.server.blocks.step import Chunk
 from swarm.server.config import ServerConfig
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
-from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.placing import Placing
+from swarm.server.plan import Plan, make_plan
 from swarm.server.training import TrainingDesk
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
+
+__all__ = ["LoadingStopped", "Plan", "Server", "make_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +109,19 @@ class Server:
         self.adapters: dict[str, str] = {}
         """Digests of the adapters that it was told to have."""
         self.metrics_url: str | None = None
+        self.reason = ""
+        """Why it took its blocks, where it has chosen them itself."""
+        self._before = plan.blocks
         self._registry: Registry
-        self._decode_tps = 0.0
+        self._placing: Placing
         self._stack = AsyncExitStack()
+        self._serving = AsyncExitStack()
 
     async def join(self) -> None:
-        """Start the network and announce JOINING.
+        """Start the network, choose blocks where none were given, and announce JOINING.
 
         Raises:
-            ConfigError: port in use, bad identity file or address.
+            ConfigError: port in use, bad identity file or address, or no block fits.
             PeerUnreachable: none of the initial peers answers.
             AccessDenied: the swarm is private, and we may not serve in it.
             CheckpointMismatch: the swarm serves this model's name with other content.
@@ -138,6 +147,10 @@ class Server:
         self._stack.push_async_callback(self.transport.close)
         self._registry = Registry(self.node)
         await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
+        self._placing = Placing(self, self.transport, self._registry)
+        if self.plan.is_auto:
+            blocks, self.reason = await self._placing.choose()
+            self.plan = replace(self.plan, blocks=blocks)
         await self._announce()
 
     async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -155,6 +168,7 @@ class Server:
             if on_progress is not None:
                 on_progress(done, total)
 
+        started = time.monotonic()
         try:
             span = await asyncio.to_thread(
                 BlockSpan.load,
@@ -170,12 +184,12 @@ class Server:
         except (RuntimeError, MemoryError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
-        self._decode_tps = await asyncio.to_thread(measure_decode, span)
+        await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - started)
         if self.state is ServerState.OFFLINE:
             raise LoadingStopped("stopped after loading")
         self.executor = Executor(span, asyncio.get_running_loop(), adapter_bytes=self.config.adapter_bytes)
         self.executor.start()
-        self._stack.push_async_callback(self.executor.stop)
+        self._serving.push_async_callback(self.executor.stop)
         self.handler = Handler(
             self.executor,
             self.transport,
@@ -185,7 +199,7 @@ class Server:
             max_positions=span.max_positions,
             limits=HandlerLimits(history_bytes=self.config.history_bytes),
         )
-        self._stack.push_async_callback(self.handler.close)
+        self._serving.push_async_callback(self.handler.close)
         if self.config.adapter_bytes:
             base = Base(
                 blocks=plan.blocks,
@@ -231,20 +245,82 @@ class Server:
         self.metrics_url = metrics.url
 
     async def serve_until(self, stop: asyncio.Event) -> None:
-        """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.
+        """Keep announcing, and moving if the blocks were chosen, until `stop` is set; then say OFFLINE.
 
         Raises:
             PeerError: the device thread failed.
             AccessDenied: we are no member of this private swarm any more.
+            SwarmError: other blocks were to be loaded, and neither they nor those of before could be.
         """
-        while not await self._stopped_within(stop, self.config.announce_period_s):
+        placing = asyncio.create_task(self._placing.run(), name="place in the swarm")
+        while not placing.done() and not await self._stopped_within(stop, self.config.announce_period_s):
             announcing = asyncio.create_task(self._announce())
             await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
             announcing.cancel()
         await self.leave()
         self.node.check_access()
+        placing.cancel()
+        with suppress(asyncio.CancelledError, LoadingStopped):
+            await placing
         if self.executor.died.is_set():
             raise PeerError("the device thread failed; the log says why")
+
+    # -- moving: what `swarm.server.mover` does with a server ---------------------------------------------------
+
+    @property
+    def holding(self) -> Holding:
+        """What it holds now."""
+        facts = self._placing.facts
+        capacity_tps = 0.0 if facts is None else facts.batch_tps
+        return Holding(peer_id=self.node.peer_id, blocks=self.plan.blocks, capacity_tps=capacity_tps)
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that it carries."""
+        return 0 if self.handler is None else self.handler.num_sessions
+
+    async def announce_blocks(self, blocks: BlockRange) -> None:
+        """Tell the swarm that it is about to load these."""
+        self.plan = replace(self.plan, blocks=blocks)
+        await self._announce()
+
+    async def leave_for(self, blocks: BlockRange) -> None:
+        """Leave its sessions, whose clients go on elsewhere, and its blocks, and announce that it loads others."""
+        self._before = self.plan.blocks
+        await self._stop_serving()
+        await self.announce_blocks(blocks)
+
+    async def arrive(self) -> None:
+        """Load the blocks that it has left for; if they can't be had, those of before.
+
+        Raises:
+            SwarmError: neither can be loaded.
+        """
+        try:
+            await self.load()
+        except LoadingStopped:
+            raise
+        except SwarmError as error:
+            logger.warning("blocks %s can't be loaded (%s), going back to %s", self.plan.blocks, error, self._before)
+            await self.announce_blocks(self._before)
+            await self.load()
+
+    async def _stop_serving(self) -> None:
+        """End all sessions and free the memory of the blocks."""
+        self.state = ServerState.JOINING
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler.state = ServerState.OFFLINE
+            handler.end_sessions(PeerBusy("the server goes to other blocks", retry_after_s=60.0))
+        for service in (SESSION_SERVICE, PUSH_SERVICE, ADAPTER_SERVICE, TRAIN_SERVICE):
+            self.transport.stop_serving(service)
+        await self._serving.aclose()
+        del handler
+        gc.collect()
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- announcing ---------------------------------------------------------------------------------------------
 
     async def _stopped_within(
         self, stop: asyncio.Event, timeout_s: float, work: asyncio.Task[None] | None = None
@@ -272,80 +348,47 @@ class Server:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self._serving.aclose()
         await self._stack.aclose()
 
-    async def _announce(self) -> None:
-        config, plan = self.config, self.plan
-        ttl_s = 3 * config.announce_period_s
+    @property
+    def record(self) -> ServerRecord:
+        """What it announces now."""
+        config, plan, facts = self.config, self.plan, self._placing.facts
         handler, executor = self.handler, self.executor if self.handler is not None else None
-        record = ServerRecord(
+        queue_s, step_s = (0.0, 0.0) if handler is None else handler.meter.load.mean_s(time.monotonic())
+        single_tps = 0.0 if facts is None else facts.single_tps
+        return ServerRecord(
             peer_id=self.node.peer_id,
             model=plan.checkpoint.digest,
             blocks=plan.blocks,
             state=self.state,
-            decode_tps=self._decode_tps,
+            decode_tps=min(single_tps, len(plan.blocks) / step_s) if step_s else single_tps,
+            batch_tps=0.0 if facts is None else facts.batch_tps,
+            prefill_tps=0.0 if facts is None else facts.prefill_tps,
             load=handler.load if handler is not None else 0.0,
-            kv_free_tokens=executor.free_tokens if executor is not None else 0,
+            queue_s=min(queue_s, MAX_TIME_S),
+            kv_free_tokens=min(executor.free_tokens, MAX_KV_TOKENS) if executor is not None else 0,
+            place=self._placing.scout.pinger.place,
+            pings=self._placing.scout.pings,
             quantization=plan.quantization,
             dtype=str(plan.dtype).removeprefix("torch."),
             public_name=config.public_name,
             version=__version__,
-            expires_at=time.time() + ttl_s,
+            period_s=config.announce_period_s,
+            expires_at=time.time() + TTL_PERIODS * config.announce_period_s,
             adapters=handler.adapters.notes() if handler is not None and handler.adapters is not None else (),
         )
+
+    async def _announce(self) -> None:
+        plan = self.plan
         entry = ModelEntry(digest=plan.checkpoint.digest, name=plan.checkpoint.name, num_blocks=plan.num_blocks)
         try:
-            await self._registry.announce(record, ttl_s)
+            await self._registry.announce(self.record, TTL_PERIODS * self.config.announce_period_s)
             if self.state is not ServerState.OFFLINE:
                 await announce_model(self.node, entry)
         except SwarmError as error:
             logger.warning("could not announce %s: %s", self.state.name, error)
-
-
-def measure_decode(span: BlockSpan, num_steps: int = 8) -> float:
-    """Tokens per second through one block, one row at a time: the median of a few steps after a warm-up."""
-    table = PageTable(PageAllocator(span.num_pages))
-    hidden_states = torch.zeros(1, span.hidden_size)
-    state = span.new_state()
-    times = []
-    for position in range(min(num_steps, span.max_positions, span.num_pages)):
-        table.grow(position + 1)
-        chunk = Chunk(
-            hidden_states=hidden_states,
-            position=position,
-            pages=table.pages,
-            entry=span.blocks.start,
-            exit=span.blocks.end,
-            state=state,
-        )
-        started = time.perf_counter()
-        span.run([chunk])
-        times.append(time.perf_counter() - started)
-    step_s = sorted(times[1:] or times)[len(times[1:] or times) // 2]
-    return len(span.blocks) / max(step_s, 1e-9)
-
-
-def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} can't serve blocks; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name} asked, but torch finds {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
-def _choose_dtype(name: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
-    """On CPU fp32: exact and, without AMX, fastest. Elsewhere what the checkpoint holds, at most 16 bits."""
-    if name != "auto":
-        return _DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def _hosts(announce: tuple[str, ...]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from swarm.errors import PeerError, SwarmError
 from swarm.protocol import INFO_SERVICE, InfoRequest
 from swarm.registry import MAX_TIME_S, ServerRecord
 from swarm.transport import Transport
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -111,18 +112,17 @@ class Pinger:
 
 
 def neighbours(
-    own: ServerRecord, records: Sequence[ServerRecord], place: Place, generator: np.random.Generator
+    blocks: BlockRange, others: Sequence[ServerRecord], place: Place, generator: np.random.Generator
 ) -> list[ServerRecord]:
     """Whom a server measures: the nearest ones that could follow it in a chain, and some others at random. Pure.
 
     Args:
-        own: what the server announces.
-        records: of all servers.
+        blocks: of the server.
+        others: records of all other servers.
         place: where the server is.
         generator: for the others.
     """
-    others = [record for record in records if record.peer_id != own.peer_id]
-    following = [record for record in others if record.blocks.start <= own.blocks.end < record.blocks.end]
+    following = [record for record in others if record.blocks.start <= blocks.end < record.blocks.end]
     near = sorted(following, key=lambda record: _distance_s(record, place))[:NUM_NEAR]
     chosen = {record.peer_id for record in near}
     rest = [record for record in others if record.peer_id not in chosen]

@@ -136,6 +136,10 @@ class Transport:
             raise ConfigError(f"name of service {service!r} must have 1 to {MAX_SERVICE_BYTES} bytes")
         self._services[service] = handler
 
+    def stop_serving(self, service: str) -> None:
+        """Refuse streams to this service from now on; those that are open stay."""
+        self._services.pop(service, None)
+
     async def open(self, peer_id: str, service: str, *, timeout_s: float, carrier: Carrier = "auto") -> Stream:
         """Open a stream to a peer's service, over a connection that exists or a new one.
 

@@ -48,17 +48,18 @@ class LocalSwarm:
         self.loop = LoopThread("swarm-test-servers")
         self.bootstrap = self.loop.run(Node.start(NodeConfig(host="127.0.0.1")))
         self.servers: list[Server] = []
+        self._stops: dict[Server, asyncio.Event] = {}
 
     @property
     def address(self) -> str:
         return self.bootstrap.addresses[0]
 
-    def add_server(self, blocks: str, **settings) -> Server:
-        """A server of `blocks`, ONLINE when this returns."""
+    def add_server(self, blocks: str | None, **settings) -> Server:
+        """A server of `blocks`, or of blocks that it chooses, ONLINE when this returns."""
         config = ServerConfig(
             **{
                 "model": str(self.model),
-                "blocks": BlockRange.parse(blocks),
+                "blocks": None if blocks is None else BlockRange.parse(blocks),
                 "initial_peers": (self.address,),
                 "host": "127.0.0.1",
                 "device": "cpu",
@@ -71,9 +72,16 @@ class LocalSwarm:
         self.servers.append(server)
         return server
 
+    def keep_serving(self, server: Server) -> None:
+        """Let a server do what it does while it serves: announce itself, look at others, move."""
+        self._stops[server] = asyncio.Event()
+        self.loop.start(server.serve_until(self._stops[server]))
+
     def remove_server(self, server: Server, *, politely: bool = True) -> None:
         """Stop a server; impolitely means without a word to anybody."""
         self.servers.remove(server)
+        if server in self._stops:
+            self.loop.post(self._stops.pop(server).set)
         self.loop.run(_stop(server, politely), 30)
 
     def connect(self, **settings) -> SwarmService:
