@@ -25,7 +25,7 @@ def model_layout(config: PretrainedConfig) -> ModelLayout:
     Raises:
         UnsupportedModel: transformers has no such causal model, or it has no list of blocks.
     """
-    path, blocks = find_blocks(build_model(config, dtype=torch.bfloat16))
+    path, blocks = find_blocks(build_model(config, dtype=torch.float32))
     text = config.get_text_config(decoder=True)
     return ModelLayout(
         blocks_path=path,
