@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from swarm.adapters.format import BlockShape, LinearShape
-from swarm.adapters.layout import ModelLayout
+from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
 from swarm.checkpoint.partial import build_model, find_blocks
 
 
