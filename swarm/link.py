@@ -264,6 +264,8 @@ class Intake:
         """As the first message of the step said, for all of it: a gap between outputs could not be sent on."""
         self._begun: tuple[tuple[int, ...] | None, tuple[int, ...]] | None = None
         """Order and base of the step, until its first new tokens are handed out with them."""
+        self._checked: StepChunk | None = None
+        """Which chunk needs no other check, as long as nothing was accepted since."""
 
     def check(self, chunk: StepChunk) -> None:
         """Whether `accept` will take this chunk.
@@ -289,6 +291,7 @@ class Intake:
                 raise InvalidRequest(f"row {row} holds {held} tokens, cannot continue at position {position}")
             if position + count > self._max_length:
                 raise InvalidRequest(f"row {row}: {count} tokens at {position}, session limit {self._max_length}")
+        self._checked = chunk
 
     def accept(self, chunk: StepChunk) -> Accepted | None:
         """Take what is new in a chunk; None when it is of an old step, or all of it is here already.
@@ -298,7 +301,9 @@ class Intake:
         """
         if chunk.step_id < self.step_id:
             return None
-        self.check(chunk)
+        if chunk is not self._checked:
+            self.check(chunk)
+        self._checked = None
         is_new = chunk.step_id > self.step_id
         lengths = self._lengths_in(chunk)
         skipped = [
