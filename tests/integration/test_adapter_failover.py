@@ -55,13 +55,10 @@ class Fleet:
         server.signal(signal.SIGKILL, whole_tree=True)
 
     def client(self, adapters: dict[str, Path]):  # noqa: F811
-        """That knows all of them, and these adapters by name."""
+        """That knows these adapters by name."""
         model = AutoDistributedModelForCausalLM.from_pretrained(
             self._model, initial_peers=[self.address], session_config=SessionConfig(max_wait_s=30.0)
         )
-        service = model.block_service
-        while not self.servers.keys() <= {record.peer_id for record in service.peers.records}:
-            service._loop.run(service.peers.refresh(max_age_s=0.0))
         for name, path in adapters.items():
             model.load_adapter(path, adapter_name=name)
         model.disable_adapters()

@@ -1,5 +1,6 @@
 """Adapters through real servers: every row what PEFT makes of it on the same base, wherever its bytes come from."""
 
+import itertools
 import json
 import threading
 import warnings
@@ -247,6 +248,26 @@ def test_an_adapter_that_had_to_go_comes_back(make_swarm, tiny_llama, many):
                 assert torch.equal(found, tokens), number
     store = loaders(swarm)[0].store
     assert store.num_evicted >= 16 and len(store) < 16
+    wait_until_nothing_is_used(swarm)
+
+
+def test_an_adapter_that_is_evicted_in_mid_session_comes_back_for_the_next_token(make_swarm, tiny_llama, many):
+    """An idle session's adapter gives its pages to others; its tokens go on as if nothing had been."""
+    swarm = make_swarm()
+    server = swarm.add_server("0:6", cache_size=CacheSize(tokens=24 * PAGE_SIZE))
+    expected = of_peft(tiny_llama, many[0], 0, **GREEDY)[0]
+    with distributed(swarm, {str(number): path for number, path in enumerate(many)}) as model:
+        digest = model.adapters["0"].digest
+        with model.inference_session(max_length=64, adapter_name="0") as session:
+            ids = model.generate(PROMPTS[:1], session=session, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+            assert digest in server.executor.attached_adapters
+            ids_of_others = torch.randint(1, 120, (1, 300), generator=torch.Generator().manual_seed(1))
+            others = itertools.chain(*itertools.repeat(range(1, 16), 4))
+            while digest in server.executor.attached_adapters:
+                model.generate(ids_of_others, adapter_name=str(next(others)), max_new_tokens=2, do_sample=False)
+            rest = {**GREEDY, "max_new_tokens": 6, "min_new_tokens": 6}
+            assert torch.equal(model.generate(ids, session=session, **rest)[0, -NEW_TOKENS:], expected)
+            assert digest in server.executor.attached_adapters
     wait_until_nothing_is_used(swarm)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from swarm.adapters.delta import BlockDelta, LinearDelta
 from swarm.adapters.format import encode_shard, shard_info
+from swarm.adapters.notes import MAX_NOTES
 from swarm.adapters.transfer import send_parts
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout
 from swarm.protocol import ADAPTER_SERVICE, AdapterLoading, AdapterOffer, AdapterPart, AdapterRequest
@@ -317,3 +318,28 @@ async def test_a_server_without_memory_for_adapters_says_so(nodes):
     async with chain_of(nodes, 1) as chain:
         with pytest.raises(PeerBusy, match="takes no adapters"):
             await open_with(chain, OTHER)
+
+
+async def test_what_is_announced_is_whole_bounded_and_the_devices_own_first(nodes):
+    """Then the most recently used; a half of an adapter is none."""
+    many = [make_adapter(number, blocks=(0,)) for number in range(1, MAX_NOTES + 3)]
+    async with serving(nodes) as chain:
+        desk, executor = chain.handlers[0].adapters, chain.executors[0]
+        for adapter in many:
+            await desk.keep(adapter.manifest, adapter.shards)
+        desk.store.add(OTHER.manifest, OTHER.manifest.encode(), client="somebody")
+        for adapter in many[1:]:
+            executor.forget_adapter(adapter.digest)
+        notes = desk.notes()
+        assert len(notes) == MAX_NOTES and not any(note.is_about(OTHER.digest) for note in notes)
+        assert notes[0].is_about(many[0].digest) and [note.on_device for note in notes] == [True] + [False] * 31
+        assert notes[1].is_about(many[-1].digest) and notes[0].max_rank == 8
+
+
+async def test_the_work_of_taking_an_adapter_in_is_charged_to_who_brought_it(nodes):
+    """To nobody where the server itself did."""
+    async with serving(nodes) as chain:
+        await chain.handlers[0].adapters.keep(OTHER.manifest, OTHER.shards)
+        assert chain.executors[0].charged == {}
+        await load(chain, ADAPTER)
+        assert chain.executors[0].charged[chain.client.node.peer_id] > 0
