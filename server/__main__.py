@@ -151,6 +151,7 @@ def _run(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig, plan: "Plan") -> None:
+    from swarm.server.lean import settle_heap
     from swarm.server.screen import Screen
     from swarm.server.server import LoadingStopped, Server
 
@@ -179,6 +180,7 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
                 await loading
             return
         await loading
+        settle_heap()
         screen.online(server)
         await server.serve_until(stop)
     screen.stopped()

@@ -48,7 +48,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waits:
-    """The work of a session waits for pages."""
+    """The work of a session waits for pages, or until its client has made up for adapters that it had loaded."""
 
     step_id: int
     expected_s: float
@@ -194,6 +194,7 @@ class Scheduler:
         )
         chooser.run()
         self._prefetch(now)
+        notices += self._in_debt(now)
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
         moves, self.memory.moves = self.memory.moves, []
@@ -305,8 +306,22 @@ class Scheduler:
         adapters = self.memory.adapters
         limit = max(0, MAX_ATTACHES - len(adapters.brought))
         self.can_progress |= adapters.prefetch(limit, lambda client: self.debts.may_load(client, now))
-        cold = (it for it in self._ready if it.adapters and it.starved_since is None and adapters.to_attach(it))
-        self._loads_again_at = self.debts.free_at({it.client for it in cold}, now) if self.debts else inf
+
+    def _in_debt(self, now: float) -> list[Notice]:
+        """Tell those whose adapters have to wait for what their client owes, now and then; and look again in time."""
+        self._loads_again_at = inf
+        if not self.debts:
+            return []
+        to_attach = self.memory.adapters.to_attach
+        cold = [it for it in self._ready if it.adapters and it.starved_since is None and to_attach(it)]
+        notices: list[Notice] = []
+        for session in cold:
+            free_at = self.debts.free_at([session.client], now)
+            self._loads_again_at = min(self._loads_again_at, free_at)
+            if free_at > now >= session.told_at + TELL_PERIOD_S:
+                session.told_at = now
+                notices.append((session, Waits(step_id=session.job.work.step_id, expected_s=free_at - now)))
+        return notices
 
     def _fail(self, session: CachedSession, error: SwarmError) -> Notice:
         session.error = error

@@ -198,7 +198,7 @@ def test_loading_takes_no_more_than_its_client_is_due(waiting, num_others):
 
 
 def test_a_session_that_debts_hold_back_goes_on_when_nobody_else_is_there():
-    """Nothing wakes the device thread but its own deadline."""
+    """Nothing wakes the device thread but its own deadline; meanwhile it is told that it waits, once a second."""
     engine = Engine(4096, attach_s=ATTACH_S)
     scheduler: Scheduler = engine.scheduler
     other = Decoding("other")
@@ -210,5 +210,8 @@ def test_a_session_that_debts_hold_back_goes_on_when_nobody_else_is_there():
     hog.ask(engine)
     engine.turn()
     assert hog.sessions[0].jobs and engine.now < scheduler.next_deadline() <= engine.now + AROUND_S
+    engine.turn()
+    (told,) = engine.told[hog.sessions[0]].waits
+    assert 0 < told.expected_s <= AROUND_S
     engine.run()
     assert not hog.sessions[0].jobs
