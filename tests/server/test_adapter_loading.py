@@ -164,10 +164,10 @@ async def test_sessions_that_wait_for_one_adapter_share_its_transfer(nodes):
         await check_step(chain, second, [tokens(2)], [2 * 7])
 
 
-def spoiled(value: float) -> MadeAdapter:
-    """An adapter with a number in it that is none, under its right name."""
+def named(path: str = "q", **linear) -> MadeAdapter:
+    """An adapter of one block with this in it, whatever it is, under its right name."""
     good = make_adapter(1, blocks=(0,))
-    delta = BlockDelta(linears={"q": LinearDelta(bias_O=torch.full((HIDDEN,), value))})
+    delta = BlockDelta(linears={path: LinearDelta(**linear)})
     data = encode_shard(delta)
     manifest = type(good.manifest)(
         method="LORA", base="x", num_blocks=8, hidden_size=HIDDEN, shards=(shard_info(0, delta, data),)
@@ -175,11 +175,22 @@ def spoiled(value: float) -> MadeAdapter:
     return MadeAdapter(manifest, {0: data})
 
 
+def spoiled(value: float) -> MadeAdapter:
+    """An adapter with a number in it that is none."""
+    return named(bias_O=torch.full((HIDDEN,), value))
+
+
 BAD = {
     "not a number": (spoiled(float("nan")), "not finite"),
     "infinite": (spoiled(float("inf")), "not finite"),
     "another model": (make_adapter(1, num_blocks=12), r"\(12, 4\); fake has \(8, 4\)"),
     "another width": (make_adapter(1, hidden=8), r"\(8, 8\); fake has \(8, 4\)"),
+    "wrong shape": (named(bias_O=torch.zeros(HIDDEN + 1)), r"q.bias has shape \(5,\), expected \(4,\)"),
+    "wrong target": (named("k", bias_O=torch.zeros(HIDDEN)), "has no linear 'k' there"),
+    "absurd rank": (
+        named(a_rI=torch.zeros(5000, HIDDEN), b_Or=torch.zeros(HIDDEN, 5000)),
+        "malformed adapter manifest",
+    ),
 }
 
 
