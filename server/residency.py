@@ -120,11 +120,14 @@ class Residency:
         Returns:
             Whether any came.
         """
-        before = self.num_attached
+        before, refused = self.num_attached, set[str]()
         for adapter in [self._adapters[digest] for digest in self._soon]:
             if self.num_attached - before >= limit:
                 break
+            if adapter.client in refused:
+                continue
             if adapter.seat is None and not may_load(adapter.client):
+                refused.add(adapter.client)
                 continue
             del self._soon[adapter.digest]
             if adapter.seat is None and self._attach(adapter, adapter.client, may_evict=False):
