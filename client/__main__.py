@@ -83,7 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw from the likeliest tokens of this total probability, above 0 to 1",
     )
     add("--seed", type=int, metavar="N", help="makes random answers repeatable (default: different each time)")
-    add("--adapter", metavar="ADAPTER", help="PEFT adapter to answer with: directory or hub id (default: none)")
+    add(
+        "--adapter",
+        metavar="ADAPTER",
+        help="adapter to use: directory, hub id or sha256:DIGEST (default: none)",
+    )
     add("--show-route", action="store_true", help="print which peer ran which blocks, and how fast the answer came")
     add("--json", action="store_true", help="print one JSON object per answer instead of streaming the text")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")

@@ -11,6 +11,7 @@ from typing import Any
 
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.adapters import AdapterBook
+from swarm.client.cache import BlockService
 from swarm.client.row_adapters import ClientAdapter
 from swarm.errors import InvalidRequest
 
@@ -21,6 +22,7 @@ class AdapterMethods:
     """See the module; a class that has this is a transformers model with a checkpoint."""
 
     checkpoint: Checkpoint
+    block_service: BlockService
 
     @property
     def adapters(self) -> AdapterBook:
@@ -41,28 +43,47 @@ class AdapterMethods:
     ) -> None:
         """Load an adapter that PEFT has saved, and make it the active one.
 
-        It is read and checked here; servers that don't have it get it when a session needs it.
+        It is read and checked here; servers that don't have it get it when a session needs it. One that others have
+        brought to the swarm can be had by its digest alone (`adapter_digest`), from the servers that have it.
 
         Args:
-            peft_model_id: directory with adapter_config.json and adapter_model.safetensors, or hub id.
+            peft_model_id: directory with adapter_config.json and adapter_model.safetensors, hub id, or "sha256:...".
             adapter_name: how to call it; "default" if not given.
             revision: branch, tag or commit of a hub id.
             token: for adapters on the hub that need one.
             cache_dir: where downloads go.
 
         Raises:
-            AdapterError: it is malformed, not for this model, or of a kind that can't be served; says why.
+            AdapterError: it is malformed, not for this model, of a kind that can't be served, or no server has it; says
+                which.
             UnknownModel: there is no such directory or hub id.
             InvalidRequest: the name is taken.
         """
         from swarm.adapters.load import load_adapter
+        from swarm.adapters.source import digest_in
+        from swarm.checkpoint.layout import model_layout
 
         name = adapter_name or DEFAULT_NAME
         if name in self.adapters.names:
             raise InvalidRequest(f"adapter name {name!r} is taken; delete_adapter({name!r}) first, or choose another")
-        loaded = load_adapter(str(peft_model_id), self.checkpoint, revision=revision, token=token, cache_dir=cache_dir)
+        source = str(peft_model_id)
+        loaded: ClientAdapter
+        if (digest := digest_in(source)) is not None:
+            loaded = self.block_service.fetch_adapter(digest, model_layout(self.checkpoint.config()))
+        else:
+            loaded = load_adapter(source, self.checkpoint, revision=revision, token=token, cache_dir=cache_dir)
         self.adapters.add(name, loaded)
         self.adapters.activate([name])
+
+    def adapter_digest(self, adapter_name: str = DEFAULT_NAME) -> str:
+        """What the swarm knows an adapter by, "sha256:...": with it, others can load it as long as servers have it.
+
+        Raises:
+            InvalidRequest: the name is unknown.
+        """
+        from swarm.adapters.source import DIGEST_PREFIX
+
+        return DIGEST_PREFIX + self.adapters[adapter_name].digest
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let all rows use this adapter, or these together, unless a call names others.

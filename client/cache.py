@@ -17,8 +17,9 @@ from typing import Any, Protocol, Self
 import torch
 from transformers import Cache
 
+from swarm.adapters.layout import ModelLayout
 from swarm.client.autograd import BlockTraining
-from swarm.client.row_adapters import RowAdapters
+from swarm.client.row_adapters import ClientAdapter, RowAdapters
 from swarm.errors import InvalidRequest
 from swarm.types import BlockRange
 
@@ -69,6 +70,14 @@ class BlockService(Protocol):
 
     def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> BlockSession:
         """A new session of `batch_size` rows of at most `max_length` tokens, each with its own adapter or none."""
+        ...
+
+    def fetch_adapter(self, digest: str, layout: ModelLayout) -> ClientAdapter:
+        """An adapter of which only the digest is known, from whoever has it.
+
+        Raises:
+            AdapterError: nobody has it, or it does not fit a model laid out so.
+        """
         ...
 
     def open_training(self, blocks: BlockRange) -> BlockTraining:

@@ -16,21 +16,25 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from swarm.adapters.layout import ModelLayout
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
-from swarm.client.row_adapters import RowAdapters
+from swarm.client.row_adapters import ClientAdapter, RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.client.training import Call, Parameters, RemoteTraining
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
+from swarm.protocol import ADAPTER_SERVICE
 from swarm.session import Hop
-from swarm.transport import Transport
+from swarm.transport import Stream, Transport
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+FRESH_S = 5.0
+"""Records this old are good enough to find out who has an adapter."""
 
 T = TypeVar("T")
 
@@ -208,6 +212,24 @@ class SwarmService:
         session = SwarmSession(self._loop, remote)
         self._sessions.add(session)
         return session
+
+    def fetch_adapter(self, digest: str, layout: ModelLayout) -> ClientAdapter:
+        """An adapter of which only the digest is known, from the servers that have it.
+
+        Raises:
+            AdapterError: nobody has it, or it does not fit a model laid out so.
+            PeerTimeout: the DHT doesn't answer.
+        """
+        from swarm.client.adapter_fetch import fetch_adapter
+
+        def open_stream(peer_id: str) -> Coroutine[Any, Any, Stream]:
+            return self._transport.open(peer_id, ADAPTER_SERVICE, timeout_s=self._config.open_timeout_s)
+
+        async def fetch() -> ClientAdapter:
+            await self.peers.refresh(max_age_s=FRESH_S)
+            return await fetch_adapter(digest, self.peers.records, open_stream, layout)
+
+        return self._loop.run(fetch())
 
     def find_route(self) -> tuple[Hop, ...]:
         """The servers that a new session would go through, by what is known now.

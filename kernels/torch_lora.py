@@ -1,6 +1,6 @@
 """Adapters with torch's own operators: what a CPU runs, and the fallback of a GPU. Maths, legend, flow: `lora`.
 
-    rows of a step --plan, once per layout of ranks--> sparse: adapters with few rows of the step
+    rows of a step --torch_lora_plan, once per layout-> sparse: adapters with few rows of the step
                                                          h   = sampled product of x with just the row's own ranks
                                                          y  += embedding bag of these ranks, weighted by h
                                                        dense: adapters with many rows, two matrix products each
@@ -29,7 +29,6 @@ two adapters on, and lets a NaN of one adapter into everybody's rows.
 """
 
 import functools
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,82 +37,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarm.kernels.lora import AdapterRanks, LoraBatch, LoraTarget, Side
-
-_MIN_DENSE_ROWS = 16
-"""Rows of an adapter from which two matrix products beat reading its ranks once per row."""
-
-
-class _Numbers(NamedTuple):
-    """Numbers of rows, which are a slice where they ascend by one."""
-
-    first: int
-    num: int
-    listed: Tensor | None
-    """All of them, where they are no run."""
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """These rows of a tensor: a view if they are a run."""
-        if self.listed is not None:
-            return tensor.index_select(0, self.listed)
-        return tensor if self.num == len(tensor) else tensor.narrow(0, self.first, self.num)
-
-
-class _Entries(NamedTuple):
-    """One side of a sparse part's entries, which are (row, rank) pairs in order of rows."""
-
-    in_pool: Tensor
-    """[entries]: the rank row."""
-    used: _Numbers
-    """The rank rows of all adapters of the part, one adapter after the other."""
-    among_used: Tensor
-    """[entries]: where the rank row is in `used`."""
-
-
-class _Sparse(NamedTuple):
-    """The adapters with few rows each."""
-
-    rows: Tensor | None
-    """Rows of the step; None if all are here (one without an adapter has no entries)."""
-    num_rows: int
-    offsets: Tensor
-    """[rows + 1]: first entry of each row."""
-    a: _Entries
-    b: _Entries
-    scale: float
-    """Of all entries, or 1."""
-    scales: Tensor | None
-    """[entries], when they differ."""
-    members: list[tuple[AdapterRanks, Tensor, Tensor]]
-    """Each adapter, its rows of the step, and the entries [n, r] of these."""
-
-
-class _Dense(NamedTuple):
-    """An adapter with many rows."""
-
-    adapter: AdapterRanks
-    rows: _Numbers
-    a: _Numbers
-    b: _Numbers
-
-    def ranks(self, pool: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-        """[r, width]: a view of the pool, if it can be."""
-        return (self.a if side == "a" else self.b).of(pool).to(dtype)
-
-
-class _Plan(NamedTuple):
-    """What the rows of a step do in the targets of one layout of ranks."""
-
-    sparse: _Sparse | None
-    dense: list[_Dense]
-    ranks: object
-    """Keeps the mapping alive whose id is the key of this plan."""
+from swarm.kernels.lora import LoraBatch, LoraTarget, Side
+from swarm.kernels.torch_lora_plan import Dense, Numbers, Plan, Sparse, plan_of
 
 
 class _H(NamedTuple):
     """The h of one target."""
 
-    plan: _Plan
+    plan: Plan
     sparse_E: Tensor
     """Of the sparse part's entries."""
     dense: list[Tensor]
@@ -140,7 +71,7 @@ def shrink(source: Tensor, targets: Sequence[LoraTarget], side: Side, batch: Lor
     source = source.to(_exact(source.dtype))
     h = []
     for target in targets:
-        plan = _plan(target, batch, source)
+        plan = plan_of(target, batch, source)
         columns, pool = target.of(source, side), target.pool(side)
         sparse_E = source.new_empty(0)
         if plan.sparse is not None:
@@ -182,7 +113,7 @@ def pool_gradients(
 class _Product(NamedTuple):
     """Two matrix products of one adapter's rows."""
 
-    rows: _Numbers | None
+    rows: Numbers | None
     """None: all of them."""
     a_Ir: Tensor
     b_rO: Tensor
@@ -192,7 +123,7 @@ class _Product(NamedTuple):
 class _Sampled(NamedTuple):
     """The sparse part of one target."""
 
-    part: _Sparse
+    part: Sparse
     a_IR: Tensor
     h_TR: Tensor
     """Sparse: the entries that are to be computed, at every step anew."""
@@ -238,7 +169,7 @@ def _ready(targets: Sequence[LoraTarget], batch: LoraBatch) -> _Ready:
 
 def _ready_part(target: LoraTarget, batch: LoraBatch) -> _ReadyPart:
     a_pool, b_pool = target.a_pool_RI, target.b_pool_RO
-    plan = _plan(target, batch, a_pool)
+    plan = plan_of(target, batch, a_pool)
     products = [
         _Product(
             None if batch.homogeneous is not None else part.rows,
@@ -252,10 +183,10 @@ def _ready_part(target: LoraTarget, batch: LoraBatch) -> _ReadyPart:
     return _ReadyPart(products, sampled, target.column, b_pool.shape[1])
 
 
-def _sampled(part: _Sparse, target: LoraTarget, batch: LoraBatch) -> _Sampled:
+def _sampled(part: Sparse, target: LoraTarget, batch: LoraBatch) -> _Sampled:
     pool_RI = target.a_pool_RI
     key = ("h", id(part), pool_RI.shape[0])
-    kept: tuple[Tensor, Tensor, _Sparse] | None = batch.memo.get(key)
+    kept: tuple[Tensor, Tensor, Sparse] | None = batch.memo.get(key)
     if kept is None:  # layers whose pools are laid out alike share it, since each is done with it before the next
         h_E = torch.zeros(part.a.in_pool.shape, dtype=pool_RI.dtype)
         h_TR = _csr(part.offsets, part.a.in_pool, h_E, (part.num_rows, pool_RI.shape[0]))
@@ -284,7 +215,7 @@ def _add_sampled(into: Tensor, x_TI: Tensor, sampled: _Sampled) -> None:
     _add_bags(into, h_E, part.b.in_pool, b_RO, part)
 
 
-def _add_bags(into: Tensor, h_E: Tensor, entries: Tensor, weights: Tensor, part: _Sparse) -> None:
+def _add_bags(into: Tensor, h_E: Tensor, entries: Tensor, weights: Tensor, part: Sparse) -> None:
     sums = F.embedding_bag(entries, weights, part.offsets, mode="sum", per_sample_weights=h_E, include_last_offset=True)
     if part.rows is None:
         into.add_(sums)
@@ -296,7 +227,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _shrink_sparse(columns: Tensor, pool: Tensor, part: _Sparse, side: Side) -> Tensor:
+def _shrink_sparse(columns: Tensor, pool: Tensor, part: Sparse, side: Side) -> Tensor:
     """[entries]."""
     weights, entries = _weights(pool, part, side, columns.dtype)
     if part.rows is not None:
@@ -307,12 +238,12 @@ def _shrink_sparse(columns: Tensor, pool: Tensor, part: _Sparse, side: Side) -> 
     return h_E if part.scales is None else h_E.mul_(part.scales)
 
 
-def _expand_sparse(columns: Tensor, h_E: Tensor, pool: Tensor, part: _Sparse, side: Side) -> None:
+def _expand_sparse(columns: Tensor, h_E: Tensor, pool: Tensor, part: Sparse, side: Side) -> None:
     weights, entries = _weights(pool, part, side, h_E.dtype)
     _add_bags(columns, h_E, entries, weights, part)
 
 
-def _weights(pool: Tensor, part: _Sparse, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _weights(pool: Tensor, part: Sparse, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rank rows of `dtype`, and which of them the entries are: the pool itself, or what is used of it, converted."""
     entries = part.a if side == "a" else part.b
     if pool.dtype == dtype and pool.is_contiguous():
@@ -320,13 +251,13 @@ def _weights(pool: Tensor, part: _Sparse, side: Side, dtype: torch.dtype) -> tup
     return entries.used.of(pool).to(dtype), entries.among_used
 
 
-def _shrink_dense(columns: Tensor, pool: Tensor, part: _Dense, side: Side) -> Tensor:
+def _shrink_dense(columns: Tensor, pool: Tensor, part: Dense, side: Side) -> Tensor:
     """[n, r]."""
     h_nr = part.rows.of(columns) @ part.ranks(pool, side, columns.dtype).t()
     return h_nr if part.adapter.scale == 1.0 else h_nr.mul_(part.adapter.scale)
 
 
-def _expand_dense(columns: Tensor, h_nr: Tensor, pool: Tensor, part: _Dense, side: Side) -> None:
+def _expand_dense(columns: Tensor, h_nr: Tensor, pool: Tensor, part: Dense, side: Side) -> None:
     weights_rO = part.ranks(pool, side, h_nr.dtype)
     if part.rows.listed is not None:
         columns.index_add_(0, part.rows.listed, (h_nr @ weights_rO).to(columns.dtype))
@@ -334,72 +265,6 @@ def _expand_dense(columns: Tensor, h_nr: Tensor, pool: Tensor, part: _Dense, sid
         part.rows.of(columns).addmm_(h_nr, weights_rO)
     else:
         part.rows.of(columns).add_(h_nr @ weights_rO)
-
-
-def _plan(target: LoraTarget, batch: LoraBatch, source: Tensor) -> _Plan:
-    key = ("plan", id(target.ranks), source.dtype, source.device)
-    plan: _Plan | None = batch.memo.get(key)
-    if plan is None:
-        plan = batch.memo[key] = _make_plan(target, batch, source.dtype, source.device)
-    return plan
-
-
-def _make_plan(target: LoraTarget, batch: LoraBatch, dtype: torch.dtype, device: torch.device) -> _Plan:
-    sparse_runs = device.type == "cpu"
-    mine = {adapter: ranks for adapter in batch.adapters if (ranks := target.ranks.get(adapter)) and ranks.rank}
-    few = {
-        adapter: ranks
-        for adapter, ranks in mine.items()
-        if sparse_runs and adapter != batch.homogeneous and len(batch.rows_of[adapter]) < _MIN_DENSE_ROWS
-    }
-    dense = [
-        _Dense(ranks, *(_numbers(it, device) for it in (batch.rows_of[adapter], ranks.a_rows, ranks.b_rows)))
-        for adapter, ranks in mine.items()
-        if adapter not in few
-    ]
-    return _Plan(_sparse(few, batch, dtype) if few else None, dense, target.ranks)
-
-
-def _sparse(adapters: dict[int, AdapterRanks], batch: LoraBatch, dtype: torch.dtype) -> _Sparse:
-    adapter_of = {row: adapter for adapter in adapters for row in batch.rows_of[adapter]}
-    rows = sorted(adapter_of)
-    every = 2 * len(rows) > batch.num_rows
-    listed = range(batch.num_rows) if every else rows
-    lengths = [adapters[adapter_of[row]].rank if row in adapter_of else 0 for row in listed]
-    offsets = list(itertools.accumulate(lengths, initial=0))
-    starts = dict(zip(listed, offsets, strict=False))
-    scales = {ranks.scale for ranks in adapters.values()}
-    uniform = scales.pop() if len(scales) == 1 else None
-    each = [adapters[adapter_of[row]].scale for row in rows for _ in adapters[adapter_of[row]].a_rows]
-    members = [
-        (ranks, torch.tensor(mine), torch.tensor([starts[row] for row in mine])[:, None] + torch.arange(ranks.rank))
-        for adapter, ranks in adapters.items()
-        if (mine := batch.rows_of[adapter])
-    ]
-    return _Sparse(
-        rows=None if every else torch.tensor(rows),
-        num_rows=len(listed),
-        offsets=torch.tensor(offsets),
-        a=_entries(adapters, [adapter_of[row] for row in rows], "a"),
-        b=_entries(adapters, [adapter_of[row] for row in rows], "b"),
-        scale=1.0 if uniform is None else uniform,
-        scales=torch.tensor(each, dtype=dtype) if uniform is None else None,
-        members=members,
-    )
-
-
-def _entries(adapters: dict[int, AdapterRanks], order: list[int], side: Side) -> _Entries:
-    starts = dict(zip(adapters, itertools.accumulate((it.rank for it in adapters.values()), initial=0), strict=False))
-    in_pool = [rank for adapter in order for rank in adapters[adapter].rows(side)]
-    used = [rank for ranks in adapters.values() for rank in ranks.rows(side)]
-    among_used = [starts[adapter] + j for adapter in order for j in range(adapters[adapter].rank)]
-    return _Entries(torch.tensor(in_pool), _numbers(used, torch.device("cpu")), torch.tensor(among_used))
-
-
-def _numbers(numbers: Sequence[int], device: torch.device) -> _Numbers:
-    first, count = numbers[0], len(numbers)
-    run = numbers == range(first, first + count) or list(numbers) == list(range(first, first + count))
-    return _Numbers(first, count, None if run else torch.tensor(list(numbers), device=device))
 
 
 def _csr(offsets: Tensor, entries: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

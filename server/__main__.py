@@ -151,6 +151,7 @@ def _run(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig, plan: "Plan") -> None:
+    from swarm.server.lean import settle_heap
     from swarm.server.screen import Screen
     from swarm.server.server import Server
 
@@ -182,6 +183,7 @@ async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") 
                 await loading
             return
         await loading
+        settle_heap()
         screen.online(server)
         await server.serve_until(stop)
     screen.stopped()

@@ -14,7 +14,7 @@ from swarm.errors import AdapterError, InvalidRequest, SwarmError
 from swarm.protocol import AdapterLoading, AdapterOffer, AdapterRequest, Message, OpenSession
 from swarm.server.adapter_intake import Base
 from swarm.server.adapter_loader import AdapterLoader, Wish
-from swarm.server.adapter_store import AdapterStore, HeldAdapter
+from swarm.server.adapter_store import OWNER, AdapterStore, HeldAdapter
 from swarm.server.executor import Executor
 from swarm.transport import Stream
 
@@ -36,7 +36,7 @@ class AdapterDesk:
         self, executor: Executor, base: Base, *, limit_bytes: int, open_stream: Callable[[str, str], Awaitable[Stream]]
     ):
         self.store = AdapterStore(limit_bytes, on_evicted=executor.forget_adapter)
-        self.loader = AdapterLoader(self.store, base, open_stream)
+        self.loader = AdapterLoader(self.store, base, open_stream, on_work=self._charge)
         self._executor, self._base = executor, base
 
     async def close(self) -> None:
@@ -70,7 +70,7 @@ class AdapterDesk:
             AdapterError: it does not fit the model.
             PeerBusy: nor the memory.
         """
-        self.give(await self.loader.keep(manifest, shards))
+        self.give(await self.loader.keep(manifest, shards), OWNER)
 
     def notes(self) -> tuple[AdapterNote, ...]:
         """What this server says of its adapters in its record: those on the device, then the most recently used."""
@@ -82,13 +82,17 @@ class AdapterDesk:
             for held in whole[:MAX_NOTES]
         )
 
-    def give(self, held: HeldAdapter) -> None:
-        """Let the device thread have an adapter that is here.
+    def give(self, held: HeldAdapter, client: str) -> None:
+        """Let the device thread have an adapter that is here, for a client.
 
         Raises:
             PeerBusy: the device could never hold it.
         """
-        self._executor.add_adapter(held.digest, held.deltas(self._base.blocks))
+        self._executor.add_adapter(held.digest, held.deltas(self._base.blocks), client=client)
+
+    def _charge(self, client: str, seconds: float) -> None:
+        if client != OWNER:
+            self._executor.charge(client, seconds)
 
 
 class AdapterLease:
@@ -124,7 +128,7 @@ class AdapterLease:
 
     async def _load(self, digest: str) -> None:
         wish = Wish(client=self._client, holders=self._holders, ask=self._tell)
-        self._desk.give(await self._desk.loader.load(digest, wish))
+        self._desk.give(await self._desk.loader.load(digest, wish), self._client)
 
     async def _tell_progress(self) -> None:
         while True:

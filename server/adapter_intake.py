@@ -3,6 +3,9 @@
     stream ─AdapterPart─► Assembly ─manifest─► fits the model? room? ─► AdapterStore.add, reserve
                                    ─shard──► hash, names, shapes, ranks, NaN (in a thread) ─► AdapterStore.put
 
+Shards are checked one at a time, the client's first that has had least of that, and the time is told to whoever counts
+what clients cost: a client that brings adapter after adapter takes one core at most, and pays for it.
+
 Two kinds of failures are kept apart. Bytes that are not those of their name, or not in order, are the sender's fault,
 and another may do better. `Unfit` is the adapter's, or this server's memory: it stays so whoever sends it.
 """
@@ -19,6 +22,7 @@ from swarm.adapters.transfer import Assembly
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.protocol import AdapterPart, AdapterRequest
 from swarm.server.adapter_store import OWNER, AdapterStore, HeldAdapter, HeldShard
+from swarm.server.turns import Turns
 from swarm.transport import EndOfStream, Stream
 from swarm.types import BlockRange
 
@@ -63,11 +67,15 @@ class AdapterIntake:
     Args:
         store: where adapters go.
         base: what they must fit.
+        on_work: told for which client how many seconds were worked on what came for it.
     """
 
-    def __init__(self, store: AdapterStore, base: Base):
+    def __init__(
+        self, store: AdapterStore, base: Base, on_work: Callable[[str, float], None] = lambda client, seconds: None
+    ):
         self.base = base
-        self._store = store
+        self._store, self._on_work = store, on_work
+        self._turns = Turns()
 
     def is_here(self, digest: str) -> bool:
         """Whether all is here that the adapter has for our blocks."""
@@ -179,7 +187,12 @@ class AdapterIntake:
         """A shard is here: is it what the manifest says, and does it fit its block?"""
         try:
             shape, num_virtual = self.base.shapes[info.block], held.manifest.num_virtual
-            delta = await asyncio.to_thread(decode_shard, data, info, shape, num_virtual)
+            async with self._turns.turn(held.owner):
+                started = time.monotonic()
+                try:
+                    delta = await asyncio.to_thread(decode_shard, data, info, shape, num_virtual)
+                finally:
+                    self._on_work(held.owner, time.monotonic() - started)
         except HashMismatch:
             raise
         except InvalidRequest as error:

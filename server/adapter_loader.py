@@ -93,13 +93,20 @@ class AdapterLoader:
         store: where adapters go.
         base: what they must fit.
         open_stream: opens a stream to another server's `adapter` service, for a client that named it.
+        on_work: told for which client how many seconds were worked on what came for it.
     """
 
-    def __init__(self, store: AdapterStore, base: Base, open_stream: Callable[[str, str], Awaitable[Stream]]):
+    def __init__(
+        self,
+        store: AdapterStore,
+        base: Base,
+        open_stream: Callable[[str, str], Awaitable[Stream]],
+        on_work: Callable[[str, float], None] = lambda client, seconds: None,
+    ):
         self.store = store
         self.num_fetched_bytes = self.num_uploaded_bytes = 0
         """From other servers and from clients, since the start."""
-        self._intake = AdapterIntake(store, base)
+        self._intake = AdapterIntake(store, base, on_work)
         self._open_stream = open_stream
         self._loads: dict[str, _Load] = {}
         self._tasks = TaskSet()

@@ -15,6 +15,7 @@ Pure; the pages are in `server.memory`.
 from collections.abc import Sequence
 from enum import Enum
 
+from swarm.server.adapter_debts import AdapterDebts
 from swarm.server.fairness import VirtualCounters
 from swarm.server.memory import KvMemory
 from swarm.server.pages import PAGE_SIZE
@@ -33,7 +34,12 @@ IDLE_S = 1.0
 
 
 def admit(
-    memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters, budget: int, now: float
+    memory: KvMemory,
+    ready: Sequence[CachedSession],
+    counters: VirtualCounters,
+    budget: int,
+    now: float,
+    debts: AdapterDebts | None = None,
 ) -> list[CachedSession]:
     """Those that may run now, with pages for `job.allowance` tokens; their jobs have begun.
 
@@ -43,8 +49,9 @@ def admit(
         counters: who has been served least.
         budget: most tokens of a batch.
         now: the time.
+        debts: what clients owe for adapters; nobody owes anything if not given.
     """
-    ready = _attachable(memory, ready, counters)
+    ready = _attachable(memory, ready, counters, AdapterDebts() if debts is None else debts, now)
     wanted = sum(_most_pages(session, budget) for session in ready)
     if wanted + memory.adapters.pages_wanted(ready) <= memory.allocator.num_free:
         unplaced = memory.adapters.hold(ready)
@@ -68,16 +75,23 @@ def admit(
     return _Admission(memory, order, late, counters, budget, now).run()
 
 
-def _attachable(memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters) -> Sequence[CachedSession]:
-    """All but those for whom more adapters would have to be brought to the device than fit between two batches."""
+def _attachable(
+    memory: KvMemory, ready: Sequence[CachedSession], counters: VirtualCounters, debts: AdapterDebts, now: float
+) -> Sequence[CachedSession]:
+    """All but those for whom more adapters would have to be brought to the device than fit between two batches.
+
+    Nor those whose client has still to make up for what came before; but who waits for pages keeps its turn.
+    """
     cold = {session: memory.adapters.to_attach(session) for session in ready if session.adapters}
-    if sum(map(len, cold.values())) <= MAX_ATTACHES:
+    num_cold = sum(map(len, cold.values()))
+    if not num_cold or (num_cold <= MAX_ATTACHES and not debts):
         return ready
     coming = set().union(*(digests for session, digests in cold.items() if session.starved_since is not None))
     fresh: set[str] = set()
     for session in sorted(cold, key=lambda it: counters.of(it.client)):
         new = cold[session] - coming
-        if not fresh or len(fresh | new) <= MAX_ATTACHES:
+        fits = not fresh or len(fresh | new) <= MAX_ATTACHES
+        if fits and (not new or debts.may_load(session.client, now)):
             fresh |= new
             coming |= new
         elif new:

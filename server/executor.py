@@ -176,8 +176,13 @@ class Executor:
             session.held_back = []
         self._commands.put(lambda: self._scheduler.drop_queued(session))
 
-    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta]) -> None:
+    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta], *, client: str) -> None:
         """Rows may use this adapter from now on; it is brought to the device as soon as there is room.
+
+        Args:
+            digest: its name.
+            deltas: what it does to the blocks of the span.
+            client: for whom, which pays for the time that it takes.
 
         Raises:
             PeerBusy: the device could never hold it.
@@ -185,7 +190,11 @@ class Executor:
         needed, num_pages = self.span.adapter_pages(deltas), self._allocator.num_pages
         if needed >= num_pages:
             raise PeerBusy(f"the adapter takes {needed} pages, the server has {num_pages}", retry_after_s=3600.0)
-        self._commands.put(lambda: self._memory.adapters.add(digest, deltas))
+        self._commands.put(lambda: self._memory.adapters.add(digest, deltas, client=client))
+
+    def charge(self, client: str, seconds: float) -> None:
+        """An adapter has been taken in for a client, which took so long."""
+        self._commands.put(lambda: self._scheduler.worked(client, seconds, time.monotonic()))
 
     def forget_adapter(self, digest: str) -> None:
         """No row uses this adapter any more; its tensors may go."""
@@ -260,9 +269,11 @@ class Executor:
     def _run(self, batch: Batch) -> list[Notice]:
         notices: list[Notice] = []
         try:
+            began = time.monotonic()
             if failures := carry_out(batch.moves, self.span):
                 notices = self._scheduler.drop_adapters(batch, failures)
             started = time.monotonic()
+            self._scheduler.moved(batch, started - began, started)
             outputs = to_host(batch.rows, self.span.run(batch.chunks)) if batch.rows else []
         except SwarmError as error:
             return notices + self._fail(batch, error)

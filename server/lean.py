@@ -8,6 +8,7 @@ To be called once by the server's command line, before transformers is imported;
 the whole process: torch.compile does not work afterwards.
 """
 
+import gc
 import importlib.util
 import os
 import sys
@@ -31,6 +32,16 @@ def import_transformers_lean() -> bool:
     import transformers.utils.import_utils  # noqa: F401 - looks for optional packages now, and remembers the answer
 
     return True
+
+
+def settle_heap() -> None:
+    """Keep the garbage collector from looking at what is there now, which stays: to be called once all is loaded.
+
+    Else it goes through all objects of torch, transformers and the model whenever enough others have come, and the
+    device thread stands still meanwhile, for longer than a token takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class _Compiler(types.ModuleType):

@@ -39,6 +39,8 @@ class AdapterMeter(Protocol):
 @dataclass(slots=True, kw_only=True)
 class _Adapter:
     digest: str
+    client: str
+    """For whom it came."""
     deltas: Deltas
     num_pages: int
     """About."""
@@ -84,6 +86,8 @@ class Residency:
         """Times that an adapter was brought to the device."""
         self.attached: tuple[str, ...] = ()
         """Adapters on the device; other threads may look at it."""
+        self.brought: list[str] = []
+        """For which client each adapter was brought to the device since somebody took this list."""
         self._allocator, self._move, self._meter, self._relocate = allocator, move, meter, relocate
         self._own_limit, self._own_used = own_bytes, 0
         self._adapters: dict[str, _Adapter] = {}
@@ -94,22 +98,39 @@ class Residency:
 
     # -- what is there ------------------------------------------------------------------------------------------
 
-    def add(self, digest: str, deltas: Deltas) -> None:
-        """Sessions may use this adapter from now on, and one is about to."""
+    def add(self, digest: str, deltas: Deltas, *, client: str = "") -> None:
+        """Sessions may use this adapter from now on, and one of this client is about to."""
         if digest not in self._adapters:
             assert self._meter is not None
             ranks = sum(linear.rank for delta in deltas.values() for linear in delta.linears.values())
             pages = self._meter.adapter_pages(deltas)
-            self._adapters[digest] = _Adapter(digest=digest, deltas=deltas, num_pages=pages, num_ranks=ranks)
+            self._adapters[digest] = _Adapter(
+                digest=digest, client=client, deltas=deltas, num_pages=pages, num_ranks=ranks
+            )
+        self._adapters[digest].client = client
         self._soon[digest] = None
 
-    def prefetch(self, limit: int) -> bool:
-        """Bring some adapters that were added to the device, where nothing has to go for them; whether any came."""
-        before = self.num_attached
-        while self._soon and self.num_attached - before < limit:
-            adapter = self._adapters[next(iter(self._soon))]
+    def prefetch(self, limit: int, may_load: Callable[[str], bool] = lambda client: True) -> bool:
+        """Bring some adapters that were added to the device, where nothing has to go for them.
+
+        Args:
+            limit: of how many.
+            may_load: whether any may come for a client now; others are kept in mind.
+
+        Returns:
+            Whether any came.
+        """
+        before, refused = self.num_attached, set[str]()
+        for adapter in [self._adapters[digest] for digest in self._soon]:
+            if self.num_attached - before >= limit:
+                break
+            if adapter.client in refused:
+                continue
+            if adapter.seat is None and not may_load(adapter.client):
+                refused.add(adapter.client)
+                continue
             del self._soon[adapter.digest]
-            if adapter.seat is None and self._attach(adapter, may_evict=False):
+            if adapter.seat is None and self._attach(adapter, adapter.client, may_evict=False):
                 self._allocator.free(adapter.pages)
         return self.num_attached > before
 
@@ -214,7 +235,7 @@ class Residency:
         for adapter in self._of([session]):
             if adapter.seat is not None:
                 self._take(adapter)
-            elif self._attach(adapter):
+            elif self._attach(adapter, session.client):
                 adapter.num_holders += 1
             else:
                 for other in taken:
@@ -235,7 +256,7 @@ class Residency:
         if not adapter.num_holders:
             self._allocator.free(adapter.pages)
 
-    def _attach(self, adapter: _Adapter, *, may_evict: bool = True) -> bool:
+    def _attach(self, adapter: _Adapter, client: str, *, may_evict: bool = True) -> bool:
         """Give an adapter pages in a run, or memory beside them; they are owned once then."""
         assert self._meter is not None
         pages = self._place(adapter, may_evict)
@@ -252,6 +273,7 @@ class Residency:
             self._allocator.keep(page, self)
         self.attached = tuple(self._seated)
         self.num_attached += 1
+        self.brought.append(client)
         self._move(Attach(seat=adapter.seat, deltas=adapter.deltas, pages=None if pages is None else tuple(pages)))
         return True
 

@@ -16,11 +16,12 @@ from math import inf
 import torch
 
 from swarm.errors import PeerBusy, SwarmError
+from swarm.server.adapter_debts import AdapterDebts
 from swarm.server.adapter_limit import AdapterLimit
 from swarm.server.admission import MAX_ATTACHES, admit
 from swarm.server.blocks.step import Chunk
 from swarm.server.chooser import BatchRow, Chooser, lead
-from swarm.server.fairness import VirtualCounters
+from swarm.server.fairness import W_PROMPT, VirtualCounters
 from swarm.server.gathering import Gathering
 from swarm.server.host_pages import Attach, Move, SwapIn, SwapOut
 from swarm.server.memory import Hit, KvMemory
@@ -47,7 +48,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waits:
-    """The work of a session waits for pages."""
+    """The work of a session waits for pages, or until its client has made up for adapters that it had loaded."""
 
     step_id: int
     expected_s: float
@@ -68,6 +69,8 @@ class Batch:
     num_decode: int
     started: float
     adapters: AdapterLoad = NO_ADAPTERS
+    brought: Sequence[str] = ()
+    """For which client each adapter comes that is among the moves."""
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -107,6 +110,7 @@ class Scheduler:
         self.counters = VirtualCounters() if counters is None else counters
         self.costs = StepCost() if costs is None else costs
         self.gathering = Gathering() if gathering is None else gathering
+        self.debts = AdapterDebts()
         self.adapter_limit = AdapterLimit(self.costs, num_ranks or memory.adapters.num_ranks)
         self.token_budget = token_budget
         self.can_progress = False
@@ -115,6 +119,8 @@ class Scheduler:
         """Sessions whose work waits for pages."""
         self._ready: dict[CachedSession, None] = {}
         self._idle_since = 0.0
+        self._loads_again_at = inf
+        """When an adapter may come that its client's debts keep away."""
 
     @property
     def num_ready(self) -> int:
@@ -134,7 +140,8 @@ class Scheduler:
     def next_deadline(self) -> float:
         """When to look again although nothing happened."""
         starved = [(it.starved_since, it.told_at) for it in self._ready if it.starved_since is not None]
-        return min((min(since + PAGE_WAIT_S, told + TELL_PERIOD_S) for since, told in starved), default=inf)
+        deadline = min((min(since + PAGE_WAIT_S, told + TELL_PERIOD_S) for since, told in starved), default=inf)
+        return min(deadline, self._loads_again_at)
 
     # -- commands -----------------------------------------------------------------------------------------------
 
@@ -146,6 +153,7 @@ class Scheduler:
         if len(session.jobs) == 1:
             self._ready[session] = None
             self.counters.arrive(session.client)
+            self.debts.seen(session.client, now)
             if session.job.is_decode:
                 self.gathering.returned(session, now)
         self.memory.add(session)
@@ -177,7 +185,7 @@ class Scheduler:
         """Choose the next batch; it has no rows when nothing can run for want of pages."""
         self.can_progress = False
         notices = self._refuse_starved(now)
-        sessions = admit(self.memory, list(self._ready), self.counters, self.token_budget, now)
+        sessions = admit(self.memory, list(self._ready), self.counters, self.token_budget, now, self.debts)
         notices += self._told_by_memory(now)
         expected = self.gathering.num_rows(now)
         sessions = self.adapter_limit.choose(sessions, self.counters, lead(self.token_budget), now)
@@ -185,10 +193,12 @@ class Scheduler:
             sessions, self.memory, self.counters, self.costs, self.token_budget, expected, self.adapter_limit
         )
         chooser.run()
-        self.can_progress |= self.memory.adapters.prefetch(MAX_ATTACHES)
+        self._prefetch(now)
+        notices += self._in_debt(now)
         self.counters.settle({session.client for session in self._ready if session.job.num_left})
         notices += self._starving(now)
         moves, self.memory.moves = self.memory.moves, []
+        brought, self.memory.adapters.brought = self.memory.adapters.brought, []
         self.can_progress |= bool(chooser.rows or moves)
         return Batch(
             notices=notices,
@@ -198,7 +208,20 @@ class Scheduler:
             num_decode=chooser.num_decode,
             started=now,
             adapters=chooser.adapters,
+            brought=brought,
         )
+
+    def moved(self, batch: Batch, seconds: float, now: float) -> None:
+        """The moves of a batch have taken so long: who had adapters brought pays for it."""
+        for client in batch.brought:
+            self.worked(client, seconds / len(batch.brought), now)
+
+    def worked(self, client: str, seconds: float, now: float) -> None:
+        """The server has loaded an adapter for a client, for so long: as much service as prompts have in that time."""
+        self.debts.worked(client, seconds, now)
+        if self.costs.is_measured:
+            per_token = self.costs.seconds(0, self.token_budget) / self.token_budget
+            self.counters.charge(client, W_PROMPT * seconds / max(per_token, 1e-9))
 
     def finish(
         self, batch: Batch, outputs: Sequence[torch.Tensor | None], compute_s: float, now: float
@@ -213,6 +236,7 @@ class Scheduler:
             now: the time.
         """
         self._idle_since = now
+        self.debts.ran(compute_s, now)
         if batch.rows:
             self.costs.observe(batch.num_decode, batch.num_tokens - batch.num_decode, compute_s, batch.adapters)
         notices: list[Notice] = []
@@ -264,6 +288,7 @@ class Scheduler:
     def _advance(self, session: CachedSession, job: Job, count: int, now: float) -> None:
         session.last_used = now
         session.turn_tokens += count
+        self.debts.seen(session.client, now)
         if job.is_decode:
             self.gathering.answered(session, len(session.rows), now)
         if job.num_left:
@@ -275,6 +300,28 @@ class Scheduler:
             self._ready[session] = None  # behind all others
             session.job.ready_since = max(now, session.job.ready_since)
             self.counters.arrive(session.client)
+
+    def _prefetch(self, now: float) -> None:
+        """Bring adapters of sessions that are to come, beside those that came for this batch."""
+        adapters = self.memory.adapters
+        limit = max(0, MAX_ATTACHES - len(adapters.brought))
+        self.can_progress |= adapters.prefetch(limit, lambda client: self.debts.may_load(client, now))
+
+    def _in_debt(self, now: float) -> list[Notice]:
+        """Tell those whose adapters have to wait for what their client owes, now and then; and look again in time."""
+        self._loads_again_at = inf
+        if not self.debts:
+            return []
+        to_attach = self.memory.adapters.to_attach
+        cold = [it for it in self._ready if it.adapters and it.starved_since is None and to_attach(it)]
+        notices: list[Notice] = []
+        for session in cold:
+            free_at = self.debts.free_at([session.client], now)
+            self._loads_again_at = min(self._loads_again_at, free_at)
+            if free_at > now >= session.told_at + TELL_PERIOD_S:
+                session.told_at = now
+                notices.append((session, Waits(step_id=session.job.work.step_id, expected_s=free_at - now)))
+        return notices
 
     def _fail(self, session: CachedSession, error: SwarmError) -> Notice:
         session.error = error

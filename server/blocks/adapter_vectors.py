@@ -23,7 +23,7 @@ def put_vectors(handle: int, site: Site, linears: Linears, device: torch.device)
     offsets: dict[int, Tensor] = {}
     for index, member in enumerate(site.members):
         linear = linears.get(member.path)
-        if linear is None:
+        if linear is None or not _has_vectors(linear):
             continue
         if linear.input_scale_I is not None:
             site.inputs[index].put(handle, linear.input_scale_I.to(device), None)
@@ -34,6 +34,11 @@ def put_vectors(handle: int, site: Site, linears: Linears, device: torch.device)
             offsets[index] = offset_O
     if factors or offsets:
         site.output.put(handle, _joined(site, factors, 1.0, device), _joined(site, offsets, 0.0, device))
+
+
+def _has_vectors(linear: LinearDelta) -> bool:
+    vectors = (linear.input_scale_I, linear.output_scale_O, linear.magnitude_O, linear.bias_O, linear.base_bias_O)
+    return any(it is not None for it in vectors)
 
 
 def factor_and_offset(

@@ -68,6 +68,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbi
     """Positions [0, P) that the adapter puts before a sequence: the client sends P rows for them like for any token."""
     shards: Annotated[tuple[ShardInfo, ...], msgspec.Meta(max_length=MAX_BLOCKS)]
     """Of the blocks that it changes, ascending."""
+    embeddings: Digest | None = None
+    """Hash of the embeddings of its virtual positions, where it has some: they stay with the client, but two adapters
+    that differ in nothing else are two."""
 
     def encode(self) -> bytes:
         """As msgpack."""
@@ -121,6 +124,11 @@ def encode_shard(delta: BlockDelta) -> bytes:
         if own is not None:
             tensors[name] = own.detach().cpu().contiguous()
     return _sorted_metadata(save(tensors), scales)
+
+
+def embeddings_digest(embeddings_PH: Tensor) -> str:
+    """How a manifest names embeddings of virtual positions."""
+    return sha256(save({"embeddings": embeddings_PH.detach().cpu().contiguous()})).hexdigest()
 
 
 def shard_info(block: int, delta: BlockDelta, data: bytes) -> ShardInfo:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from swarm.adapters.delta import BlockDelta
-from swarm.adapters.format import Manifest, encode_shard, shard_info
+from swarm.adapters.format import Manifest, embeddings_digest, encode_shard, shard_info
 from swarm.adapters.layout import ModelLayout
 from swarm.adapters.peft_files import PeftFiles
 from swarm.adapters.peft_lora import read_adalora, read_lora, read_vera
@@ -81,6 +81,7 @@ def pack(contents: Contents, *, method: str, base: str, layout: ModelLayout) -> 
     """
     changed = {block: delta for block, delta in sorted(contents.deltas.items()) if delta.tensors()}
     shards = {block: encode_shard(delta) for block, delta in changed.items()}
+    embeddings_PH = contents.embeddings_PH
     manifest = Manifest(
         method=method,
         base=base,
@@ -88,8 +89,9 @@ def pack(contents: Contents, *, method: str, base: str, layout: ModelLayout) -> 
         hidden_size=layout.hidden_size,
         num_virtual=contents.num_virtual,
         shards=tuple(shard_info(block, changed[block], data) for block, data in shards.items()),
+        embeddings=None if embeddings_PH is None else embeddings_digest(embeddings_PH),
     )
-    return LoadedAdapter(manifest=manifest, shards=shards, embeddings_PH=contents.embeddings_PH)
+    return LoadedAdapter(manifest=manifest, shards=shards, embeddings_PH=embeddings_PH)
 
 
 def _linear(read: Callable[[PeftFiles, ModelLayout], Mapping[int, BlockDelta]]) -> "_Reader":

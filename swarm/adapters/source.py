@@ -11,7 +11,23 @@ from pathlib import Path
 from swarm.adapters.peft_files import CONFIG_FILE, MAX_ADAPTER_BYTES, PICKLE_FILE, TENSORS_FILE
 from swarm.errors import AdapterError, CheckpointMismatch, UnknownModel
 
+DIGEST_PREFIX = "sha256:"
+_DIGEST = re.compile(DIGEST_PREFIX + "([0-9a-f]{64})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
+
+
+def digest_in(name: str) -> str | None:
+    """The digest that a name of the form "sha256:..." gives; None for other names.
+
+    Raises:
+        AdapterError: it begins so, but is not 64 hexadecimal digits long.
+    """
+    if not name.startswith(DIGEST_PREFIX):
+        return None
+    found = _DIGEST.fullmatch(name.lower())
+    if found is None:
+        raise AdapterError(f"adapter {name[:96]!r}: expected {DIGEST_PREFIX} and 64 hexadecimal digits")
+    return found[1]
 
 
 def resolve_adapter(

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME=PATH",
         default=[],
-        help="adapters that PEFT has saved, directories or hub ids; each is a model of its own, MODEL:NAME",
+        help="adapters, directories, hub ids or sha256:DIGEST; each is a model of its own, MODEL:NAME",
     )
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     add(

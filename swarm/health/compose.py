@@ -17,7 +17,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from swarm.catalog import ModelEntry
-from swarm.health.state import Canary, Link, Model, Reach, Server, Status, Verdict
+from swarm.health.state import Adapter, Canary, Link, Model, Reach, Server, Status, Verdict
 from swarm.protocol import Info
 from swarm.registry import ServerRecord
 from swarm.types import ServerState, name_ranges
@@ -148,6 +148,10 @@ def _server(record: ServerRecord, answer: Answer | None, now: float) -> Server:
         seen_at=now,
         rtt_ms=_ms(answer.rtt_s) if answer is not None else None,
         trouble=clean(answer.trouble) if answer is not None and answer.trouble else None,
+        adapters=tuple(
+            Adapter(short=note.short.hex(), max_rank=note.max_rank, on_device=note.on_device)
+            for note in record.adapters
+        ),
     )
     return base if info is None or info.model != record.model else _with_info(base, info)
 

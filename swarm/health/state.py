@@ -68,6 +68,19 @@ class Link(Value, frozen=True):
     rtt_ms: Annotated[float, _field("Round trip in milliseconds, as the server measured it.")]
 
 
+class Adapter(Value, frozen=True):
+    """An adapter that a server announces."""
+
+    short: Annotated[str, _field("First 8 hexadecimal digits of its digest.")]
+    max_rank: Annotated[int, _field("Largest rank in the server's blocks, rounded up to a multiple of 8; 0 for none.")]
+    on_device: Annotated[bool, _field("Whether it lies on the device, not in host memory alone.")]
+
+    @property
+    def label(self) -> str:
+        """Hash and rank."""
+        return f"{self.short} r{self.max_rank}" if self.max_rank else self.short
+
+
 class Server(Value, frozen=True):
     """One server of a model. What it says of itself is not proven, but was checked for form and range."""
 
@@ -96,6 +109,9 @@ class Server(Value, frozen=True):
     num_failed: Annotated[int | None, _field("Sessions among them that ended with an error.")] = None
     uptime_s: Annotated[float | None, _field("Since when it serves, in seconds.")] = None
     links: Annotated[tuple[Link, ...], _field("Round trips to other servers.")] = ()
+    adapters: Annotated[
+        tuple[Adapter, ...], _field("Adapters that it announces: those on the device, then the most recently used.")
+    ] = ()
     trouble: Annotated[str | None, _field("Why it did not answer.")] = None
 
     @property
@@ -107,6 +123,11 @@ class Server(Value, frozen=True):
     def label(self) -> str:
         """Its name, or the end of its identity."""
         return self.name or f"…{self.peer_id[-8:]}"
+
+    @property
+    def num_attached(self) -> int:
+        """Announced adapters on its device."""
+        return sum(adapter.on_device for adapter in self.adapters)
 
     @property
     def is_serving(self) -> bool:

@@ -143,7 +143,7 @@ class Server:
             self.blocks, 1, client="bench", listener=listener, adapters=(digest,)
         )
         if digest is not None and adapter is not None:
-            self.executor.add_adapter(digest, self.adapters[adapter])  # as a session's lease does
+            self.executor.add_adapter(digest, self.adapters[adapter], client="bench")  # as a session's lease does
             self.executor.adapters_ready(session)
         listener.start(torch.randn(prompt, self.span.hidden_size, generator=self.dice))
         try:

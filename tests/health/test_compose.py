@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.adapters.notes import AdapterNote
 from swarm.health.compose import (
     CANARY_VALID_S,
     GONE_S,
@@ -157,3 +158,18 @@ def replace_digest(model: Model, digest: str) -> Model:
 def test_records_are_dataclasses_of_the_registry():
     """The fakes are made of what the registry really gives."""
     assert replace(make_record(A, "0:1"), load=0.5).load == 0.5
+
+
+def test_adapters_are_those_that_servers_announce():
+    """Hash, rank and place of each; a server that is gone has none."""
+    notes = tuple(AdapterNote.of(f"{number:02x}" * 32, 12, on_device=number == 7) for number in (7, 8))
+    record = make_record(A, "0:1", adapters=notes)
+    before = compose([record])
+    (server,) = before.servers
+    assert [(it.short, it.max_rank, it.on_device) for it in server.adapters] == [
+        ("07070707", 16, True),
+        ("08080808", 16, False),
+    ]
+    assert server.num_attached == 1
+    gone = compose([], before=before).servers[0]
+    assert gone.status is Status.GONE and gone.adapters == ()

@@ -9,11 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.adapters.notes import MAX_NOTES, AdapterNote
+from swarm.health.compose import compose_model
 from swarm.health.history import Contributor
 from swarm.health.monitor import Trends
 from swarm.health.pages import PAGE_ROWS, render_badge, render_page
 from swarm.health.state import Model, Verdict
-from tests.health.fakes import DIGEST, NOW, make_canary, make_state, make_trends, random_model
+from tests.health.fakes import (
+    DIGEST,
+    NOW,
+    make_canary,
+    make_entry,
+    make_record,
+    make_state,
+    make_trends,
+    peer_ids,
+    random_model,
+)
 
 EVIL = "<script>alert('x')</script>\"'><img src=x onerror=y>&amp;"
 
@@ -53,9 +65,33 @@ def test_it_is_small_however_many_servers_there_are(num_servers: int):
     from swarm.health.pages import FOLDER
 
     model = random_model(num_servers, num_blocks=80)
+    notes = tuple(AdapterNote.of(f"{number:02x}" * 32, 16, on_device=number < 2) for number in range(MAX_NOTES))
+    adapters = compose_model(
+        make_entry(2),
+        [make_record(peer_ids(1)[0], "0:2", adapters=notes)],
+        {},
+        canary=None,
+        before=None,
+        now=NOW,
+    )
+    with_adapters = [msgspec.structs.replace(it, adapters=adapters.servers[0].adapters) for it in model.servers]
+    model = msgspec.structs.replace(model, servers=tuple(with_adapters))
     text = page(model, trends=make_trends(model))
     static = sum(path.stat().st_size for path in (FOLDER / "static").iterdir())
     assert len(text.encode()) + static <= 200_000
+
+
+def test_a_server_says_which_adapters_it_has():
+    """The first ones to be seen at once, all of them in the title; nothing where there are none."""
+    notes = tuple(AdapterNote.of(f"{number:02x}" * 32, 16, on_device=number < 2) for number in range(5))
+    record = make_record(peer_ids(1)[0], "0:2", adapters=notes)
+    model = compose_model(make_entry(2), [record], {}, canary=None, before=None, now=NOW)
+    text = page(model)
+    assert "5 adapters, 2 on the device" in text
+    assert "<code>00000000 r16</code>, <code>01010101 r16</code>, …" in text and "<code>02" not in text
+    assert "00000000 r16 on the device, 01010101 r16 on the device, 02020202 r16" in text
+    assert "04040404" in text
+    assert "on the device" not in page(random_model(8))
 
 
 def test_many_models_have_a_line_each_and_a_page_of_their_own():

@@ -1,5 +1,6 @@
 """Adapters through real servers: every row what PEFT makes of it on the same base, wherever its bytes come from."""
 
+import itertools
 import json
 import threading
 import warnings
@@ -250,6 +251,26 @@ def test_an_adapter_that_had_to_go_comes_back(make_swarm, tiny_llama, many):
     wait_until_nothing_is_used(swarm)
 
 
+def test_an_adapter_that_is_evicted_in_mid_session_comes_back_for_the_next_token(make_swarm, tiny_llama, many):
+    """An idle session's adapter gives its pages to others; its tokens go on as if nothing had been."""
+    swarm = make_swarm()
+    server = swarm.add_server("0:6", cache_size=CacheSize(tokens=24 * PAGE_SIZE))
+    expected = of_peft(tiny_llama, many[0], 0, **GREEDY)[0]
+    with distributed(swarm, {str(number): path for number, path in enumerate(many)}) as model:
+        digest = model.adapters["0"].digest
+        with model.inference_session(max_length=64, adapter_name="0") as session:
+            ids = model.generate(PROMPTS[:1], session=session, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+            assert digest in server.executor.attached_adapters
+            ids_of_others = torch.randint(1, 120, (1, 300), generator=torch.Generator().manual_seed(1))
+            others = itertools.chain(*itertools.repeat(range(1, 16), 4))
+            while digest in server.executor.attached_adapters:
+                model.generate(ids_of_others, adapter_name=str(next(others)), max_new_tokens=2, do_sample=False)
+            rest = {**GREEDY, "max_new_tokens": 6, "min_new_tokens": 6}
+            assert torch.equal(model.generate(ids, session=session, **rest)[0, -NEW_TOKENS:], expected)
+            assert digest in server.executor.attached_adapters
+    wait_until_nothing_is_used(swarm)
+
+
 def test_sixty_four_sessions_with_sixteen_adapters_at_once(make_swarm, tiny_llama, many):
     """On one server; each row is PEFT's own, and every page comes back, but for those of idle adapters."""
     swarm = make_swarm()
@@ -361,3 +382,52 @@ def test_losses_change_nothing_under_beams_and_sampling(make_swarm, adapters, op
             tokens = model.generate(PROMPTS, attention_mask=MASK, session=session, **options)
             assert session.session.num_replays == 2
     assert torch.equal(tokens, expected)
+
+
+def test_an_adapter_is_had_by_its_digest_from_the_servers_that_hold_it(make_swarm, tiny_llama, adapters):
+    """From several, each for its blocks; the one who fetched it can bring it to servers that never saw it."""
+    swarm = make_swarm("0:3", "3:6")
+    expected = of_peft(tiny_llama, adapters["lora"], 0, **GREEDY)[0]
+    with distributed(swarm, {"mine": adapters["lora"]}) as model:
+        digest, shards = model.adapter_digest("mine"), model.adapters["mine"].shards
+        assert torch.equal(model.generate(PROMPTS[:1], adapter_name="mine", **GREEDY)[0, -NEW_TOKENS:], expected)
+    with distributed(swarm) as model:
+        model.load_adapter(digest.upper().replace("SHA", "sha"), adapter_name="theirs")
+        assert model.adapter_digest("theirs") == digest and model.adapters["theirs"].shards == shards
+        swarm.add_server("0:3")
+        remove(swarm, swarm.servers[0].node.peer_id, politely=True)
+        records_of(model)
+        found = model.generate(PROMPTS[:1], adapter_name="theirs", **GREEDY)[0, -NEW_TOKENS:]
+        assert torch.equal(found, expected) and loaders(swarm)[1].num_uploaded_bytes
+
+
+def test_a_digest_that_nobody_has_is_an_error_of_its_own(make_swarm, adapters):
+    """Nobody at all, or nobody for some blocks: the message says which; what is no digest is refused at once."""
+    swarm = make_swarm("0:3", "3:6")
+    with distributed(swarm, {"mine": adapters["lora"], "words": adapters["deep"]}) as model:
+        digest = model.adapter_digest("mine")
+        model.generate(PROMPTS[:1], adapter_name="mine", **GREEDY)
+        model.generate(PROMPTS[:1], adapter_name="words", **GREEDY)
+        with pytest.raises(AdapterError, match=r"no server has adapter sha256:0{12}…; 2 were asked"):
+            model.load_adapter("sha256:" + "0" * 64, adapter_name="new")
+        with pytest.raises(AdapterError, match="64 hexadecimal digits"):
+            model.load_adapter("sha256:12", adapter_name="new")
+        with pytest.raises(AdapterError, match="has embeddings, which servers don't keep"):
+            model.load_adapter(model.adapter_digest("words"), adapter_name="new")
+        swarm.add_server("3:6")
+        remove(swarm, swarm.servers[1].node.peer_id, politely=True)
+        records_of(model)
+        with pytest.raises(AdapterError, match=rf"no server has what adapter {digest[:19]}… does to blocks 3:6"):
+            model.load_adapter(digest, adapter_name="new")
+        assert "new" not in model.adapters.names
+
+
+def test_two_prompts_of_one_length_are_two_adapters(shared, tiny_llama, adapters, tmp_path):
+    """They differ in nothing but their embeddings, which no server ever sees."""
+    other = tmp_path / "other"
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    save_adapter(base, KINDS["prompt"](), other, seed=77)
+    with distributed(shared, {"one": adapters["prompt"], "two": other}) as model:
+        found = model.generate(PROMPTS, attention_mask=MASK, adapter_name=["one", "two", "two"], **GREEDY)
+        for row, path in enumerate((adapters["prompt"], other, other)):
+            assert torch.equal(found[row, -NEW_TOKENS:], of_peft(tiny_llama, path, row, **GREEDY)[0]), row

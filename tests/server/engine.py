@@ -58,6 +58,7 @@ class Engine:
         seconds: how long a batch takes, from its numbers of decode rows and prompt tokens.
         ranks: rank rows of each adapter.
         adapter_seconds: how much longer it takes for its adapters.
+        attach_s: how long bringing an adapter to the device takes.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Engine:
         seconds=lambda num_decode, num_prompt: 0.01 + 0.0005 * num_decode + 0.0005 * num_prompt,
         ranks: Mapping[str, int] | None = None,
         adapter_seconds=lambda load: 0.0,
+        attach_s: float = 0.0,
     ):
         self.span = FakeSpan(num_pages, stateful=stateful) if span is None else span
         self.allocator = PageAllocator(self.span.num_pages)
@@ -100,6 +102,7 @@ class Engine:
         self.left_out: set[str] = set()
         """Clients of whose ready work the last batch left something out."""
         self._seconds, self._adapter_seconds, self._ranks = seconds, adapter_seconds, ranks or {}
+        self._attach_s = attach_s
 
     def open(
         self,
@@ -150,6 +153,8 @@ class Engine:
         self._tell(batch.notices)
         if failures := carry_out(batch.moves, self.span):
             self._tell(self.scheduler.drop_adapters(batch, failures))
+        self.now += self._attach_s * len(batch.brought)
+        self.scheduler.moved(batch, self._attach_s * len(batch.brought), self.now)
         self.num_swaps += sum(hasattr(move, "swapped") for move in batch.moves)
         if batch.rows:
             outputs = to_host(batch.rows, self.span.run(batch.chunks))

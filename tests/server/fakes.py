@@ -75,6 +75,7 @@ class FakeExecutor:
         self.num_dropped = 0
         self.sessions: list[FakeCache] = []
         self.adapters: dict[str, int] = {}
+        self.charged: dict[str, float] = {}
         """What each does: it adds so much to the constant."""
         self._is_scheduled = False
 
@@ -108,7 +109,10 @@ class FakeExecutor:
     def attached_adapters(self) -> tuple[str, ...]:
         return tuple(self.adapters)
 
-    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta]) -> None:
+    def charge(self, client: str, seconds: float) -> None:
+        self.charged[client] = self.charged.get(client, 0.0) + seconds
+
+    def add_adapter(self, digest: str, deltas: Mapping[int, BlockDelta], *, client: str) -> None:
         self.adapters[digest] = sum(int(delta.linears["q"].bias_O[0]) for delta in deltas.values())
 
     def forget_adapter(self, digest: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from swarm.adapters.delta import BlockDelta, LinearDelta
 from swarm.adapters.format import encode_shard, shard_info
+from swarm.adapters.notes import MAX_NOTES
 from swarm.adapters.transfer import send_parts
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout
 from swarm.protocol import ADAPTER_SERVICE, AdapterLoading, AdapterOffer, AdapterPart, AdapterRequest
@@ -163,10 +164,10 @@ async def test_sessions_that_wait_for_one_adapter_share_its_transfer(nodes):
         await check_step(chain, second, [tokens(2)], [2 * 7])
 
 
-def spoiled(value: float) -> MadeAdapter:
-    """An adapter with a number in it that is none, under its right name."""
+def named(path: str = "q", **linear) -> MadeAdapter:
+    """An adapter of one block with this in it, whatever it is, under its right name."""
     good = make_adapter(1, blocks=(0,))
-    delta = BlockDelta(linears={"q": LinearDelta(bias_O=torch.full((HIDDEN,), value))})
+    delta = BlockDelta(linears={path: LinearDelta(**linear)})
     data = encode_shard(delta)
     manifest = type(good.manifest)(
         method="LORA", base="x", num_blocks=8, hidden_size=HIDDEN, shards=(shard_info(0, delta, data),)
@@ -174,11 +175,22 @@ def spoiled(value: float) -> MadeAdapter:
     return MadeAdapter(manifest, {0: data})
 
 
+def spoiled(value: float) -> MadeAdapter:
+    """An adapter with a number in it that is none."""
+    return named(bias_O=torch.full((HIDDEN,), value))
+
+
 BAD = {
     "not a number": (spoiled(float("nan")), "not finite"),
     "infinite": (spoiled(float("inf")), "not finite"),
     "another model": (make_adapter(1, num_blocks=12), r"\(12, 4\); fake has \(8, 4\)"),
     "another width": (make_adapter(1, hidden=8), r"\(8, 8\); fake has \(8, 4\)"),
+    "wrong shape": (named(bias_O=torch.zeros(HIDDEN + 1)), r"q.bias has shape \(5,\), expected \(4,\)"),
+    "wrong target": (named("k", bias_O=torch.zeros(HIDDEN)), "has no linear 'k' there"),
+    "absurd rank": (
+        named(a_rI=torch.zeros(5000, HIDDEN), b_Or=torch.zeros(HIDDEN, 5000)),
+        "malformed adapter manifest",
+    ),
 }
 
 
@@ -317,3 +329,28 @@ async def test_a_server_without_memory_for_adapters_says_so(nodes):
     async with chain_of(nodes, 1) as chain:
         with pytest.raises(PeerBusy, match="takes no adapters"):
             await open_with(chain, OTHER)
+
+
+async def test_what_is_announced_is_whole_bounded_and_the_devices_own_first(nodes):
+    """Then the most recently used; a half of an adapter is none."""
+    many = [make_adapter(number, blocks=(0,)) for number in range(1, MAX_NOTES + 3)]
+    async with serving(nodes) as chain:
+        desk, executor = chain.handlers[0].adapters, chain.executors[0]
+        for adapter in many:
+            await desk.keep(adapter.manifest, adapter.shards)
+        desk.store.add(OTHER.manifest, OTHER.manifest.encode(), client="somebody")
+        for adapter in many[1:]:
+            executor.forget_adapter(adapter.digest)
+        notes = desk.notes()
+        assert len(notes) == MAX_NOTES and not any(note.is_about(OTHER.digest) for note in notes)
+        assert notes[0].is_about(many[0].digest) and [note.on_device for note in notes] == [True] + [False] * 31
+        assert notes[1].is_about(many[-1].digest) and notes[0].max_rank == 8
+
+
+async def test_the_work_of_taking_an_adapter_in_is_charged_to_who_brought_it(nodes):
+    """To nobody where the server itself did."""
+    async with serving(nodes) as chain:
+        await chain.handlers[0].adapters.keep(OTHER.manifest, OTHER.shards)
+        assert chain.executors[0].charged == {}
+        await load(chain, ADAPTER)
+        assert chain.executors[0].charged[chain.client.node.peer_id] > 0
