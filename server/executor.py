@@ -227,7 +227,8 @@ class Executor:
     def _deliver(self, notices: list[Notice]) -> None:
         for session, notice in notices[1:]:
             self._loop.call_soon(self._tell, session, notice)  # one by one: a listener that raises harms no other
-        self._tell(*notices[0])
+        if notices:
+            self._tell(*notices[0])
 
     def _tell(self, session: CachedSession, notice: Produced | Failed | Waits) -> None:
         if session.is_closed:
@@ -242,8 +243,7 @@ class Executor:
     def _end(self, error: SwarmError) -> None:
         """Nothing will run any more."""
         self._ending = error
-        if notices := [(session, Failed(step_id=session.last_step, error=error)) for session in self._sessions]:
-            self._deliver(notices)
+        self._deliver([(session, Failed(step_id=session.last_step, error=error)) for session in self._sessions])
 
     def _die(self) -> None:
         self.died.set()
