@@ -151,7 +151,6 @@ def _run(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig, plan: "Plan") -> None:
-    from swarm.server.lean import settle_heap
     from swarm.server.screen import Screen
     from swarm.server.server import Server
 
@@ -167,6 +166,7 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
 
 
 async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") -> None:
+    from swarm.server.lean import settle_heap
     from swarm.server.server import LoadingStopped
 
     async with server:
