@@ -23,8 +23,11 @@ from swarm.client.peers import Peers
 from swarm.client.row_adapters import ClientAdapter, RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.client.training import Call, Parameters, RemoteTraining
+from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
+from swarm.network.tasks import TaskSet
+from swarm.private.credentials import Credentials
 from swarm.protocol import ADAPTER_SERVICE
 from swarm.session import Hop
 from swarm.transport import Stream, Transport
@@ -197,6 +200,7 @@ class SwarmService:
         self.num_blocks, self.hidden_size = peers.num_blocks, hidden
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
         self._trainings: list[SwarmTraining] = []
+        self._tasks = TaskSet()
         atexit.register(self.close)
 
     def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> SwarmSession:
@@ -240,6 +244,34 @@ class SwarmService:
         """
         return self._loop.run(self.peers.route(BlockRange(0, self.num_blocks)))
 
+    def check_access(self) -> None:
+        """Whether we belong to the swarm still.
+
+        Raises:
+            AccessDenied: the swarm is private, and our invitation has expired or was revoked.
+        """
+        self._node.check_access()
+
+    def when_denied(self, then: Callable[[], None]) -> None:
+        """Call `then` on the loop's thread when `check_access` fails from now on; never in an open swarm."""
+
+        async def wait() -> None:
+            await self._node.denied.wait()
+            then()
+
+        self.start(wait(), name="wait for the end of our membership")
+
+    def start(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Run a coroutine on the loop until this is closed; what goes wrong with the swarm is only logged."""
+
+        async def supervised() -> None:
+            try:
+                await coroutine
+            except SwarmError as error:
+                logger.info("%s: %s", name, error)
+
+        self._loop.post(lambda: self._tasks.spawn(supervised(), name=name))
+
     def open_training(self, blocks: BlockRange) -> SwarmTraining:
         """A new training run through some blocks; servers are contacted at its first use."""
         remote = RemoteTraining(self.peers, self._transport, blocks=blocks, config=self._config)
@@ -257,10 +289,15 @@ class SwarmService:
         for training in self._trainings:
             training.close()
         try:
-            self._loop.run(leave(self._transport, self._node), CLOSE_TIMEOUT_S)
+            self._loop.run(self._leave(), CLOSE_TIMEOUT_S)
         except TimeoutError:
             logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
         self._loop.stop()
+
+    async def _leave(self) -> None:
+        """In this order: a connection that somebody still makes would outlive the transport."""
+        await self._tasks.close()
+        await leave(self._transport, self._node)
 
 
 def connect(
@@ -271,6 +308,7 @@ def connect(
     initial_peers: Sequence[str],
     config: SessionConfig | None = None,
     identity: Identity | None = None,
+    credentials: Credentials | None = None,
 ) -> SwarmService:
     """Join the swarm as a client of one model.
 
@@ -281,24 +319,32 @@ def connect(
         initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
         config: patience and encoding of sessions.
         identity: who the servers see; somebody new by default.
+        credentials: our invitation into a private swarm.
 
     Raises:
         PeerUnreachable: none of the initial peers answers.
+        AccessDenied: the swarm is private, and we have no invitation that is good.
         ConfigError: an address is malformed.
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(join(tuple(initial_peers), identity))
+        node, transport = loop.run(join(tuple(initial_peers), identity, credentials))
     except BaseException:
         loop.stop()
         raise
-    peers = Peers(node, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
-    return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
+    peers = Peers(node, transport, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    service = SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
+    service.start(peers.get_acquainted(), name="get acquainted")
+    return service
 
 
-async def join(initial_peers: tuple[str, ...], identity: Identity | None = None) -> tuple[Node, Transport]:
+async def join(
+    initial_peers: tuple[str, ...], identity: Identity | None = None, credentials: Credentials | None = None
+) -> tuple[Node, Transport]:
     """Join a swarm as a client, which neither listens nor stores; errors as `connect`."""
-    node = await Node.start(NodeConfig(identity=identity, initial_peers=initial_peers, client_mode=True))
+    node = await Node.start(
+        NodeConfig(identity=identity, initial_peers=initial_peers, client_mode=True, credentials=credentials)
+    )
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport

@@ -17,11 +17,12 @@ from swarm.health.history import History
 from swarm.health.monitor import Monitor, Settings
 from swarm.network import Node, NodeConfig
 from swarm.transport import Limits, Transport
+from swarm.web.impatient import MAX_HEAD_BYTES, ImpatientProtocol
 
 IDLE_S = 30.0
 """Connections to servers are kept from one question to the next in a small swarm, not in a large one."""
-MAX_CONNECTIONS = 512
-"""Browsers and scrapers at once."""
+MAX_CONNECTIONS = 384
+"""Browsers and scrapers at once; those beyond are told 503."""
 GRACE_S = 2
 """How long responses may take to end when the page stops."""
 
@@ -29,9 +30,9 @@ GRACE_S = 2
 class Page:
     """A page that is up. Use `Page.start`, and `close` it."""
 
-    def __init__(self, monitor: Monitor, url: str, stack: AsyncExitStack):
+    def __init__(self, monitor: Monitor, node: Node, url: str, stack: AsyncExitStack):
         self.monitor, self.url = monitor, url
-        self._stack = stack
+        self._node, self._stack = node, stack
         self._server = PageServer(monitor)
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
@@ -50,6 +51,7 @@ class Page:
         Raises:
             ConfigError: the port or the history file can't be used, or an address is malformed.
             PeerUnreachable: nobody answers.
+            AccessDenied: the swarm is private, and we have no invitation that is good.
         """
         async with AsyncExitStack() as stack:
             listener = _listen(host, port)
@@ -57,7 +59,7 @@ class Page:
             past = History(history)
             stack.callback(past.close)
             peers = tuple(dict.fromkeys([*settings.initial_peers, *past.recall(settings.initial_peers)]))
-            node = await Node.start(NodeConfig(initial_peers=peers, client_mode=True))
+            node = await Node.start(NodeConfig(initial_peers=peers, client_mode=True, credentials=settings.credentials))
             stack.push_async_callback(node.close)
             transport = Transport(node, limits=Limits(idle_timeout_s=IDLE_S))
             await transport.start()
@@ -65,7 +67,7 @@ class Page:
             monitor = Monitor(node, transport, past, settings)
             stack.push_async_callback(monitor.close)
             shown_host = f"[{host}]" if ":" in host else host
-            page = cls(monitor, f"http://{shown_host}:{listener.getsockname()[1]}/", stack.pop_all())
+            page = cls(monitor, node, f"http://{shown_host}:{listener.getsockname()[1]}/", stack.pop_all())
         page._tasks = (
             asyncio.create_task(monitor.run(), name="monitor"),
             asyncio.create_task(page._server.serve(sockets=[listener]), name="http"),
@@ -73,9 +75,20 @@ class Page:
         return page
 
     async def wait(self) -> None:
-        """Wait for as long as nothing fails."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        done.pop().result()
+        """Wait for as long as nothing fails.
+
+        Raises:
+            AccessDenied: we are no member of this private swarm any more.
+        """
+        denied = asyncio.create_task(self._node.denied.wait(), name="wait for the end of our membership")
+        try:
+            done, _ = await asyncio.wait((denied, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            denied.cancel()
+        if denied in done:
+            self._node.check_access()
+        for task in done:
+            task.result()
 
     async def close(self) -> None:
         """Send everybody away, leave the swarm."""
@@ -98,6 +111,8 @@ class PageServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(monitor),
+                http=ImpatientProtocol,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

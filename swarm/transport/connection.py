@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from swarm.errors import (
+    AccessDenied,
     InvalidRequest,
+    PeerBusy,
     PeerDisconnected,
     PeerError,
     PeerMisbehaved,
@@ -33,6 +35,8 @@ WRITE_BUFFER_BYTES = 1 << 19
 """Senders wait while more than this is queued at the carrier."""
 GOODBYE_S = 1.0
 """How long a peer may take to let go of a connection that we close."""
+MAX_REST_S = 0.5
+"""How long a peer is not read at most, far below what it takes for silence."""
 _JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
 
 
@@ -60,13 +64,20 @@ class Connection(asyncio.Protocol):
         make_mux: makes the protocol state for a given time.
         limits: timeouts and sizes.
         peer_id: the authenticated peer; empty until its ticket is seen.
+
+    `account` is who is charged for what the peer does: itself, unless the owner says otherwise.
     """
+
+    is_ours = True
 
     def __init__(
         self, owner: Owner, carrier: str, make_mux: Callable[[float], Mux], limits: Limits, *, peer_id: str = ""
     ) -> None:
         self.peer_id = peer_id
+        self.account = peer_id
         self.carrier = carrier
+        self.made_at = time.monotonic()
+        self.num_refused = 0
         self.is_closed = False
         self.idle_since: float | None = None
         self._owner = owner
@@ -80,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._corked: list[bytes] = []
         self._is_corked = False
+        self._rest_s = 0.0  # how long the peer is not to be read, since it asks for too much
         self._is_full = False  # the carrier takes no more for now
         self._turns: deque[asyncio.Future[None]] = deque()  # senders that wait for the carrier, first come first served
         self._timer = self._loop.call_later(limits.ping_period_s / 2, self._tick)
@@ -272,6 +284,7 @@ class Connection(asyncio.Protocol):
             self.close(error)
         else:
             self._flush()
+            self._rest()
 
     def eof_received(self) -> None:
         """The peer has closed: nothing can be told to it, so the transport closes too."""
@@ -317,8 +330,25 @@ class Connection(asyncio.Protocol):
         stream = self._streams[event.stream_id] = Stream(self, event.stream_id, event.service)
         try:
             self._owner.on_opened(self, stream)
+            self.num_refused = 0
         except SwarmError as error:
+            self.num_refused += 1
+            if self.num_refused >= self._limits.max_refused_opens:
+                raise PeerMisbehaved(f"{self.num_refused} streams in a row had to be refused: {error}") from error
+            if isinstance(error, PeerBusy):
+                self._rest_s += 1 / self._limits.open_rate.per_s
             self.fail(event.stream_id, error)
+
+    def _rest(self) -> None:
+        """Leave a peer unread for as long as the streams that it was refused would have taken: refusing costs, too."""
+        if self._rest_s and not self.transport.is_closing():
+            self.transport.pause_reading()
+            self._loop.call_later(min(self._rest_s, MAX_REST_S), self._read_on)
+        self._rest_s = 0.0
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _on_failed(self, event: Failed | Refused) -> None:
         error = error_from_wire(event.error, peer_id=self.peer_id)
@@ -337,6 +367,8 @@ class Connection(asyncio.Protocol):
 
     def _send(self, data: bytes) -> None:
         """Write the first bytes of an iteration of the loop at once, and all that follow in one piece at its end."""
+        if self.transport.get_write_buffer_size() > self._limits.max_unsent_bytes:
+            return self.transport.abort()  # senders wait for the carrier: these are answers that nobody reads
         if self._is_corked:
             self._corked.append(data)
         else:
@@ -380,7 +412,9 @@ class Connection(asyncio.Protocol):
 
     def _end(self, error: SwarmError) -> None:
         """Everyone who waits learns that the connection is over."""
-        blame = error if isinstance(error, ProtocolMismatch | PeerError) else PeerDisconnected(str(error))
+        blame = (
+            error if isinstance(error, ProtocolMismatch | AccessDenied | PeerError) else PeerDisconnected(str(error))
+        )
         if isinstance(blame, PeerError) and blame.peer_id is None:
             blame.peer_id = self.peer_id
         if not self._greeted.done():
