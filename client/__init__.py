@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swarm.client.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
     from swarm.client.peft_model import DistributedPeftModel, get_peft_model
+    from swarm.client.training_client import TrainingClient
 
 __all__ = [
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
     "DistributedPeftModel",
+    "TrainingClient",
     "get_peft_model",
 ]
 

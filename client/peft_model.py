@@ -29,8 +29,8 @@ _PREFIX = (PeftType.PREFIX_TUNING,)
 _ANY = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
                   "peft_version"})  # fmt: skip
 _LINEARS = _ANY | {"target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"}
-_PROMPTS = _ANY | {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads",
-                   "num_layers"}  # fmt: skip
+_PROMPTS = _ANY | {"num_virtual_tokens", "modules_to_save", "token_dim", "num_transformer_submodules",
+                   "num_attention_heads", "num_layers"}  # fmt: skip
 _FIELDS: Mapping[PeftType, frozenset[str]] = {
     PeftType.LORA: _LINEARS
     | {"r", "lora_alpha", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swarm.client.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
     from swarm.client.peft_model import DistributedPeftModel, get_peft_model
+    from swarm.client.training_client import TrainingClient
 
 __all__ = [
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
     "DistributedPeftModel",
+    "TrainingClient",
     "__version__",
     "get_peft_model",
 ]
@@ -34,6 +36,7 @@ _HOMES = {
     "AutoDistributedModelForCausalLM": "swarm.client.auto",
     "AutoDistributedModelForSequenceClassification": "swarm.client.auto",
     "DistributedPeftModel": "swarm.client.peft_model",
+    "TrainingClient": "swarm.client.training_client",
     "get_peft_model": "swarm.client.peft_model",
 }
 

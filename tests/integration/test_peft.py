@@ -1,10 +1,12 @@
 """PEFT's own configs over real servers: the parameters, gradients, outputs and files of PEFT on a local model."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard, RepoUrl
 from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -20,8 +22,9 @@ TASK = {"task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, **TASK),
     "lora everywhere": lambda: LoraConfig(
-        target_modules="all-linear", use_rslora=True, rank_pattern={"q_proj": 3}, layers_to_transform=[1, 4], **TASK
+        target_modules="all-linear", use_rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"o_proj": 2}, **TASK
     ),
+    "lora in some layers": lambda: LoraConfig(target_modules=["up_proj"], layers_to_transform=[1, 4], **TASK),
     "lora with bias": lambda: LoraConfig(target_modules=["o_proj"], lora_bias=True, init_lora_weights=False, **TASK),
     "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK),
     "prompt": lambda: PromptTuningConfig(num_virtual_tokens=4, **TASK),
@@ -35,7 +38,9 @@ PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Position ids are not supported for parameter efficient tuning", "ignore:.*is_gradient_checkpointing"
+    "ignore:Position ids are not supported for parameter efficient tuning",
+    "ignore:.*is_gradient_checkpointing",
+    "ignore:`lora_bias=True` was passed but",
 )
 
 
@@ -173,7 +178,10 @@ REFUSED = [
     (LoraConfig(bias="all", target_modules=["q_proj"], **TASK), "bias = all"),
     (LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"], **TASK), "init_lora_weights = 'pissa'"),
     (LoraConfig(target_modules=["nowhere"], **TASK), "target_modules: .*nowhere"),
-    (LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="strata", **TASK), "target_modules"),
+    (
+        LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="strata", **TASK),
+        "layers_to_trans",
+    ),
     (LoraConfig(target_modules=["q_proj"], modules_to_save=["k_proj"], **TASK), "modules_to_save has model.layers.0"),
     (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1], **TASK), "trainable_token_indices"),
     (LoHaConfig(target_modules=["q_proj"], **TASK), "peft_type = .*LOHA"),
@@ -219,10 +227,11 @@ def test_it_is_pushed_to_a_hub(make_base, monkeypatch):
     uploaded = {}
 
     def upload(self, working_dir, repo_id, files_timestamps, **options):
-        uploaded[repo_id] = sorted(path.name for path in __import__("pathlib").Path(working_dir).iterdir())
+        uploaded[repo_id] = sorted(path.name for path in Path(working_dir).iterdir())
 
     monkeypatch.setattr("peft.peft_model.PushToHubMixin._upload_modified_files", upload)
-    monkeypatch.setattr("transformers.utils.hub.create_repo", lambda repo_id, **_: type("", (), {"repo_id": repo_id}))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo_id, **_: RepoUrl(f"hf.co/{repo_id}"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard("a card"))
     get_peft_model(make_base(), CONFIGS["lora"]()).push_to_hub("org/mine")
     assert uploaded == {"org/mine": ["README.md", "adapter_config.json", "adapter_model.safetensors"]}
 

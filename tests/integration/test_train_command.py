@@ -74,7 +74,7 @@ def rows_of(output) -> list[dict[str, str]]:
 def test_an_adapter_is_trained_and_served(run, swarm, service, tmp_path, capsys):
     """Accumulated, packed, with evaluation: the loss falls; PEFT and the swarm read what comes out."""
     more = ["--packing", "--accumulate", "2", "--eval-rows", "2", "--eval-steps", "2"]
-    assert run(tmp_path, *more, steps=6) == 0
+    assert run(tmp_path, *more, steps=6, rows=2) == 0
     rows = rows_of(tmp_path)
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert len(losses) == 6 and losses[-1] < losses[0]
