@@ -15,7 +15,9 @@ from swarm.checkpoint.source import resolve
 from swarm.client.generation import DistributedModel
 from swarm.client.model import distribute
 from swarm.client.peft_model import DistributedPeftModel, get_peft_model
+from swarm.client.runtime import connect
 from swarm.errors import AdapterError, InvalidRequest
+from tests.families.configs import FAMILIES
 from tests.integration.conftest import LocalSwarm, closing
 
 TASK = {"task_type": "CAUSAL_LM"}
@@ -63,10 +65,10 @@ def make_local(swarm: LocalSwarm):
     return lambda: AutoModelForCausalLM.from_pretrained(swarm.model, dtype=torch.float32)
 
 
-def gradients(model):
+def gradients(model, vocabulary: int = 120):
     """The loss, and the gradients of all that is trained, for a batch with padding on the right."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 120, (3, 9), generator=generator)
+    ids = torch.randint(3, vocabulary, (3, 9), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
     model.train()
@@ -170,6 +172,41 @@ def test_sequences_packed_into_a_row_are_kept_apart(make_base):
     packed = model(input_ids=ids.view(1, 12), position_ids=torch.arange(6).repeat(2)[None]).logits
     torch.testing.assert_close(packed.view_as(apart), apart, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(model(input_ids=ids.view(1, 12)).logits.view_as(apart), apart, atol=1e-3)
+
+
+FAMILIES_TOO = {
+    "gpt2": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+    "bloom": {"target_modules": ["query_key_value", "dense"]},
+    "gemma2": {"target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES_TOO)
+def test_other_families_have_the_same_gradients(family, tmp_path):
+    """Linears that lie the other way round, fused ones, scaled embeddings."""
+    model = FAMILIES[family].model()
+    model.save_pretrained(tmp_path)
+    small = LocalSwarm(tmp_path)
+    try:
+        small.add_server("0:3")
+        checkpoint = resolve(tmp_path, cache_dir=tmp_path / "cache")
+        hidden = checkpoint.config().get_text_config().hidden_size
+        with closing(connect(checkpoint, num_blocks=3, hidden_size=hidden, initial_peers=[small.address])) as service:
+            both = []
+            for get in (get_peft_model, peft.get_peft_model):
+                is_remote = get is get_peft_model
+                base = distribute(checkpoint, service, dtype=torch.float32) if is_remote else model
+                set_seed(5)
+                both.append(get(base, LoraConfig(init_lora_weights=False, **FAMILIES_TOO[family], **TASK)))
+            for wrapped in both:
+                for module in wrapped.modules():  # blocks of servers have none, wherever a model's config has some
+                    if isinstance(module, torch.nn.Dropout):
+                        module.p = 0.0
+            (found, ours), (expected, right) = (gradients(wrapped, vocabulary=96) for wrapped in both)
+            torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+            assert_equal_gradients(ours, right)
+    finally:
+        small.close()
 
 
 REFUSED = [

@@ -119,6 +119,26 @@ def test_sft_with_trl(models, tokenizer: PreTrainedTokenizerFast, tmp_path):  # 
     assert_same(*found, *models)
 
 
+def test_trl_may_call_peft_itself(swarm, service, tokenizer: PreTrainedTokenizerFast, tmp_path):  # noqa: F811
+    """`peft_config` of a trainer: a plain PeftModel around the distributed one."""
+    base = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+    trainer = SFTTrainer(
+        model=base,
+        args=SFTConfig(output_dir=str(tmp_path), max_length=32, **{**COMMON, "per_device_train_batch_size": 4}),
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in conversations()]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )
+    found = losses(trainer)
+    assert found[-1] < found[0]
+    ids = torch.tensor([[5, 6, 7]])
+    trained = trainer.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    trainer.save_model()
+    fresh = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+    fresh.load_adapter(tmp_path, "mine")
+    assert torch.equal(fresh.generate(ids, max_new_tokens=4, do_sample=False), trained)
+
+
 def test_dpo_with_trl(models, tokenizer: PreTrainedTokenizerFast, tmp_path):  # noqa: F811
     """The reference is a copy of the adapter that TRL puts beside it."""
     data = Dataset.from_list(
