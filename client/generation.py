@@ -55,6 +55,7 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
 
     block_service: BlockService
     checkpoint: Checkpoint
+    is_gradient_checkpointing = is_activation_checkpointing = False
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
 

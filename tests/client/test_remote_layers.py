@@ -15,7 +15,7 @@ from tests.client.conftest import Pair
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "qwen3_moe", "gemma2"])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*is_gradient_checkpointing")
 def test_peft_finds_the_same_linears_in_the_same_order(name, make_pair: Callable[[str], Pair]):
     """So the same seed gives the same parameters; GPT-2's linears lie the other way round."""
     pair = make_pair(name)

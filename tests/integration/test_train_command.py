@@ -77,7 +77,7 @@ def test_an_adapter_is_trained_and_served(run, swarm, service, tmp_path, capsys)
     assert run(tmp_path, *more, steps=6, rows=2) == 0
     rows = rows_of(tmp_path)
     losses = [float(row["loss"]) for row in rows if row["loss"]]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 6 and min(losses) < losses[0] - 0.2  # packed rows differ
     assert [row["step"] for row in rows if row["eval_loss"]] == ["2", "4", "6"]
     assert all(float(row["tokens_per_s"]) > 0 for row in rows if row["loss"])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -14,6 +14,7 @@ from swarm.errors import InvalidRequest
 from tests.integration.conftest import LocalSwarm, closing
 
 DATA = [Datum(tokens=[5, 6, 7, 8, 9], weights=[0, 0, 1, 1, 0.5]), Datum(tokens=[10, 11, 12])]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 STEP = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 
 
