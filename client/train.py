@@ -135,8 +135,9 @@ def _run(args: argparse.Namespace, block_service: "BlockService | None") -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     train_rows, eval_rows = load_rows(
-        args.data, split=args.split, num_eval=args.eval_rows, streaming=args.streaming, seed=args.seed
-    )
+        args.data, split=args.split, num_eval=args.eval_rows, streaming=args.streaming, seed=args.seed,
+        cache_dir=args.cache_dir and str(Path(args.cache_dir) / "datasets"),
+    )  # fmt: skip
     base = AutoDistributedModelForCausalLM.from_pretrained(
         args.model, initial_peers=args.initial_peers, block_service=block_service, dtype="float32",
         revision=args.revision, cache_dir=args.cache_dir,

@@ -23,7 +23,9 @@ _CHECKED = 100
 """Rows of a data set that isn't JSONL that are looked at."""
 
 
-def load_rows(data: str, *, split: str, num_eval: int, streaming: bool, seed: int) -> tuple[Any, Any]:
+def load_rows(
+    data: str, *, split: str, num_eval: int, streaming: bool, seed: int, cache_dir: str | None = None
+) -> tuple[Any, Any]:
     """Load a data set.
 
     Args:
@@ -32,6 +34,7 @@ def load_rows(data: str, *, split: str, num_eval: int, streaming: bool, seed: in
         num_eval: rows to keep back; 0 for none.
         streaming: read rows as they are used; those kept back are the first ones, then.
         seed: of which rows are kept back.
+        cache_dir: where `datasets` keeps what it has read; its own place by default.
 
     Returns:
         Rows to train on, and rows to evaluate on or None.
@@ -39,7 +42,7 @@ def load_rows(data: str, *, split: str, num_eval: int, streaming: bool, seed: in
     Raises:
         InvalidRequest: there is nothing, or a row is none of the known kinds; says which.
     """
-    rows = _load(data, split, streaming)
+    rows = _load(data, split, streaming=streaming, cache_dir=cache_dir)
     columns = _columns(data, rows)
     rows = rows.select_columns(list(columns))
     if not num_eval:
@@ -52,7 +55,7 @@ def load_rows(data: str, *, split: str, num_eval: int, streaming: bool, seed: in
     return parts["train"], parts["test"]
 
 
-def _load(data: str, split: str, streaming: bool) -> Any:
+def _load(data: str, split: str, **options: Any) -> Any:
     path = Path(data).expanduser()
     builder = _BUILDERS.get(path.suffix)
     if builder is not None and not path.is_file():
@@ -63,8 +66,8 @@ def _load(data: str, split: str, streaming: bool) -> Any:
         if path.is_file():
             if builder is None:
                 raise InvalidRequest(f"{data} is none of {', '.join(_BUILDERS)}")
-            return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
-        return datasets.load_dataset(data, split=split, streaming=streaming)
+            return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        return datasets.load_dataset(data, split=split, **options)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError, OSError) as error:
         raise InvalidRequest(f"{data} can't be read: {(str(error).splitlines() or ['?'])[0]}") from error
 

@@ -84,6 +84,9 @@ def trained_now(layers: Sequence[nn.Module], config: Mapping[str, Any] | None = 
     deltas = {index: delta for index, layer in enumerate(layers) if (delta := _block(index, layer)) is not None}
     if not deltas:
         return None
+    for name, own in (config or {}).items():
+        if getattr(own, "bias", "none") != "none":
+            raise InvalidRequest(f"adapter {name}: bias = {own.bias} can't be had in remote blocks, whose biases stay")
     first = next(iter((config or {}).values()), None)
     method = str(getattr(getattr(first, "peft_type", None), "value", "LORA"))
     return Trained(deltas=deltas, method=method, base=str(getattr(first, "base_model_name_or_path", None) or "")[:1024])

@@ -238,10 +238,18 @@ def test_what_cannot_be_represented_is_refused_by_its_field(config, reason, make
     get_peft_model(base, CONFIGS["lora"]())
 
 
-def test_dropout_is_refused_where_peft_was_called_itself(make_base):
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lora_dropout": 0.2}, "lora_dropout = 0.2"),
+        ({"bias": "all"}, "adapter default: bias = all"),
+        ({"modules_to_save": ["k_proj"]}, "k_proj: ModulesToSaveWrapper can't be trained"),
+    ],
+)
+def test_the_same_is_refused_where_peft_was_called_itself(settings, reason, make_base):
     """Trainers call it on their own; the first step names the field."""
-    model = peft.get_peft_model(make_base(), LoraConfig(lora_dropout=0.2, target_modules=["q_proj"], **TASK))
-    with pytest.raises(InvalidRequest, match="lora_dropout = 0.2"):
+    model = peft.get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"], **settings, **TASK))
+    with pytest.raises(InvalidRequest, match=reason):
         gradients(model)
 
 

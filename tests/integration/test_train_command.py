@@ -60,6 +60,7 @@ def run(model, chats, service):
 
     def run(output, *more, steps=4, rows=1):
         given = ["--data", str(chats), "--model", str(model), "--output", str(output), "--rank", "4", "--seed", "3"]
+        given += ["--cache-dir", str(model.parent / "cache")]
         given += ["--batch-size", str(rows), "--max-steps", str(steps), "--save-steps", "2", "--schedule", "constant"]
         return train.main([*given, "--learning-rate", "2e-2", "--max-length", "32", *more], block_service=service)
 

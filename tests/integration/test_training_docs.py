@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 
 from tests.client.conftest import tokenizer  # noqa: F401 - a fixture
@@ -35,6 +36,7 @@ def place(swarm: LocalSwarm, tokenizer, tmp_path_factory: pytest.TempPathFactory
 def test_an_example_runs(index, swarm: LocalSwarm, place: Path, monkeypatch):
     """In order: later ones read what earlier ones have written."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
     text, _ = re.subn(r"max_steps=\d+", "max_steps=2", BLOCKS[index])
     exec(compile(text, f"docs/training.md, example {index}", "exec"), {"NAME": "model", "PEERS": [swarm.address]})
 
