@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,9 +177,12 @@ def _train(
     from swarm.client.train_log import RunLog
 
     log = RunLog(Path(args.output), model, is_resumed=args.resume)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers about arguments that trl still names as before
+        settings = _settings(args, has_eval=eval_rows is not None)
     trainer = SFTTrainer(
         model=model,
-        args=_settings(args, has_eval=eval_rows is not None),
+        args=settings,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
