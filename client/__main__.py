@@ -1,6 +1,7 @@
 """`python -m swarm.client "question" --initial-peers ADDR`: a model of the swarm answers on the terminal.
 
     main ─► from_pretrained ─► Conversation.ask (once, or per line with --chat) ─► text on stdout, route on stderr
+      └─ train ... ─► swarm.client.train
 
 Exit status: 0 answered, 2 an error (one line on stderr), 130 interrupted.
 """
@@ -26,7 +27,12 @@ DEFAULT_NEW_TOKENS = 256
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["train"]:
+        from swarm.client import train
+
+        return train.main(given[1:])
+    args = build_parser().parse_args(given)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -46,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("client"),
         description="Ask a model whose transformer blocks run on the servers of a swarm.",
-        epilog=f"e.g. {program('client')} 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3...",
+        epilog=f"e.g. {program('client')} 'Why is the sky blue?' --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3..."
+        f"; to fine-tune: {program('client')} train --help",
     )
     add = parser.add_argument
     add("question", nargs="?", help="what to ask; may be left out with --chat")

@@ -120,7 +120,7 @@ class AdapterMethods:
         Raises:
             InvalidRequest: always.
         """
-        raise InvalidRequest("a distributed model has no blocks to add a fresh adapter to; use load_adapter")
+        raise InvalidRequest("a distributed model has no blocks to add a fresh adapter to; use swarm.get_peft_model")
 
     def _combine(self, adapters: Sequence[ClientAdapter]) -> ClientAdapter:
         from swarm.adapters.combine import combine

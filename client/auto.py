@@ -5,7 +5,7 @@
 Knows nothing of how any of the three does its work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,23 +72,91 @@ class AutoDistributedModelForCausalLM:
             AccessDenied: the swarm is private, and we have no invitation that is good.
         """
         local_dtype = _dtype(dtype)
-        if credentials is not None and not isinstance(credentials, Credentials):
-            credentials = Credentials.load(credentials)
-        if credentials is not None and not initial_peers:
-            initial_peers = credentials.peers
-        if block_service is None and not initial_peers:
-            raise InvalidRequest("initial_peers is empty: give the address of at least one peer of the swarm")
-        if isinstance(initial_peers, str):
-            raise InvalidRequest(f"initial_peers must be a list of addresses, got the string {initial_peers!r}")
-        checkpoint = resolve(
-            model, revision=revision, cache_dir=cache_dir, token=token, is_offline=credentials is not None
+        checkpoint, service = _open(
+            model, initial_peers, credentials, block_service, session_config, revision, cache_dir, token
         )
-        service = block_service or _connect(checkpoint, initial_peers, session_config, credentials)
         try:
             return distribute(checkpoint, service, dtype=local_dtype, device=device, head=head_dtype)
         except BaseException:
             service.close()
             raise
+
+
+class AutoDistributedModelForSequenceClassification:
+    """A model that gives whole sequences labels: blocks on servers of a swarm, a head (`score`) here, to be trained.
+
+    model = AutoDistributedModelForSequenceClassification.from_pretrained(name, initial_peers=[...], num_labels=2)
+    """
+
+    def __init__(self) -> None:
+        raise TypeError("use AutoDistributedModelForSequenceClassification.from_pretrained(model, initial_peers=[...])")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        problem_type: str | None = None,
+        initial_peers: Sequence[str] = (),
+        credentials: Credentials | str | Path | None = None,
+        block_service: BlockService | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        session_config: SessionConfig | None = None,
+    ) -> DistributedModel:
+        """Load the embeddings and norms of a model, make a head for labels, and join the swarm that runs its blocks.
+
+        A head that the checkpoint has is loaded; another one begins with transformers' random numbers.
+
+        Args:
+            num_labels, id2label, label2id, problem_type: of transformers' config; what isn't given is the checkpoint's.
+            model, initial_peers, ...: as for AutoDistributedModelForCausalLM.
+
+        Raises:
+            as AutoDistributedModelForCausalLM.
+        """
+        given = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id, "problem_type": problem_type}
+        if num_labels is not None and num_labels < 1:
+            raise InvalidRequest(f"num_labels is {num_labels}, need at least 1")
+        labels = {name: value for name, value in given.items() if value is not None}
+        local_dtype = _dtype(dtype)
+        checkpoint, service = _open(
+            model, initial_peers, credentials, block_service, session_config, revision, cache_dir, token
+        )
+        try:
+            return distribute(checkpoint, service, dtype=local_dtype, device=device, labels=labels)
+        except BaseException:
+            service.close()
+            raise
+
+
+def _open(
+    model: str | Path,
+    initial_peers: Sequence[str],
+    credentials: Credentials | str | Path | None,
+    block_service: BlockService | None,
+    session_config: SessionConfig | None,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | None,
+) -> tuple[Checkpoint, BlockService]:
+    """Find the checkpoint, and the blocks."""
+    if credentials is not None and not isinstance(credentials, Credentials):
+        credentials = Credentials.load(credentials)
+    if credentials is not None and not initial_peers:
+        initial_peers = credentials.peers
+    if block_service is None and not initial_peers:
+        raise InvalidRequest("initial_peers is empty: give the address of at least one peer of the swarm")
+    if isinstance(initial_peers, str):
+        raise InvalidRequest(f"initial_peers must be a list of addresses, got the string {initial_peers!r}")
+    checkpoint = resolve(model, revision=revision, cache_dir=cache_dir, token=token, is_offline=credentials is not None)
+    return checkpoint, block_service or _connect(checkpoint, initial_peers, session_config, credentials)
 
 
 def _connect(

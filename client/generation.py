@@ -1,14 +1,16 @@
 """What a distributed model adds to a transformers model: sessions, and their end on every way out of `generate`.
 
-    generate ─► transformers' own loop ─► __call__ ─Pass─► forward of the model's own class ─► RemoteBlocks
+    generate ─► transformers' own loop ─► forward ─Pass─► forward of the model's own class ─► RemoteBlocks
        └─ opens a session, closes it: at return, on any exception, on Ctrl-C
+    trainers that want hidden states call the inner model ─► drive ─Pass─┘
 
 Everything about decoding (sampling, beams, penalties, assistants, streamers, stopping) is transformers' own. Knows
-nothing of networks. Hooks used, in transformers 5.17 to 5.23: generate, __call__, _prepare_cache_for_generation.
+nothing of networks. Hooks used, in transformers 5.17 to 5.23: generate, forward, _prepare_cache_for_generation.
 """
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
@@ -16,12 +18,16 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
+from swarm.adapters.layout import ModelLayout
+from swarm.checkpoint.layout import model_layout
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.adapter_methods import AdapterMethods
 from swarm.client.adapters import Choice
 from swarm.client.cache import BlockService, RemoteCache
-from swarm.client.remote_blocks import BlockSlice, Pass, RemoteBlocks, model_pass, open_session
+from swarm.client.remote_blocks import BlockSlice, Pass, model_pass, open_session
+from swarm.client.remote_layers import RemoteLayers
 from swarm.client.row_adapters import RowAdapters
+from swarm.client.trained import Trained, trained_now
 from swarm.client.virtual import with_virtual
 from swarm.errors import InvalidRequest, SwarmError
 from swarm.types import BlockRange
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 else:
     _Model = GenerationMixin
 
+
 _opened: ContextVar[list[RemoteCache] | None] = ContextVar("swarm_client_opened", default=None)
 """Sessions that the running `generate` of this thread has opened."""
 _chosen: ContextVar[Choice] = ContextVar("swarm_client_adapters", default=None)
@@ -48,14 +55,41 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
 
     block_service: BlockService
     checkpoint: Checkpoint
+    is_gradient_checkpointing = is_activation_checkpointing = False
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
 
     @property
     def blocks(self) -> BlockSlice:
         """The remote blocks: `model.blocks[4:12](hidden_states)` runs some of them, with gradients where wanted."""
-        remote = next(module for module in self.modules() if isinstance(module, RemoteBlocks))
-        return BlockSlice(remote, BlockRange(0, self.block_service.num_blocks))
+        return BlockSlice(self.remote_layers.remote, BlockRange(0, self.block_service.num_blocks))
+
+    @property
+    def remote_layers(self) -> RemoteLayers:
+        """What stands where the model has its list of layers."""
+        return next(module for module in self.modules() if isinstance(module, RemoteLayers))
+
+    @property
+    def layout(self) -> ModelLayout:
+        """Names and shapes of what adapters may change."""
+        found: ModelLayout | None = self.__dict__.get("swarm_layout")
+        if found is None:
+            found = self.__dict__["swarm_layout"] = model_layout(self.checkpoint.config())
+        return found
+
+    def trained(self) -> Trained | None:
+        """What PEFT trains in the remote blocks, as far as it is active; None where nothing is.
+
+        Raises:
+            InvalidRequest: something that servers can't do, or a served adapter is active, too.
+        """
+        found = trained_now(self.remote_layers.placeholders, getattr(self, "peft_config", None))
+        if found is not None and self.adapters.active:
+            raise InvalidRequest(
+                f"adapters {', '.join(self.adapters.active)} are active beside what is trained:"
+                " disable_adapters() first"
+            )
+        return found
 
     def inference_session(
         self, *, max_length: int | None = None, batch_size: int = 1, adapter_name: Choice = None
@@ -74,7 +108,7 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
         Raises:
             InvalidRequest: when `max_length` is more than the model's positions, or a name is unknown.
         """
-        adapters = self.adapters.rows(adapter_name, max(batch_size, 1))
+        adapters = self._adapters_of_session(adapter_name, max(batch_size, 1))
         if max_length is None:
             max_length = (max_positions(self) or 1 << 16) - _num_columns(adapters)
         self._check_length(max_length + _num_columns(adapters))
@@ -121,10 +155,21 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
             for cache in opened:
                 _close_quietly(cache)
 
-    def __call__(self, *args: Any, adapter_name: Choice = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_name: Choice = None, **kwargs: Any) -> Any:
         """Run the model once; see the `forward` of the transformers class.
 
         Without a session (`past_key_values`), one is opened for this call only. `adapter_name` is that of `generate`.
+        What PEFT trains in the blocks counts unless an adapter is named.
+        """
+        return self.drive(super().forward, args, kwargs, adapter_name)
+
+    def drive(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], adapter_name: Choice = None
+    ) -> Any:
+        """Call a forward that goes through the remote blocks: the model's own, or that of its inner model.
+
+        Raises:
+            InvalidRequest: for arguments that remote blocks or the session can't serve.
         """
         if len(args) > 1:
             raise InvalidRequest("pass everything but the first argument by keyword")
@@ -139,10 +184,21 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise InvalidRequest(f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}")
-        adapters = self._adapters_of_call(args, kwargs, cache, adapter_name)
+        is_free = cache is None and adapter_name is None and _chosen.get() is None
+        trained = self.trained() if is_free else None
+        if trained is None:
+            adapters = self._adapters_of_call(args, kwargs, cache, adapter_name)
+        else:
+            adapters = self._virtual_rows(args, kwargs, trained)
         if adapters is not None and adapters.num_columns:
-            return self._call_with_virtual(args, kwargs, cache, adapters)
-        return self._call(args, kwargs, cache, adapters)
+            return self._call_with_virtual(forward, args, kwargs, cache, adapters, trained)
+        return self._call(forward, args, kwargs, cache, adapters, trained)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: servers keep what there is memory for, and run blocks again where there is none."""
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Nothing to do."""
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Refused: most of the model is elsewhere.
@@ -193,7 +249,7 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
                 )
             self._check_choice(given, _chosen.get())
             return True
-        adapters = self.adapters.rows(_chosen.get(), batch_size)
+        adapters = self._adapters_of_session(_chosen.get(), batch_size)
         num_columns = _num_columns(adapters)
         self._check_length(max_length + num_columns)
         if generation_config.use_cache is False:
@@ -224,6 +280,13 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
         given = next((it for it in (*args[:1], *map(kwargs.get, _INPUT_NAMES)) if it is not None), None)
         return None if given is None else self.adapters.rows(choice, len(given))
 
+    def _adapters_of_session(self, choice: Choice, num_rows: int) -> RowAdapters | None:
+        """The adapters of a new session: what is named, or what is trained, as it is now, or what is active."""
+        trained = self.trained() if choice is None else None
+        if trained is None:
+            return self.adapters.rows(choice, num_rows)
+        return RowAdapters.of([trained.snapshot(self.layout)] * num_rows)
+
     def _check_choice(self, cache: RemoteCache, choice: Choice) -> None:
         """Whether a session has the adapters that a call names; one that names none takes what the session has."""
         if choice is None:
@@ -232,21 +295,44 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
         if (cache.adapters is None) != (wanted is None) or (wanted is not None and not wanted.is_same(cache.adapters)):
             raise InvalidRequest("the session was opened with other adapters; name them in inference_session()")
 
+    def _virtual_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], trained: Trained) -> RowAdapters | None:
+        """Virtual positions of what is trained, before every row."""
+        if not trained.num_virtual:
+            return None
+        given = next(it for it in (*args[:1], *map(kwargs.get, _INPUT_NAMES)) if it is not None)
+        rows = trained.rows(self.block_service.num_blocks, self.block_service.hidden_size)
+        return RowAdapters(adapters=(rows,), of_row=(0,) * len(given))
+
     def _call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: RemoteCache | None, adapters: RowAdapters | None
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: RemoteCache | None,
+        adapters: RowAdapters | None,
+        trained: Trained | None,
     ) -> Any:
         keep = kwargs.get("logits_to_keep", 0)
         values = Pass(
             cache=cache,
-            adapters=adapters,
+            adapters=adapters if trained is None else None,
             mask=kwargs.get("attention_mask"),
             outputs=keep if isinstance(keep, int) else 0,
+            deltas=None if trained is None else trained.deltas,
+            num_virtual=0 if trained is None else trained.num_virtual,
+            positions=kwargs.get("position_ids"),
         )
         with model_pass(values):
-            return super().__call__(*args, **kwargs)
+            return forward(*args, **kwargs)
 
     def _call_with_virtual(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: RemoteCache | None, adapters: RowAdapters
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: RemoteCache | None,
+        adapters: RowAdapters,
+        trained: Trained | None,
     ) -> Any:
         """A call in which virtual positions stand before the tokens; its outputs are those of the tokens."""
         kwargs |= {"input_ids": args[0]} if args else {}
@@ -254,11 +340,12 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
         is_first = cache is None or cache.is_new
         changed = with_virtual(self, kwargs, adapters, is_first=is_first, length=length)
         with cache.virtual_shown() if cache is not None else nullcontext():
-            outputs = self._call((), changed, cache, adapters)
-        if is_first and (logits := getattr(outputs, "logits", None)) is not None:
-            total = changed["inputs_embeds"].shape[1]
-            if logits.shape[1] == total:
-                outputs.logits = logits[:, adapters.num_columns :]
+            outputs = self._call(forward, (), changed, cache, adapters, trained)
+        total = changed["inputs_embeds"].shape[1] if is_first else 0
+        for name in ("logits", "last_hidden_state"):
+            found = getattr(outputs, name, None) if is_first else None
+            if found is not None and found.shape[1] == total:
+                setattr(outputs, name, found[:, adapters.num_columns :])
         return outputs
 
     def _open(self, rows: int, max_length: int, adapters: RowAdapters | None = None, copies: int = 1) -> RemoteCache:
@@ -274,6 +361,23 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
         limit = max_positions(self)
         if limit is not None and length > limit:
             raise InvalidRequest(f"max_length {length} is more than the {limit} positions of {self.checkpoint.name}")
+
+
+class DistributedClassifier(DistributedModel):  # type: ignore[no-untyped-call]
+    """Mixed into the class of a transformers model that classifies sequences: its head is here, and may be trained.
+
+    Its forward is all its own; the inner model alone knows that blocks are elsewhere (`DistributedModel.drive`), so
+    that rows are pooled by their own tokens whatever stands before them.
+    """
+
+    def forward(self, *args: Any, adapter_name: Choice = None, **kwargs: Any) -> Any:
+        """Run the model once; `adapter_name` is that of `generate`."""
+        self.adapters.check(adapter_name)
+        token = _chosen.set(adapter_name)
+        try:
+            return super(DistributedModel, self).forward(*args, **kwargs)
+        finally:
+            _chosen.reset(token)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

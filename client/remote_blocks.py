@@ -9,6 +9,7 @@ called with (masks, rotary tables, ...) depends on the model and is ignored; wha
 model's own __call__. Knows nothing of tokens, logits or networks.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,12 @@ class Pass:
     """[B, cache.num_columns + T], nonzero where there is a token; None where all are."""
     outputs: int = 0
     """Trailing positions whose outputs are wanted; 0 means all."""
+    deltas: Mapping[int, BlockDelta] | None = None
+    """What is trained in the blocks, for a call without a session; differentiable."""
+    num_virtual: int = 0
+    """Tokens at the beginning of every row that stand for what is trained."""
+    positions: torch.Tensor | None = None
+    """[B or 1, T] as the caller gave them: where they start anew within a row, another sequence begins."""
 
 
 _current: ContextVar[Pass | None] = ContextVar("swarm_client_pass", default=None)
@@ -51,6 +58,11 @@ def model_pass(values: Pass) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def is_driven() -> bool:
+    """Whether RemoteBlocks know how the model was called, in this thread."""
+    return _current.get() is not None
 
 
 class RemoteBlocks(nn.Module):
@@ -84,14 +96,25 @@ class RemoteBlocks(nn.Module):
             return hidden_states
         values = _current.get() or Pass()
         rows, columns, _ = hidden_states.shape
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            if values.cache is not None:
+        wants_gradients = torch.is_grad_enabled() and hidden_states.requires_grad
+        is_packed = _is_packed(values, rows, columns)
+        if values.cache is not None:
+            if wants_gradients:
                 raise InvalidRequest("gradients don't go through a session; call without one, or under torch.no_grad()")
+            if is_packed:
+                raise InvalidRequest("position_ids that start anew within a row can't be used in a session")
+            return run(values.cache, hidden_states, mask=values.mask, outputs=values.outputs)
+        if wants_gradients or values.deltas is not None or is_packed:
             if values.adapters is not None:
                 raise InvalidRequest("gradients don't go through served adapters; call without, or under no_grad()")
-            return run_trained(self.trained(BlockRange(0, self.service.num_blocks)), hidden_states, mask=values.mask)
-        if values.cache is not None:
-            return run(values.cache, hidden_states, mask=values.mask, outputs=values.outputs)
+            return run_trained(
+                self.trained(BlockRange(0, self.service.num_blocks)),
+                hidden_states,
+                mask=values.mask,
+                deltas=values.deltas,
+                num_virtual=values.num_virtual,
+                positions=values.positions if is_packed else None,
+            )
         session = open_session(self.service, rows, columns, values.adapters)
         with RemoteCache(session, max_length=columns, adapters=values.adapters) as cache:
             return run(cache, hidden_states, mask=values.mask, outputs=values.outputs)
@@ -179,6 +202,7 @@ def run_trained(
     mask: torch.Tensor | None = None,
     deltas: Mapping[int, BlockDelta] | None = None,
     num_virtual: int = 0,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Send the tokens of a padded batch through blocks, differentiably.
 
@@ -187,17 +211,43 @@ def run_trained(
         mask: [B, T], nonzero where there is a token; None where all are.
         deltas: what changes in which block.
         num_virtual: tokens at the beginning of every row at which the deltas' prompts and prefixes stand.
+        positions: [B or 1, T]; where one is not above the one before, another sequence begins, which sees nothing of
+            the row before it. None: each row is one sequence.
 
     Returns:
         [B, T, H] with zeros where there is no token.
+
+    Raises:
+        InvalidRequest: a sequence is shorter than what stands at its beginning.
     """
     rows, columns, width = hidden_states.shape
     new = _new_columns(mask, 0, rows, columns)
     lengths = [columns] * rows if new is None else [int(count) for count in new.sum(1).tolist()]
+    if positions is not None:
+        lengths = _sequences(positions.expand(rows, columns), new)
     if min(lengths) < max(1, num_virtual):
         raise InvalidRequest(f"row {lengths.index(min(lengths))} has {min(lengths)} tokens, need {max(1, num_virtual)}")
     picked = hidden_states.reshape(-1, width) if new is None else hidden_states[new]
     return _scatter(trained(picked, lengths, deltas, num_virtual), hidden_states.shape, new, 0)
+
+
+def _is_packed(values: Pass, rows: int, columns: int) -> bool:
+    """Whether a row holds several sequences."""
+    positions = values.positions
+    if positions is None or positions.ndim != 2 or columns < 2 or positions.shape[1] != columns:
+        return False
+    new = _new_columns(values.mask, values.cache.num_columns if values.cache is not None else 0, rows, columns)
+    return len(_sequences(positions.expand(rows, columns), new)) > rows
+
+
+def _sequences(positions: torch.Tensor, new: torch.Tensor | None) -> list[int]:
+    """Lengths of the sequences in all rows [B, T], one after another; padding belongs to none."""
+    lengths = []
+    for row, own in enumerate(positions.cpu()):
+        real = own if new is None else own[new[row].cpu()]
+        starts = [0, *((real[1:] <= real[:-1]).nonzero().flatten() + 1).tolist(), len(real)]
+        lengths += [end - start for start, end in itertools.pairwise(starts)]
+    return lengths
 
 
 def open_session(service: BlockService, rows: int, max_length: int, adapters: RowAdapters | None) -> BlockSession:

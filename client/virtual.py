@@ -50,7 +50,7 @@ def with_virtual(
         result["input_ids"] = None
         result["inputs_embeds"] = torch.cat([_embeddings(adapters, embeds), embeds], dim=1)
         if (labels := result.get("labels")) is not None:
-            result["labels"] = torch.nn.functional.pad(labels, (columns, 0), value=-100)
+            result["labels"] = _labels(labels, adapters)
     if "position_ids" in inspect.signature(model.forward).parameters:
         count = num_tokens + (columns if is_first else 0)
         result["position_ids"] = _positions(result.get("position_ids"), mask, adapters, count)
@@ -77,6 +77,16 @@ def _embeddings(adapters: RowAdapters, embeds_BTH: Tensor) -> Tensor:
         if adapter is not None and (own_PH := adapter.embeddings_PH) is not None and len(own_PH):
             rows_BVH[row, -len(own_PH) :] = own_PH.to(rows_BVH)
     return rows_BVH
+
+
+def _labels(labels: Tensor, adapters: RowAdapters) -> Tensor:
+    """[B, V + T]: a row's first token is predicted from the row's own embeddings alone, as there is nothing else."""
+    result = torch.nn.functional.pad(labels, (adapters.num_columns, 0), value=-100)
+    for row in range(len(adapters)):
+        adapter = adapters.row(row)
+        if adapter is None or adapter.embeddings_PH is None:
+            result[row, adapters.num_columns] = -100
+    return result
 
 
 def _positions(given: Tensor | None, mask: Tensor, adapters: RowAdapters, count: int) -> Tensor:

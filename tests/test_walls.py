@@ -44,7 +44,20 @@ ROOMS = {
         "rich",
         "swarm",
     },
-    "client": {"torch", "transformers", "peft", "uvloop", "msgspec", "numpy", "tqdm", "rich", "swarm"},
+    "client": {
+        "torch",
+        "transformers",
+        "peft",
+        "uvloop",
+        "msgspec",
+        "numpy",
+        "tqdm",
+        "rich",
+        "datasets",
+        "trl",
+        "matplotlib",
+        "swarm",
+    },
 }
 """Third-party packages, and ours, that a folder may use; a deeper folder's own entry counts."""
 WALLS = {
@@ -116,7 +129,8 @@ def test_a_file_says_what_it_is(source: str) -> None:
 def test_what_rooms_have_is_what_the_project_depends_on() -> None:
     """A package that only comes along with another one may stay away with its next release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["demo"], *extras["train"]]
     declared = {re.split(r"[^\w.\-]", line, maxsplit=1)[0].lower().replace("_", "-") for line in requirements}
     used = set.union(*ROOMS.values()) - {"swarm", "swarm.kernels"}
     distributions = packages_distributions()

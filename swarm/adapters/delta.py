@@ -75,9 +75,9 @@ class BlockDelta:
     """Added to the hidden states of positions [0, P) where they enter the block."""
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All of them, linears by path: in an order that both ends of a wire agree about."""
         own = (self.prefix_k_PKD, self.prefix_v_PKE, self.prompt_PH)
-        linears = [tensor for linear in self.linears.values() for tensor in linear.tensors().values()]
+        linears = [tensor for _, linear in sorted(self.linears.items()) for tensor in linear.tensors().values()]
         return [*linears, *(tensor for tensor in own if tensor is not None)]
 
     @property
