@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from swarm.checkpoint.source import DEFAULT_MODEL
 from swarm.command import program
 from swarm.errors import ConfigError, InvalidRequest, SwarmError
+from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
     from swarm.client.cache import BlockService
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None, *, block_service: "BlockService | No
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        _check(args, needs_peers=block_service is None)
+        _check(args)
         return _run(args, block_service)
     except (SwarmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="of a named data set (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="where the adapter, its checkpoints, log.csv and loss.png go")
     add("--model", default=DEFAULT_MODEL, help="embedded name, checkpoint directory or hub id (default: %(default)s)")
-    add("--initial-peers", nargs="+", metavar="ADDR", default=[], help="full addresses of any peers (required)")
+    add("--initial-peers", nargs="+", metavar="ADDR", default=[], 
+        help="full addresses of any peers (required, unless the credentials name some)")  # fmt: skip
+    add_credentials(parser)
     add("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     add("--rank", type=int, default=8, metavar="R", help="of lora (default: %(default)s)")
     add("--alpha", type=float, metavar="A", help="of lora (default: twice the rank)")
@@ -89,10 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace, *, needs_peers: bool) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
-    if needs_peers and not args.initial_peers:
-        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
     for name in ("rank", "virtual_tokens", "batch_size", "accumulate", "max_length", "eval_steps", "save_steps"):
         if getattr(args, name) < 1:
             raise InvalidRequest(f"--{name.replace('_', '-')} is {getattr(args, name)}, need at least 1")
@@ -119,6 +120,8 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _run(args: argparse.Namespace, block_service: "BlockService | None") -> int:
+    credentials = load_credentials(args)
+    initial_peers = require_peers(args, credentials) if block_service is None else ()
     try:
         import datasets  # noqa: F401
         import trl  # noqa: F401
@@ -140,7 +143,7 @@ def _run(args: argparse.Namespace, block_service: "BlockService | None") -> int:
         cache_dir=args.cache_dir and str(Path(args.cache_dir) / "datasets"),
     )  # fmt: skip
     base = AutoDistributedModelForCausalLM.from_pretrained(
-        args.model, initial_peers=args.initial_peers, block_service=block_service, dtype="float32",
+        args.model, initial_peers=initial_peers, credentials=credentials, block_service=block_service, dtype="float32",
         revision=args.revision, cache_dir=args.cache_dir,
     )  # fmt: skip
     try:
