@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="of a named data set (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="where the adapter, its checkpoints, log.csv and loss.png go")
     add("--model", default=DEFAULT_MODEL, help="embedded name, checkpoint directory or hub id (default: %(default)s)")
-    add("--initial-peers", nargs="+", metavar="ADDR", default=[], 
+    add("--initial-peers", nargs="+", metavar="ADDR", default=[],
         help="full addresses of any peers (required, unless the credentials name some)")  # fmt: skip
     add_credentials(parser)
     add("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
