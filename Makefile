@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test lint types wheel-check gpu-check bench clean
+.PHONY: help install demo test lint types wheel-check gpu-check fuzz bench clean
 
 help:
 	@echo "make demo         a bootstrap peer, three servers and a client on this machine (QUESTION=\"...\" asks your own)"
 	@echo "make test         the whole test suite"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel-check  build the wheel, install it elsewhere, import it there"
+	@echo "make fuzz         hunt for bytes that break a reader of bytes, a minute for each"
 	@echo "make bench        all benchmarks (a quiet machine, please)"
 	@echo "make gpu-check    the kernels' tests and the GPU benchmarks on a CUDA device, with the python3 that is there"
 	@echo "make clean        remove the environment and everything that was built"
@@ -37,6 +38,10 @@ types: $(INSTALLED)
 
 wheel-check: $(INSTALLED)
 	$(BIN)/pytest tests/test_wheel.py
+
+# Coverage-guided where atheris is installed (pip install -e '.[fuzz]'), at random elsewhere. FUZZ="frames --seconds 600".
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz/campaign.py $(FUZZ)
 
 bench: $(INSTALLED)
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from swarm.checkpoint.source import DEFAULT_MODEL
 from swarm.command import program
 from swarm.errors import InvalidRequest, SwarmError
+from swarm.private.arguments import add_credentials, load_credentials
 
 if TYPE_CHECKING:
     from swarm.client.chat import Answer, Conversation
@@ -55,8 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="ADDR",
         default=[],
-        help="full addresses of any peers of the swarm (required)",
+        help="full addresses of any peers of the swarm (required, unless the credentials name some)",
     )
+    add_credentials(parser)
     add(
         "--chat",
         action="store_true",
@@ -95,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
-    if not args.initial_peers:
+    if not args.initial_peers and args.credentials is None:
         raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
     if not args.question and not args.chat:
         raise InvalidRequest("nothing to ask: give a question, or --chat")
@@ -110,6 +112,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    credentials = load_credentials(args)
+
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -122,7 +126,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        args.model, initial_peers=args.initial_peers, revision=args.revision, cache_dir=args.cache_dir
+        args.model,
+        initial_peers=args.initial_peers,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        credentials=credentials,
     )
     if args.adapter is not None:
         try:

@@ -17,6 +17,7 @@ from swarm.client.generation import DistributedModel
 from swarm.client.head import HeadFormat
 from swarm.client.model import distribute
 from swarm.errors import InvalidRequest
+from swarm.private.credentials import Credentials
 
 
 class AutoDistributedModelForCausalLM:
@@ -44,6 +45,7 @@ class AutoDistributedModelForCausalLM:
         cache_dir: str | Path | None = None,
         token: str | None = None,
         session_config: SessionConfig | None = None,
+        credentials: Credentials | str | Path | None = None,
     ) -> DistributedModel:
         """Load the embeddings, norms and head of a model and join the swarm that runs its blocks.
 
@@ -57,6 +59,8 @@ class AutoDistributedModelForCausalLM:
             revision: branch, tag or commit of a hub id.
             cache_dir: where converted and downloaded files are kept.
             token: for models on the hub that need one.
+            credentials: our invitation into a private swarm, or its file; then initial_peers may be left to it, and
+                nothing is downloaded.
             session_config: a `swarm.client.config.SessionConfig`: patience, wire encoding, whether servers push.
 
         Returns:
@@ -65,14 +69,21 @@ class AutoDistributedModelForCausalLM:
         Raises:
             UnknownModel, UnsupportedModel, CheckpointMismatch, InvalidRequest, ConfigError: about the arguments.
             PeerUnreachable: no initial peer answers.
+            AccessDenied: the swarm is private, and we have no invitation that is good.
         """
         local_dtype = _dtype(dtype)
+        if credentials is not None and not isinstance(credentials, Credentials):
+            credentials = Credentials.load(credentials)
+        if credentials is not None and not initial_peers:
+            initial_peers = credentials.peers
         if block_service is None and not initial_peers:
             raise InvalidRequest("initial_peers is empty: give the address of at least one peer of the swarm")
         if isinstance(initial_peers, str):
             raise InvalidRequest(f"initial_peers must be a list of addresses, got the string {initial_peers!r}")
-        checkpoint = resolve(model, revision=revision, cache_dir=cache_dir, token=token)
-        service = block_service or _connect(checkpoint, initial_peers, session_config)
+        checkpoint = resolve(
+            model, revision=revision, cache_dir=cache_dir, token=token, is_offline=credentials is not None
+        )
+        service = block_service or _connect(checkpoint, initial_peers, session_config, credentials)
         try:
             return distribute(checkpoint, service, dtype=local_dtype, device=device, head=head_dtype)
         except BaseException:
@@ -81,7 +92,10 @@ class AutoDistributedModelForCausalLM:
 
 
 def _connect(
-    checkpoint: Checkpoint, initial_peers: Sequence[str], session_config: SessionConfig | None
+    checkpoint: Checkpoint,
+    initial_peers: Sequence[str],
+    session_config: SessionConfig | None,
+    credentials: Credentials | None,
 ) -> BlockService:
     from swarm.client.runtime import connect
 
@@ -92,6 +106,7 @@ def _connect(
         hidden_size=text.hidden_size,
         initial_peers=initial_peers,
         config=session_config,
+        credentials=credentials,
     )
 
 

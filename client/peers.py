@@ -1,55 +1,55 @@
 """What a client knows of the servers of one model: their records, how they behaved, and the routes that follow.
 
-    registry.lookup ──records──┐
-    step timings, failures ────┴──► Offers ──swarm.routing──► hops
-    who has which adapter (client.adapter_needs) ──► a little less cost
+    Directory ──records──────────┐
+    Pinger ──round trips, place──┤
+    step timings, failures ──────┼──► Offers ──swarm.routing.Router──► hops
+    who has which adapter ───────┘    (client.adapter_needs)
 
-Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. Which servers can't
-send to each other is remembered for a while, too.
+Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. What steps took counts
+more than what servers say. Which servers can't send to each other is remembered for a while, too.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from swarm.catalog import refuse_other_content
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
+from swarm.client.behaviour import Behaviour
 from swarm.client.row_adapters import RowAdapters
+from swarm.client.timings import HopTiming
+from swarm.coordinates import Place
+from swarm.directory import Directory
 from swarm.errors import PeerError, RouteNotFound, SwarmError
 from swarm.network.node import Node
-from swarm.registry import Registry, ServerRecord
-from swarm.routing import Offer, find_route
+from swarm.pings import Pinger
+from swarm.registry import Registry, ServerRecord, peer_tag
+from swarm.route_map import Location
+from swarm.routing import VISIT_S, Need, Offer, Route, Router
 from swarm.session import Hop
-from swarm.types import BlockRange, ServerState
+from swarm.transport import Transport
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_HOP_S = 0.02
-"""Cost of a visit to a server that was never measured."""
 DEFAULT_BLOCK_S = 0.005
 """Seconds per block and token of a server that announced no speed."""
-PENALTY_S = 10.0
-"""Cost that one failure adds to a visit ..."""
-PENALTY_HALF_LIFE_S = 20.0
-"""... and how fast it fades."""
 PUSH_RETRY_S = 600.0
 """Two servers that could not reach each other are given another try after so long."""
 REFRESH_S = 15.0
 """Age at which the records are read again, in the background."""
-
-
-@dataclass(slots=True)
-class _Behaviour:
-    """What was measured of one peer."""
-
-    hop_s: float | None = None
-    penalty: float = 0.0
-    penalised_at: float = 0.0
-
-    def penalty_at(self, now: float) -> float:
-        return float(self.penalty * 0.5 ** ((now - self.penalised_at) / PENALTY_HALF_LIFE_S))
+ROUTER_S = 1.0
+"""A table of routes is used for so long."""
+ROOM_TOKENS = 64
+"""Tokens beyond those of a session for which a server should have room when the session comes to it."""
+BATCH_TOKENS = 1024
+"""What a micro-batch of training has, about."""
+NUM_ACQUAINTANCES = 8
+"""Servers that a new client measures, to find its place."""
 
 
 class Peers:
@@ -57,48 +57,43 @@ class Peers:
 
     Args:
         node: the client's own peer.
+        transport: how servers are reached, to measure the ways to them; None measures nothing.
         model: content digest of the checkpoint.
         model_name: its name, for messages.
         num_blocks: how many blocks the model has.
     """
 
-    def __init__(self, node: Node, *, model: str, model_name: str, num_blocks: int):
+    def __init__(self, node: Node, transport: Transport | None = None, *, model: str, model_name: str, num_blocks: int):
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
         self._node = node
-        self._registry = Registry(node)
-        self._records: dict[str, ServerRecord] = {}
-        self._read_at = float("-inf")
-        self._behaviour: dict[str, _Behaviour] = {}
+        self._directory = Directory(Registry(node), model=model, num_blocks=num_blocks)
+        self._generator = np.random.default_rng()
+        self._pinger = None if transport is None else Pinger(transport, self._generator)
+        self._behaviour: defaultdict[str, Behaviour] = defaultdict(Behaviour)
         self._no_push: dict[tuple[str, str], float] = {}
         self._who_has = WhoHas()
-        self._reading = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
+        self._router: tuple[Router, int, float] | None = None
 
     @property
     def records(self) -> tuple[ServerRecord, ...]:
         """The servers as last read, online ones only."""
-        return tuple(record for record in self._records.values() if record.state is ServerState.ONLINE)
+        return tuple(self._directory.online)
 
     def name_of(self, peer_id: str) -> str:
         """The public name of a server, or the end of its identity."""
-        record = self._records.get(peer_id)
-        return record.public_name if record is not None and record.public_name else f"…{peer_id[-8:]}"
+        named = (record.public_name for record in self._directory.records if record.peer_id == peer_id)
+        return next(named, "") or f"…{peer_id[-8:]}"
 
-    async def refresh(self, *, max_age_s: float = REFRESH_S) -> None:
+    async def refresh(self, *, max_age_s: float = REFRESH_S, everything: bool = False) -> None:
         """Read the records again when they are older than `max_age_s`."""
-        async with self._reading:
-            if time.monotonic() - self._read_at < max_age_s:
-                return
-            try:
-                records = await self._registry.lookup(self.model)
-            except PeerError as error:
-                if not self._records:
-                    raise
-                logger.info("the DHT does not answer, going on with what is known: %s", error)
-                return
-            self._records = {record.peer_id: record for record in records if record.blocks.end <= self.num_blocks}
-            self._who_has.announced(self._records.values())
-            self._read_at = time.monotonic()
+        try:
+            await self._directory.refresh(max_age_s=max_age_s, everything=everything)
+        except PeerError as error:
+            if not self._directory.records:
+                raise
+            logger.info("the DHT does not answer, going on with what is known: %s", error)
+        self._who_has.announced(self._directory.online)
 
     def adapters_of(self, adapters: RowAdapters) -> AdapterNeeds | None:
         """What servers need for a session with these adapters; None where that is nothing."""
@@ -110,11 +105,31 @@ class Peers:
         """These servers have answered a step of a session with these adapters."""
         self._who_has.seen(hops, adapters.digests)
 
-    async def route(self, blocks: BlockRange, *, adapters: AdapterNeeds | None = None) -> tuple[Hop, ...]:
-        """The best chain over `blocks` by what is known now.
+    async def get_acquainted(self) -> None:
+        """Read the records and measure the ways to a few servers, so that the first route knows where we are."""
+        await self.refresh()
+        records = self.records
+        if self._pinger is None or not records:
+            return
+        count = min(NUM_ACQUAINTANCES, len(records))
+        chosen = self._generator.choice(len(records), count, replace=False)
+        await self._pinger.ping([records[index] for index in chosen])
+        self._router = None
+
+    async def route(
+        self,
+        blocks: BlockRange,
+        *,
+        num_tokens: int = 0,
+        chain: Sequence[Hop] = (),
+        adapters: AdapterNeeds | None = None,
+    ) -> tuple[Hop, ...]:
+        """The quickest chain over `blocks` by what is known now.
 
         Args:
-            blocks: which ones.
+            blocks: to be covered.
+            num_tokens: of the session, for which servers should have room.
+            chain: the hops that the session has; those next to `blocks` send inputs and take outputs.
             adapters: servers that have these cost a little less than others; nobody is left out.
 
         Raises:
@@ -122,24 +137,47 @@ class Peers:
             PeerTimeout: when the DHT doesn't answer and nothing is known from before.
             CheckpointMismatch: when the swarm serves this name with other content only.
         """
-        if not self._records:
+        need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
+        after = next((hop.peer_id for hop in chain if hop.blocks.end == blocks.start), None)
+        before = next((hop.peer_id for hop in chain if hop.blocks.start == blocks.end), None)
+        return await self._find(
+            lambda router: router.fastest(
+                blocks, need=need, penalties=self._penalties(adapters), after=after, before=before
+            )
+        )
+
+    async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
+        """A chain for a training run: at random, so that servers are loaded by the capacity that they have free.
+
+        Raises:
+            as `route`.
+        """
+        return await self._find(
+            lambda router: router.spread(
+                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties=self._penalties(None)
+            )
+        )
+
+    async def _find(self, find: Callable[[Router], Route]) -> tuple[Hop, ...]:
+        """Find a route by what is known; read the records again when that gives none, or one over a failed server."""
+        if not self._directory.records:
             await self.refresh()
         self.keep_fresh()
         try:
-            hops = find_route(self._offers(adapters), blocks)
+            hops = find(self._table()).hops
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
-            await self.refresh(max_age_s=0.5)  # nobody better is known: perhaps there is news
-            return find_route(self._offers(adapters), blocks)
         except RouteNotFound:
-            await self.refresh(max_age_s=0.5)
-            if not self._records:
-                await refuse_other_content(self._node, self.model_name, self.model)
-            return find_route(self._offers(adapters), blocks)
+            pass
+        await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
+        if not self._directory.records:
+            await refuse_other_content(self._node, self.model_name, self.model)
+        return find(self._table()).hops
 
     def keep_fresh(self) -> None:
         """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""
-        if time.monotonic() - self._read_at >= REFRESH_S and (self._reader is None or self._reader.done()):
+        is_old = time.monotonic() - self._directory.refreshed_at >= REFRESH_S
+        if is_old and (self._reader is None or self._reader.done()):
             self._reader = asyncio.create_task(self._refresh_quietly(), name="refresh records")
 
     async def _refresh_quietly(self) -> None:
@@ -148,17 +186,26 @@ class Peers:
         except SwarmError as error:
             logger.info("can't read who serves the model: %s", error)
 
-    def measured(self, peer_id: str, overhead_s: float) -> None:
-        """A step over this peer took `overhead_s` besides the blocks' compute."""
-        behaviour = self._behaviour.setdefault(peer_id, _Behaviour())
-        behaviour.hop_s = overhead_s if behaviour.hop_s is None else 0.9 * behaviour.hop_s + 0.1 * overhead_s
+    def measured(self, timings: Sequence[HopTiming]) -> None:
+        """A step of one token per row took so long on its hops.
+
+        What it took beyond the ways and visits that were expected is shared by them all: who is to blame shows over
+        many routes.
+        """
+        router = self._table()
+        hops = [Hop(peer_id=timing.peer_id, blocks=timing.blocks) for timing in timings]
+        if not hops or not all(router.knows(hop.peer_id) for hop in hops):
+            return
+        expected_s = router.ways_s(hops) + VISIT_S * len(hops)
+        excess_s = (sum(timing.overhead_s for timing in timings) - expected_s) / len(hops)
+        now = time.monotonic()
+        for timing in timings:
+            block_s = timing.compute_s / len(timing.blocks)
+            self._behaviour[timing.peer_id].measured(now, block_s=block_s, excess_s=excess_s)
 
     def failed(self, peer_id: str, error: Exception) -> None:
         """This peer failed; it becomes costly for a while, longer when it failed before."""
-        now = time.monotonic()
-        behaviour = self._behaviour.setdefault(peer_id, _Behaviour())
-        behaviour.penalty = min(behaviour.penalty_at(now) + PENALTY_S, 32 * PENALTY_S)
-        behaviour.penalised_at = now
+        self._behaviour[peer_id].failed(time.monotonic())
         level = logging.INFO if isinstance(error, PeerError) else logging.WARNING
         logger.log(level, "server %s failed: %s", self.name_of(peer_id), error)
 
@@ -180,24 +227,49 @@ class Peers:
 
     def _has_failed(self, peer_id: str) -> bool:
         """Whether a server failed after the records were read."""
-        behaviour = self._behaviour.get(peer_id)
-        return behaviour is not None and behaviour.penalty > 0 and behaviour.penalised_at > self._read_at
+        return peer_id in self._behaviour and self._behaviour[peer_id].failed_at > self._directory.refreshed_at
 
-    def _offers(self, adapters: AdapterNeeds | None) -> Sequence[Offer]:
+    def _penalties(self, adapters: AdapterNeeds | None) -> dict[str, float]:
+        """What visits of some servers cost besides: failures, and adapters that have to be brought there."""
         now = time.monotonic()
-        offers = []
-        for record in self.records:
-            behaviour = self._behaviour.get(record.peer_id, _Behaviour())
+        penalties = {peer_id: seen.penalty_s(now) for peer_id, seen in self._behaviour.items()}
+        if adapters is not None:
+            for record in self._directory.online:
+                penalties[record.peer_id] = penalties.get(record.peer_id, 0.0) + adapters.load_s(record)
+        return penalties
+
+    def _table(self) -> Router:
+        """The table of routes, made anew when there is news or it is old."""
+        now, version = time.monotonic(), self._directory.version
+        if self._router is None or self._router[1] != version or now - self._router[2] > ROUTER_S:
+            offers = [self._offer(record, now) for record in self._directory.online]
+            router = Router(offers, self._place)
+            self._router = router, version, now
+        return self._router[0]
+
+    @property
+    def _place(self) -> Place | None:
+        """Where we are; None before anything was measured."""
+        return self._pinger.place if self._pinger is not None and self._pinger.place.error < 1.0 else None
+
+    def _offer(self, record: ServerRecord, now: float) -> Offer:
+        seen = self._behaviour.get(record.peer_id)
+        block_s = None if seen is None else seen.block_s(now)
+        if block_s is None:
             block_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
-            hop_s = DEFAULT_HOP_S if behaviour.hop_s is None else behaviour.hop_s
-            offers.append(
-                Offer(
-                    peer_id=record.peer_id,
-                    blocks=record.blocks,
-                    block_s=block_s * (1.0 + record.load),
-                    hop_s=hop_s
-                    + behaviour.penalty_at(now)
-                    + (adapters.load_s(record) if adapters is not None else 0.0),
-                )
-            )
-        return offers
+        capacity_tps = record.prefill_tps or record.batch_tps or record.decode_tps
+        return Offer(
+            peer_id=record.peer_id,
+            blocks=record.blocks,
+            block_s=block_s,
+            visit_s=VISIT_S + record.queue_s + (0.0 if seen is None else seen.excess_s(now)),
+            free_tps=capacity_tps * (1.0 - record.load),
+            location=Location(
+                place=record.place,
+                tag=peer_tag(record.peer_id),
+                pings=[(ping.tag, ping.rtt_s) for ping in record.pings],
+                client_rtt_s=None if self._pinger is None else self._pinger.rtt_s(record.peer_id),
+            ),
+            kv_free_tokens=record.kv_free_tokens,
+            is_relayed=record.is_relayed,
+        )

@@ -22,8 +22,10 @@ from swarm.client.peers import Peers
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
 from swarm.client.training import Call, Parameters, RemoteTraining
+from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
+from swarm.private.credentials import Credentials
 from swarm.session import Hop
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -55,6 +57,17 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop without waiting for it; what goes wrong with the swarm is only logged."""
+
+        async def supervised() -> None:
+            try:
+                await coroutine
+            except SwarmError as error:
+                logger.info("%s: %s", coroutine.__qualname__, error)
+
+        asyncio.run_coroutine_threadsafe(supervised(), self._loop)
 
     def post(self, function: Callable[[], object]) -> None:
         """Call a function on the loop, without waiting; nothing happens when the loop has ended."""
@@ -249,6 +262,7 @@ def connect(
     initial_peers: Sequence[str],
     config: SessionConfig | None = None,
     identity: Identity | None = None,
+    credentials: Credentials | None = None,
 ) -> SwarmService:
     """Join the swarm as a client of one model.
 
@@ -259,24 +273,31 @@ def connect(
         initial_peers: full addresses (/ip4/.../tcp/.../p2p/...) of any peers of the swarm.
         config: patience and encoding of sessions.
         identity: who the servers see; somebody new by default.
+        credentials: our invitation into a private swarm.
 
     Raises:
         PeerUnreachable: none of the initial peers answers.
+        AccessDenied: the swarm is private, and we have no invitation that is good.
         ConfigError: an address is malformed.
     """
     loop = LoopThread()
     try:
-        node, transport = loop.run(join(tuple(initial_peers), identity))
+        node, transport = loop.run(join(tuple(initial_peers), identity, credentials))
     except BaseException:
         loop.stop()
         raise
-    peers = Peers(node, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    peers = Peers(node, transport, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
+    loop.start(peers.get_acquainted())
     return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
 
 
-async def join(initial_peers: tuple[str, ...], identity: Identity | None = None) -> tuple[Node, Transport]:
+async def join(
+    initial_peers: tuple[str, ...], identity: Identity | None = None, credentials: Credentials | None = None
+) -> tuple[Node, Transport]:
     """Join a swarm as a client, which neither listens nor stores; errors as `connect`."""
-    node = await Node.start(NodeConfig(identity=identity, initial_peers=initial_peers, client_mode=True))
+    node = await Node.start(
+        NodeConfig(identity=identity, initial_peers=initial_peers, client_mode=True, credentials=credentials)
+    )
     transport = Transport(node, listen=None)
     await transport.start()
     return node, transport

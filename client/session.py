@@ -34,6 +34,7 @@ from swarm.client.running import RunningStep
 from swarm.client.timings import HopTiming
 from swarm.client.uploads import Uploads
 from swarm.errors import (
+    AccessDenied,
     AdapterError,
     InvalidRequest,
     PeerBusy,
@@ -213,7 +214,7 @@ class RemoteSession:
     async def _find_route(self, action: FindRoute, step: RunningStep) -> None:
         await self._pause(step.patience.pause_s(step.trouble), step)
         try:
-            hops = await self._route(action.blocks)
+            hops = await self._route(action.blocks, sum(self.machine.lengths) + step.num_tokens)
         except (RouteNotFound, PeerError) as error:
             self._had_trouble(step, error)
             return
@@ -223,10 +224,8 @@ class RemoteSession:
             step.watch = self._watch(sum(self.machine.lengths))  # somebody has to catch up with everything
             step.watch.asked(time.monotonic())  # ask often from now on: catching up counts as progress
 
-    async def _route(self, blocks: BlockRange) -> tuple[Hop, ...]:
-        if self._adapters is None:
-            return await self._peers.route(blocks)
-        return await self._peers.route(blocks, adapters=self._adapters)
+    async def _route(self, blocks: BlockRange, num_tokens: int) -> tuple[Hop, ...]:
+        return await self._peers.route(blocks, num_tokens=num_tokens, chain=self.machine.route, adapters=self._adapters)
 
     async def _wait(self, step: RunningStep, *, is_opening: bool = False) -> None:
         """Wait until something happens, and look after the servers while nothing does."""
@@ -308,8 +307,10 @@ class RemoteSession:
         self.machine.failed(hop.link)
         self._hops.close_stale()
         step = self._step
-        is_ours = isinstance(error, AdapterError) or (step is not None and step.is_fed(hop.link))
-        if step is not None and is_ours and isinstance(error, RequestError):
+        is_ours = isinstance(error, AccessDenied | AdapterError) or (
+            step is not None and step.is_fed(hop.link) and isinstance(error, RequestError)
+        )
+        if step is not None and is_ours:
             self._end_step(error)
             return
         self._peers.failed(hop.hop.peer_id, error)
@@ -452,6 +453,5 @@ class RemoteSession:
             self._peers.have_adapters(self.machine.route, self._adapters)
         if step.trouble is None:
             self._pace.measured(step.num_tokens, time.monotonic() - step.started)
-        if step.is_plain:
-            for timing in timings:
-                self._peers.measured(timing.peer_id, timing.overhead_s)
+        if step.is_plain and step.num_tokens <= self.machine.batch_size:
+            self._peers.measured(timings)

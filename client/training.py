@@ -256,7 +256,7 @@ class RemoteTraining:
 
     async def _open_chain(self) -> None:
         try:
-            hops = await self._peers.route(self.blocks)
+            hops = await self._peers.spread(self.blocks)
             chain = await open_chain(
                 self._transport, hops, model=self._peers.model, timeout_s=self._config.open_timeout_s
             )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from swarm import __version__, logs
 from swarm.command import HelpFormatter, program
 from swarm.errors import ConfigError, SwarmError
+from swarm.private.arguments import add_credentials, load_credentials
 from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="file with this peer's key, made when missing; a new identity if not given",
     )
+    add_credentials(parser)
     add("--revision", metavar="REV", help="revision of a hub model")
     add(
         "--cache-dir",
@@ -120,6 +122,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         announce=tuple(args.announce),
         public_name=args.public_name,
         identity_path=args.identity,
+        credentials=load_credentials(args),
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,

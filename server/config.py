@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.errors import ConfigError
+from swarm.private.credentials import Credentials
 from swarm.types import BlockRange
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -65,6 +66,8 @@ class ServerConfig:
     """TCP port of the direct data plane; 0 picks a free one."""
     announce: tuple[str, ...] = ()
     """Addresses to announce in place of those found."""
+    credentials: Credentials | None = None
+    """Our invitation into a private swarm; there, `port` carries everything and nothing is downloaded."""
     public_name: str = ""
     identity_path: Path | None = None
     """File with the Ed25519 key; None makes a new identity."""

@@ -13,6 +13,7 @@ from functools import partial
 from swarm import __version__
 from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy, SwarmError
 from swarm.protocol import ADAPTER_SERVICE, MAX_META_BYTES, MAX_PINGS, Info, InfoRequest, OpenSession, Ping
+from swarm.rates import Rate, Rates
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
 from swarm.server.executor import Executor
@@ -72,6 +73,7 @@ class Handler:
         self._sessions: set[ServedSession] = set()
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
+        self._opens = Rates(Rate(burst=self._limits.max_new_sessions, per_s=self._limits.new_sessions_per_s))
         # fp32 is the widest dtype that a step may have
         largest = (Limits().max_message_bytes - MAX_META_BYTES) // (4 * executor.span.hidden_size)
         self._max_step_tokens = max(1, min(self._limits.max_step_tokens, largest))
@@ -170,7 +172,7 @@ class Handler:
         if not isinstance(message, OpenSession):
             raise InvalidRequest(f"expected OpenSession, got {type(message).__name__}")
         try:
-            self._admit(message, stream.peer_id)
+            self._admit(message, stream.account)
             self._desk.check(message.push_key)
         except SwarmError as error:
             self.meter.refuse(error)
@@ -184,10 +186,10 @@ class Handler:
             budget=self.history,
             pending=self._pending,
             meter=self.meter,
-            open_push=partial(self._desk.open, client=stream.peer_id),
+            open_push=partial(self._desk.open, client=stream.account),
             adapters=self.adapters,
         )
-        self._count(stream.peer_id, 1, message.batch_size)
+        self._count(stream.account, 1, message.batch_size)
         self._sessions.add(session)
         self._desk.add(message.push_key, session)
         self.meter.opened()
@@ -201,7 +203,7 @@ class Handler:
             self.meter.end(ending)
             self._desk.remove(message.push_key)
             self._sessions.discard(session)
-            self._count(stream.peer_id, -1, -message.batch_size)
+            self._count(stream.account, -1, -message.batch_size)
 
     async def push(self, stream: Stream) -> None:
         """Let another server send steps into a session whose key it knows."""
@@ -220,14 +222,14 @@ class Handler:
             raise PeerBusy("that is this server itself", peer_id=peer_id)
         return await self._transport.open(peer_id, ADAPTER_SERVICE, timeout_s=self._limits.push_open_timeout_s)
 
-    def _count(self, peer_id: str, sessions: int, rows: int) -> None:
+    def _count(self, account: str, sessions: int, rows: int) -> None:
         self.num_rows += rows
         for counter, change in ((self._sessions_of, sessions), (self._rows_of, rows)):
-            counter[peer_id] += change
-            if not counter[peer_id]:
-                del counter[peer_id]
+            counter[account] += change
+            if not counter[account]:
+                del counter[account]
 
-    def _admit(self, message: OpenSession, peer_id: str) -> None:
+    def _admit(self, message: OpenSession, account: str) -> None:
         """Refuse what can't be served.
 
         Raises:
@@ -250,9 +252,24 @@ class Handler:
             raise PeerBusy("this server takes no adapters", retry_after_s=3600.0)
         if self.state is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {self.state.name}", retry_after_s=60.0)
-        self._admit_rows(message.batch_size, peer_id)
+        self._admit_rate(account)
+        self._admit_rows(message.batch_size, account)
 
-    def _admit_rows(self, batch_size: int, peer_id: str) -> None:
+    def _admit_rate(self, account: str) -> None:
+        """Refuse a session of who opens too many one after the other.
+
+        Raises:
+            PeerBusy: with the limit, and when to come back.
+        """
+        now = time.monotonic()
+        if not self._opens.charge(account, now):
+            raise PeerBusy(
+                f"you opened {self._limits.max_new_sessions} sessions lately, limit"
+                f" {self._limits.new_sessions_per_s:g} per second",
+                retry_after_s=self._opens.retry_after_s(account, now),
+            )
+
+    def _admit_rows(self, batch_size: int, account: str) -> None:
         """Refuse a session beyond the limits of all peers together, or of this one.
 
         Raises:
@@ -262,7 +279,7 @@ class Handler:
         max_rows = limits.max_stateful_rows if self.executor.span.stateful else limits.max_rows
         for sessions, rows, part in (
             (self.num_sessions, self.num_rows, 1.0),
-            (self._sessions_of[peer_id], self._rows_of[peer_id], share),
+            (self._sessions_of[account], self._rows_of[account], share),
         ):
             if sessions >= part * limits.max_sessions or rows + batch_size > part * max_rows:
                 whose = "" if part == 1.0 else "you have "

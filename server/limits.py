@@ -14,7 +14,11 @@ class HandlerLimits:
     max_stateful_rows: int = 128
     """The same where each has a recurrent state."""
     max_peer_share: float = 0.5
-    """Part of these that one peer may take."""
+    """Part of these that one peer may take; in a private swarm one member, however many processes it has."""
+    max_new_sessions: int = 512
+    """Sessions that one peer, or member, may open in one go ..."""
+    new_sessions_per_s: float = 32.0
+    """... and how many more each second."""
     max_step_tokens: int = 1024
     """Tokens in one message of a step, over all its rows."""
     max_pending_bytes: int = 32 << 20

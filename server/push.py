@@ -14,12 +14,10 @@ from typing import Protocol, Self
 from swarm.errors import InvalidRequest, PeerBusy, SwarmError
 from swarm.network.tasks import TaskSet
 from swarm.protocol import PUSH_SERVICE, Message, PushHello
+from swarm.rates import Rate, Rates
 from swarm.server.limits import HandlerLimits
 from swarm.server.loopback import LocalStream
 from swarm.transport import EndOfStream, Transport
-
-MAX_KNOWN_CLIENTS = 4096
-"""Clients for whom it is remembered how many streams they had us open; beyond, the least recent is forgotten."""
 
 
 class PushStream(Protocol):
@@ -75,8 +73,8 @@ class PushDesk:
         self._targets: dict[bytes, PushTarget] = {}
         self._awaited: dict[bytes, set[asyncio.Event]] = {}
         self._num_early: Counter[str] = Counter()
-        self._opened: dict[str, tuple[float, float]] = {}
-        """Of each client: streams opened for it lately, and as of when."""
+        self._opens = Rates(Rate(burst=limits.max_forwards, per_s=limits.forwards_per_s))
+        """Streams that each client had us open."""
         self._tasks = TaskSet()
 
     def check(self, push_key: bytes) -> None:
@@ -130,15 +128,9 @@ class PushDesk:
         Raises:
             PeerBusy: there were too many lately.
         """
-        now, limits = time.monotonic(), self._limits
-        level, at = self._opened.get(client, (0.0, now))
-        level = max(0.0, level - (now - at) * limits.forwards_per_s)
-        if level + 1 > limits.max_forwards:
-            raise PeerBusy(f"you had this server open {limits.max_forwards} push streams lately: too many Forwards")
-        self._opened[client] = level + 1, now
-        if len(self._opened) > MAX_KNOWN_CLIENTS:
-            oldest = min(self._opened, key=lambda known: self._opened[known][1])
-            del self._opened[oldest]
+        if not self._opens.charge(client, time.monotonic()):
+            limit = self._limits.max_forwards
+            raise PeerBusy(f"you had this server open {limit} push streams lately: too many Forwards")
 
     async def _wait_for(self, push_key: bytes, peer_id: str) -> PushTarget:
         """A session that isn't there yet.

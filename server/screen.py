@@ -44,7 +44,9 @@ class Screen:
             checkpoint, plan = self._plan.checkpoint, self._plan
             self._line(f"{checkpoint.name} {checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
             self._line("\n  ".join(["listening on", *addresses]))
-            if not self._config.initial_peers:
+            if (credentials := self._config.credentials) is not None:
+                self._line(f"private swarm {credentials.swarm}, as {credentials.member}")
+            elif not self._config.initial_peers:
                 self._line(f"new swarm; other machines join with\n  {self._join_command(addresses[0])}")
                 self._line(f"and ask it with\n  {self._ask_command(addresses[0])}")
         sys.stdout.flush()
@@ -98,6 +100,8 @@ class Screen:
         table.add_row("blocks", f"{plan.blocks} of 0:{plan.num_blocks}")
         table.add_row("weights", f"{plan.quantization}, {_name(plan.dtype)}, on {plan.device}")
         table.add_row("swarm", "joined" if self._config.initial_peers else "new: this server is its first peer")
+        if (credentials := self._config.credentials) is not None:
+            table.add_row("private", f"{credentials.swarm}, as {credentials.member}")
         self._console.print(Panel.fit(table, title="swarm server", title_align="left", border_style="dim"))
         self._say("It can be reached at", *addresses)
         self._say("Another machine joins with", self._join_command(addresses[0]))

@@ -62,7 +62,13 @@ def make_plan(config: ServerConfig) -> Plan:
         UnknownModel: no such model.
         ConfigError: a device, dtype or block range that can't be.
     """
-    checkpoint = resolve(config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token)
+    checkpoint = resolve(
+        config.model,
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        token=config.token,
+        is_offline=config.credentials is not None,
+    )
     text_config = checkpoint.config().get_text_config()
     num_blocks = int(text_config.num_hidden_layers)
     blocks = config.blocks or BlockRange(0, num_blocks)
@@ -108,6 +114,7 @@ class Server:
         Raises:
             ConfigError: port in use, bad identity file or address.
             PeerUnreachable: none of the initial peers answers.
+            AccessDenied: the swarm is private, and we may not serve in it.
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
@@ -120,6 +127,7 @@ class Server:
                 host=config.host,
                 port=config.port,
                 announce=config.announce,
+                credentials=config.credentials,
             )
         )
         self._stack.push_async_callback(self.node.close)
@@ -227,12 +235,14 @@ class Server:
 
         Raises:
             PeerError: the device thread failed.
+            AccessDenied: we are no member of this private swarm any more.
         """
         while not await self._stopped_within(stop, self.config.announce_period_s):
             announcing = asyncio.create_task(self._announce())
             await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
             announcing.cancel()
         await self.leave()
+        self.node.check_access()
         if self.executor.died.is_set():
             raise PeerError("the device thread failed; the log says why")
 
@@ -240,11 +250,12 @@ class Server:
         self, stop: asyncio.Event, timeout_s: float, work: asyncio.Task[None] | None = None
     ) -> bool:
         """Wait for the end, for `work`, or for `timeout_s`, whichever comes first; whether it is the end."""
-        ends = [asyncio.create_task(event.wait()) for event in (stop, self.executor.died)]
+        events = (stop, self.executor.died, self.node.denied)
+        ends = [asyncio.create_task(event.wait()) for event in events]
         await asyncio.wait([*ends, *([work] if work else [])], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
-        return stop.is_set() or self.executor.died.is_set()
+        return any(event.is_set() for event in events)
 
     async def leave(self) -> None:
         """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""

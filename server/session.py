@@ -89,13 +89,13 @@ class ServedSession:
         self._cached = executor.open(
             opened.blocks,
             opened.batch_size,
-            client=stream.peer_id,
+            client=stream.account,
             listener=self,
             adapters=opened.row_adapters,
         )
         self._lease: AdapterLease | None = None
         if adapters is not None and opened.adapters:
-            self._lease = adapters.lease(opened, stream.peer_id, self._control.tell)
+            self._lease = adapters.lease(opened, stream.account, self._control.tell)
         self._backlog = Backlog()
         self._was_reordered = self._is_waiting = False
         self._pending: deque[tuple[Step, memoryview]] = deque()
@@ -152,7 +152,7 @@ class ServedSession:
         self._executor.close(self._cached)
         if self._lease is not None:
             self._lease.close()
-        self._budget.forget(self, self._stream.peer_id)
+        self._budget.forget(self, self._stream.account)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
         for stream in list(self._pushes):
@@ -392,7 +392,7 @@ class ServedSession:
             self._sender.begin(start)
         self._sender.append(produced)
         self._sender.pump()
-        self._budget.use(self, self._stream.peer_id, self._sender.link)
+        self._budget.use(self, self._stream.account, self._sender.link)
         self._meter.record(self.last_active, produced)
         self._on_room()
 

@@ -13,21 +13,23 @@ from swarm import logs
 from swarm.command import HelpFormatter, program
 from swarm.errors import SwarmError
 from swarm.network import Node, NodeConfig
+from swarm.private.arguments import add_credentials, load_credentials
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 after a clean stop, 2 for an error."""
     args = build_parser().parse_args(argv)
     logs.configure(args)
-    config = NodeConfig(
-        identity_path=args.identity,
-        initial_peers=tuple(args.initial_peers),
-        host=args.host,
-        port=args.port,
-        announce=tuple(args.announce),
-        nat_port_map=args.nat_port_map,
-    )
     try:
+        config = NodeConfig(
+            identity_path=args.identity,
+            initial_peers=tuple(args.initial_peers),
+            host=args.host,
+            port=args.port,
+            announce=tuple(args.announce),
+            nat_port_map=args.nat_port_map,
+            credentials=load_credentials(args),
+        )
         _run(config)
     except SwarmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,8 +55,22 @@ async def serve(config: NodeConfig) -> None:
         for address in node.addresses:
             print(address, flush=True)
         print(f"ONLINE {node.peer_id}; others join with --initial-peers {node.addresses[0]}", flush=True)
-        await stopped.wait()
+        await _until(stopped, node)
         print("stopping", flush=True)
+
+
+async def _until(stopped: asyncio.Event, node: Node) -> None:
+    """Wait for the end.
+
+    Raises:
+        AccessDenied: we are no member of this private swarm any more.
+    """
+    ends = [asyncio.ensure_future(event.wait()) for event in (stopped, node.denied)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    if not stopped.is_set():
+        node.check_access()
 
 
 def _run(config: NodeConfig) -> None:
@@ -88,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--initial-peers", nargs="+", default=[], metavar="ADDR", help="peers to join; none starts a new swarm"
     )
+    add_credentials(parser)
     parser.add_argument("--nat-port-map", action="store_true", help="ask the router for a port (UPnP, NAT-PMP)")
     logs.add_arguments(parser)
     return parser

@@ -8,7 +8,11 @@ SwarmError
 │   ├── CheckpointMismatch  same name, different content
 │   ├── ProtocolMismatch    the two sides speak different protocol versions
 │   ├── AdapterError        an adapter is malformed, not made for this model, or nobody has it
-│   └── ConfigError         a setting of this process can't work (port in use, bad identity file, ...)
+│   ├── ConfigError         a setting of this process can't work (port in use, bad identity file, ...)
+│   └── AccessDenied        a private swarm does not let us do that
+│       ├── SwarmIsPrivate      we have no invitation
+│       ├── InvitationExpired   ours was good until some day
+│       └── InvitationRevoked   ours was taken back
 ├── PeerError           theirs: try another peer; `.peer_id` says whom to blame
 │   ├── PeerUnreachable     no connection could be made
 │   ├── PeerDisconnected    the connection broke
@@ -55,6 +59,22 @@ class AdapterError(RequestError):
 
 class ConfigError(RequestError):
     """A setting of this process cannot work."""
+
+
+class AccessDenied(RequestError):
+    """A private swarm does not let its members do this, or does not let us in at all."""
+
+
+class SwarmIsPrivate(AccessDenied):
+    """The swarm takes invited peers only, and we have shown no invitation."""
+
+
+class InvitationExpired(AccessDenied):
+    """The invitation was good for a time that is over."""
+
+
+class InvitationRevoked(AccessDenied):
+    """The authority of the swarm, or an admin, has taken the invitation back."""
 
 
 class PeerError(SwarmError):

@@ -101,7 +101,7 @@ class Identity:
     @cached_property
     def peer_id(self) -> str:
         """The base58 peer id, "12D3KooW...", as libp2p derives it."""
-        return base58.b58encode(_MULTIHASH_PREFIX + _PUBLIC_PREFIX + self.public_bytes).decode()
+        return peer_id_of(self.public_bytes)
 
     def sign(self, data: bytes) -> bytes:
         """The Ed25519 signature of `data`, 64 bytes."""
@@ -109,6 +109,11 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"<Identity {self.peer_id}>"
+
+
+def peer_id_of(public_bytes: bytes) -> str:
+    """The peer id of a raw Ed25519 public key."""
+    return base58.b58encode(_MULTIHASH_PREFIX + _PUBLIC_PREFIX + public_bytes).decode()
 
 
 def verify(peer_id: str, data: bytes, signature: bytes) -> bool:

@@ -18,10 +18,13 @@ from typing import Annotated
 import msgspec
 
 from swarm.errors import (
+    AccessDenied,
     AdapterError,
     CheckpointMismatch,
     ConfigError,
     InvalidRequest,
+    InvitationExpired,
+    InvitationRevoked,
     PeerBusy,
     PeerDisconnected,
     PeerError,
@@ -32,6 +35,7 @@ from swarm.errors import (
     RequestError,
     RouteNotFound,
     SwarmError,
+    SwarmIsPrivate,
     UnknownModel,
     UnsupportedModel,
 )
@@ -548,6 +552,10 @@ _REQUEST_CODES: dict[int, type[RequestError]] = {
     6: ProtocolMismatch,
     7: ConfigError,
     8: AdapterError,
+    16: AccessDenied,
+    17: SwarmIsPrivate,
+    18: InvitationExpired,
+    19: InvitationRevoked,
 }
 _PEER_CODES: dict[int, type[PeerError]] = {
     32: PeerError,

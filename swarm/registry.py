@@ -12,14 +12,15 @@ import logging
 import math
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from swarm.adapters.notes import AdapterNote, pack_notes, unpack_notes
+from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.network import Node
-from swarm.types import BlockRange, ServerState
+from swarm.types import MAX_BLOCKS, BlockRange, ServerState
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +28,39 @@ NUM_SHARDS = 16
 MAX_RECORD_BYTES = 512
 """Packed record, without its signature."""
 MAX_TTL_S = 3600.0
-CLOCK_SKEW_S = 60.0
-"""How far in the future of MAX_TTL_S a record may expire, by our clock."""
+TTL_PERIODS = 3
+"""A record outlives so many of its periods without being renewed."""
+LATE_S = 3.0
+"""A record that was not renewed so long after its period is doubtful."""
+CLOCK_SKEW_S = 10.0
+"""How much longer than its TTL_PERIODS a record may live, by our clock."""
 MAX_NAME_BYTES = 32
 """Longest public name, dtype, quantization or version, in UTF-8."""
-MAX_DECODE_TPS = 1e9
-MAX_KV_TOKENS = (1 << 48) - 1
+MAX_TPS = 1e9
+MAX_KV_TOKENS = (1 << 32) - 1
+MAX_PINGS = 8
+MAX_PERIOD_S = 1200.0
+MAX_TIME_S = 6.5535
+"""Longest queue or round trip that a record can name."""
 
-_FORMAT = 2
-_head = struct.Struct("!BBHHffQd")
+_FORMAT = 3
+_head = struct.Struct("!BBHHBfffBHIHd")
+_place = struct.Struct("!hhhHB")
+_ping = struct.Struct("!IH")
+_RELAYED, _PLACED = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """A round trip that a server has measured to another one.
+
+    Attributes:
+        tag: the other one's `peer_tag`.
+        rtt_s: round trip in seconds.
+    """
+
+    tag: int
+    rtt_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +72,20 @@ class ServerRecord:
         model: content digest of the checkpoint (64 hex digits).
         blocks: the blocks that it holds.
         state: JOINING, ONLINE, DRAINING or OFFLINE.
-        decode_tps: tokens per second through one block at batch size 1.
+        decode_tps: tokens per second through one block that one session gets now.
+        batch_tps: tokens per second through one block that all sessions get together from full batches.
+        prefill_tps: tokens per second through one block in large batches of prompts.
         load: share of its capacity in use, 0 to 1.
+        queue_s: how long a step waits there now, besides its own computation.
         kv_free_tokens: tokens of KV cache that are free.
+        is_relayed: whether others reach it through a relay only.
+        place: where it is in the network, if it knows.
+        pings: round trips to servers that may follow it in a chain.
         quantization: "none", "int8", "nf4".
         dtype: of its weights and outputs.
         public_name: chosen by its owner, at most 32 bytes of UTF-8.
         version: of its software.
+        period_s: how often it renews this record.
         expires_at: unix time after which the record is void.
         adapters: those that it has, the most recently used ones.
 
@@ -66,47 +98,78 @@ class ServerRecord:
     blocks: BlockRange
     state: ServerState
     decode_tps: float
+    batch_tps: float = 0.0
+    prefill_tps: float = 0.0
     load: float
+    queue_s: float = 0.0
     kv_free_tokens: int
+    is_relayed: bool = False
+    place: Place | None = None
+    pings: tuple[Ping, ...] = ()
     quantization: str
     dtype: str
     public_name: str
     version: str
+    period_s: float = 20.0
     expires_at: float
     adapters: tuple[AdapterNote, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.decode_tps <= MAX_DECODE_TPS, f"decode_tps {self.decode_tps}, range 0..{MAX_DECODE_TPS:g}")
+        for name in ("decode_tps", "batch_tps", "prefill_tps"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= MAX_TPS, f"{name} {value}, range 0..{MAX_TPS:g}")
         _require(0.0 <= self.load <= 1.0, f"load {self.load}, range 0..1")
+        _require(0.0 <= self.queue_s <= MAX_TIME_S, f"queue_s {self.queue_s}, range 0..{MAX_TIME_S}")
         _require(0 <= self.kv_free_tokens <= MAX_KV_TOKENS, f"{self.kv_free_tokens} free tokens, limit {MAX_KV_TOKENS}")
+        _require(len(self.pings) <= MAX_PINGS, f"{len(self.pings)} pings, limit {MAX_PINGS}")
+        _require(all(0.0 <= ping.rtt_s <= MAX_TIME_S for ping in self.pings), f"pings {self.pings}")
+        _require(0.1 <= self.period_s <= MAX_PERIOD_S, f"period_s {self.period_s}, range 0.1..{MAX_PERIOD_S:g}")
         _require(math.isfinite(self.expires_at) and self.expires_at >= 0, f"expires_at {self.expires_at}")
         for text in (self.quantization, self.dtype, self.public_name, self.version):
             size = len(text.encode(errors="surrogatepass"))
             is_fine = size <= MAX_NAME_BYTES and text.isprintable()
             _require(is_fine, f"text {text!r} of {size} bytes, limit {MAX_NAME_BYTES} printable ones")
 
+    def is_valid(self, now: float) -> bool:
+        """Whether it may be believed at this unix time: not expired, nor good for longer than it may be."""
+        return now < self.expires_at <= now + TTL_PERIODS * self.period_s + CLOCK_SKEW_S
+
+    def is_late(self, now: float) -> bool:
+        """Whether the server should have renewed it by this unix time: perhaps it is gone."""
+        return now > self.expires_at - (TTL_PERIODS - 1) * self.period_s + LATE_S
+
     def encode(self) -> bytes:
-        """The record without its peer id and model, which are the DHT's subkey and key: 40 bytes and the texts."""
+        """The record without its peer id and model, which are the DHT's subkey and key: 50 bytes and what varies."""
         parts = [
             _head.pack(
                 _FORMAT,
                 self.state,
                 self.blocks.start,
                 self.blocks.end,
+                _RELAYED * self.is_relayed + _PLACED * (self.place is not None),
                 self.decode_tps,
-                self.load,
+                self.batch_tps,
+                self.prefill_tps,
+                round(self.load * 255),
+                _ticks(self.queue_s),
                 self.kv_free_tokens,
+                round(self.period_s * 10),
                 self.expires_at,
             )
         ]
+        if self.place is not None:
+            ticks = (_ticks(value) for value in (*self.place.position, self.place.height_s))
+            parts.append(_place.pack(*ticks, round(self.place.error * 255)))
+        parts.append(bytes([len(self.pings)]))
+        parts += (_ping.pack(ping.tag, _ticks(ping.rtt_s)) for ping in self.pings)
         for text in (self.quantization, self.dtype, self.public_name, self.version):
             data = text.encode()
             parts += (bytes([len(data)]), data)
         return b"".join((*parts, pack_notes(self.adapters)))
 
     @classmethod
-    def decode(cls, data: bytes, *, peer_id: str, model: str) -> "ServerRecord":
-        """Read a record that `peer_id` signed for `model`.
+    def decode(cls, data: bytes, *, peer_id: str, model: str, num_blocks: int = MAX_BLOCKS) -> "ServerRecord":
+        """Read a record that `peer_id` signed for `model`, which has `num_blocks` blocks.
 
         Raises:
             PeerMisbehaved: when it is malformed, or a field is out of range.
@@ -114,22 +177,34 @@ class ServerRecord:
         try:
             if len(data) > MAX_RECORD_BYTES:
                 raise InvalidRequest(f"{len(data)} bytes, limit {MAX_RECORD_BYTES}")
-            form, state, start, end, decode_tps, load, kv_free_tokens, expires_at = _head.unpack_from(data)
+            (form, state, start, end, flags, decode_tps, batch_tps, prefill_tps, load, queue, kv_free_tokens, period,
+             expires_at) = _head.unpack_from(data)  # fmt: skip
             if form != _FORMAT:
                 raise InvalidRequest(f"format {form}, known is {_FORMAT}")
-            (quantization, dtype, public_name, version), rest = _texts(data[_head.size :])
+            if end > num_blocks:
+                raise InvalidRequest(f"blocks {start}:{end}, the model has 0:{num_blocks}")
+            place, position = _read_place(data, _head.size) if flags & _PLACED else (None, _head.size)
+            pings, position = _read_pings(data, position)
+            (quantization, dtype, public_name, version), rest = _read_texts(data[position:])
             return cls(
                 peer_id=peer_id,
                 model=model,
                 blocks=BlockRange(start, end),
                 state=ServerState(state),
                 decode_tps=decode_tps,
-                load=load,
+                batch_tps=batch_tps,
+                prefill_tps=prefill_tps,
+                load=load / 255,
+                queue_s=_seconds(queue),
                 kv_free_tokens=kv_free_tokens,
+                is_relayed=bool(flags & _RELAYED),
+                place=place,
+                pings=pings,
                 quantization=quantization,
                 dtype=dtype,
                 public_name=public_name,
                 version=version,
+                period_s=period / 10,
                 expires_at=expires_at,
                 adapters=unpack_notes(rest),
             )
@@ -158,32 +233,52 @@ class Registry:
         key = shard_key(record.model, shard_of(record.peer_id))
         return await self._node.dht_store(key, record.peer_id, record.encode(), record.expires_at)
 
-    async def lookup(self, model: str) -> list[ServerRecord]:
+    async def lookup(self, model: str, *, num_blocks: int = MAX_BLOCKS) -> list[ServerRecord]:
         """The valid records of a model, one per server, without those that are OFFLINE or have expired.
+
+        Args:
+            model: content digest of the checkpoint.
+            num_blocks: of the model; records that go beyond are refused.
 
         Raises:
             PeerTimeout: when the search does not end in time.
         """
-        keys = [shard_key(model, shard) for shard in range(NUM_SHARDS)]
+        found = await self.lookup_shards(model, range(NUM_SHARDS), num_blocks=num_blocks)
+        return [record for records in found for record in records]
+
+    async def lookup_shards(
+        self, model: str, shards: Collection[int], *, num_blocks: int = MAX_BLOCKS
+    ) -> Sequence[list[ServerRecord]]:
+        """As `lookup`, of some shards, in the order asked for."""
+        keys = [shard_key(model, shard) for shard in shards]
         found = await self._node.dht_get_many(keys)
         now = time.time()
         return [
-            record
-            for shard, key in enumerate(keys)
-            for record in read_shard(found[key], model=model, shard=shard)
-            if record.state is not ServerState.OFFLINE and now < record.expires_at <= now + MAX_TTL_S + CLOCK_SKEW_S
+            [
+                record
+                for record in read_shard(found[key], model=model, shard=shard, num_blocks=num_blocks)
+                if record.state is not ServerState.OFFLINE and record.is_valid(now)
+            ]
+            for shard, key in zip(shards, keys, strict=True)
         ]
 
 
-def read_shard(values: dict[str, bytes], *, model: str, shard: int) -> Iterator[ServerRecord]:
+def read_shard(
+    values: dict[str, bytes], *, model: str, shard: int, num_blocks: int = MAX_BLOCKS
+) -> Iterator[ServerRecord]:
     """The records among the values under one key; bad ones, and those in the wrong shard, are left out."""
     for peer_id, value in values.items():
         try:
             if shard_of(peer_id) != shard:
                 raise PeerMisbehaved(f"record of {peer_id} in shard {shard}", peer_id=peer_id)
-            yield ServerRecord.decode(value, peer_id=peer_id, model=model)
+            yield ServerRecord.decode(value, peer_id=peer_id, model=model, num_blocks=num_blocks)
         except PeerMisbehaved as error:
             log.debug("ignored: %s", error)
+
+
+def peer_tag(peer_id: str) -> int:
+    """Four bytes that stand for a peer in `pings`."""
+    return int.from_bytes(blake2b(peer_id.encode(errors="replace"), digest_size=4).digest())
 
 
 def shard_of(peer_id: str) -> int:
@@ -196,7 +291,31 @@ def shard_key(model: str, shard: int) -> str:
     return f"swarm/servers/v1/{model}/{shard}"
 
 
-def _texts(data: bytes) -> tuple[list[str], bytes]:
+def _ticks(seconds: float) -> int:
+    """Seconds as a number of 0.1 ms."""
+    return round(seconds * 10_000)
+
+
+def _seconds(ticks: int) -> float:
+    return ticks / 10_000
+
+
+def _read_place(data: bytes, position: int) -> tuple[Place, int]:
+    x, y, z, height, error = _place.unpack_from(data, position)
+    place = Place(position=(_seconds(x), _seconds(y), _seconds(z)), height_s=_seconds(height), error=error / 255)
+    return place, position + _place.size
+
+
+def _read_pings(data: bytes, position: int) -> tuple[tuple[Ping, ...], int]:
+    if position >= len(data) or data[position] > MAX_PINGS:
+        raise InvalidRequest(f"cut short, or more than {MAX_PINGS} pings")
+    starts = range(position + 1, position + 1 + data[position] * _ping.size, _ping.size)
+    pairs = [_ping.unpack_from(data, start) for start in starts]
+    pings = tuple(Ping(tag=tag, rtt_s=_seconds(ticks)) for tag, ticks in pairs)
+    return pings, position + 1 + len(pings) * _ping.size
+
+
+def _read_texts(data: bytes) -> tuple[list[str], bytes]:
     """Four strings, each behind a byte that holds its length, and what comes after them."""
     texts, position = [], 0
     for _ in range(4):

@@ -1,87 +1,209 @@
-"""Choose a chain of servers for a range of blocks: beam search over spans, cheapest expected time per token first.
+"""Choose a chain of servers for a range of blocks.
 
-Pure: offers and costs come in, hops go out. It knows nothing of records, pings or the network; the caller turns what it
-has announced and measured into `Offer`s.
+    fastest  for decoding: the least expected seconds per token    ways, queues, blocks at present load, soft costs
+    spread   for training: at random, so that servers are loaded in proportion to the capacity that they have free
 
-    offers (who serves what, how fast, how far) --find_route--> ordered hops that cover each block once
+    Offers (what each server says, and what was measured of it) ─► Router ─► Route: hops that cover each block once
+
+Nobody is excluded: failures, missing room, adapters that have to be brought and relays cost time, so that a bad server
+is still used where it is the only one. Pure: it knows nothing of records, pings or the clock; the caller turns what was
+announced and measured into `Offer`s. The search itself is `swarm.route_search`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
+from swarm.route_map import ChainWays, Location, NoWays, PeerMap
+from swarm.route_search import Costs, Floats, Ints, Spans, cheapest
 from swarm.session import Hop
 from swarm.types import BlockRange, name_ranges
 
-BEAM_WIDTH = 16
-"""Partial routes kept per block boundary."""
+VISIT_S = 0.001
+"""What a server does with a step besides its blocks: reading, queueing and sending, on an idle one."""
+RELAY_S = 0.02
+"""What a relay adds to every visit, besides its way."""
+NO_ROOM_S = 1.0
+"""What waiting for room in a full cache costs each token, about."""
+MIN_FREE_TPS = 1e-3
+"""Capacity that a fully loaded server is taken to have: nobody is excluded."""
+
+
+_NOWHERE = Location()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What one server offers to a route."""
+    """What one server offers to a route.
+
+    Attributes:
+        peer_id: who it is.
+        blocks: what it serves.
+        block_s: seconds to run one token through one block, at present load.
+        visit_s: seconds that a visit costs apart from blocks, ways and the soft costs below.
+        free_tps: block tokens per second that it could do beside what it does now.
+        location: where it is in the network.
+        kv_free_tokens: room in its cache; None if unknown.
+        is_relayed: whether it is reached through a relay.
+    """
 
     peer_id: str
     blocks: BlockRange
     block_s: float
-    """Seconds to run one token through one block, at present load."""
-    hop_s: float
-    """Seconds that a visit costs apart from the blocks: network, queue and penalties."""
+    visit_s: float = VISIT_S
+    free_tps: float = 0.0
+    location: Location = _NOWHERE
+    kv_free_tokens: int | None = None
+    is_relayed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Partial:
-    """A route from the first block up to a boundary."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a session needs of its servers."""
 
-    cost: float
+    kv_tokens: int = 0
+    """Room in the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A chain of servers."""
+
     hops: tuple[Hop, ...]
+    cost_s: float
+    """Expected seconds per token."""
 
 
-def find_route(offers: Sequence[Offer], blocks: BlockRange) -> tuple[Hop, ...]:
-    """The cheapest chain over `blocks` that the beam search finds.
+class Router:
+    """Finds routes among fixed offers; making one takes longer than asking it.
 
-    A hop enters its server's span at any block and leaves at its end or where another server's span begins, since no
-    other exit can be part of a cheapest route while every server has one speed.
-
-    Raises:
-        RouteNotFound: when some blocks are served by nobody; `.missing` names them.
+    Args:
+        offers: all servers.
+        home: where the client is; None if unknown.
     """
-    missing = [block for block in blocks if not any(block in offer.blocks for offer in offers)]
-    if missing:
-        raise RouteNotFound(f"no server holds blocks {name_ranges(missing)}", missing=missing)
-    exits = _exits(offers, blocks)
-    beams: dict[int, list[_Partial]] = {blocks.start: [_Partial(0.0, ())]}
-    for boundary in sorted({blocks.start} | set(exits)):
-        for partial in sorted(beams.pop(boundary, []), key=lambda route: route.cost)[:BEAM_WIDTH]:
-            if boundary == blocks.end:
-                return partial.hops
-            _extend(partial, boundary, offers, exits, beams)
-    raise RouteNotFound(f"no chain of servers covers blocks {blocks}", missing=())
+
+    def __init__(self, offers: Sequence[Offer], home: Place | None = None):
+        self._offers = tuple(offers)
+        self._index = {offer.peer_id: index for index, offer in enumerate(offers)}
+        self._spans = Spans(_ints(it.blocks.start for it in offers), _ints(it.blocks.end for it in offers))
+        visit_s = _floats(it.visit_s + RELAY_S * it.is_relayed for it in offers)
+        self._costs = Costs(block_s=_floats(it.block_s for it in offers), visit_s=visit_s)
+        self._free_tps = np.maximum(_floats(it.free_tps for it in offers), MIN_FREE_TPS)
+        self._room = _floats(np.inf if it.kv_free_tokens is None else it.kv_free_tokens for it in offers)
+        self._map = PeerMap([it.location for it in offers], home)
+        self._entries = self._spans.shortlists(self._costs, self._map.position)
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def fastest(
+        self,
+        blocks: BlockRange,
+        *,
+        need: Need | None = None,
+        penalties: Mapping[str, float] | None = None,
+        after: str | None = None,
+        before: str | None = None,
+    ) -> Route:
+        """The chain of the least expected time per token, as far as the beam search finds it.
+
+        Args:
+            blocks: to be covered.
+            need: of the session.
+            penalties: seconds that visits of some peers cost in addition, for failures or adapters to be brought.
+            after: the server that has the inputs, where it is not the client.
+            before: the server that wants the outputs, where it is not the client.
+
+        Raises:
+            RouteNotFound: when some blocks are served by nobody; `.missing` names them.
+        """
+        self._refuse_gaps(blocks)
+        costs = Costs(block_s=self._costs.block_s, visit_s=self._visits(need, penalties))
+        ways = ChainWays(self._map, self._index.get(after or ""), self._index.get(before or ""))
+        cost_s, hops = cheapest(self._spans, costs, ways, self._entries, blocks)
+        return Route(hops=self._hops(hops, blocks), cost_s=cost_s)
+
+    def spread(
+        self,
+        blocks: BlockRange,
+        generator: np.random.Generator,
+        *,
+        num_tokens: int,
+        need: Need | None = None,
+        penalties: Mapping[str, float] | None = None,
+    ) -> Route:
+        """A random chain for training: a server's chance grows with its free capacity.
+
+        The batches of training go through the client, so a visit costs the round trip to it.
+
+        Every server draws an exponential time for the batch, divided by its free capacity. Among servers of the same
+        blocks the quickest is each of them with a probability proportional to that capacity, and the cheapest chain
+        over these times carries it on to spans of different lengths.
+
+        Args:
+            blocks: to be covered.
+            generator: the source of randomness.
+            num_tokens: in the batch.
+            need: of the session.
+            penalties: seconds that visits of some peers cost in addition.
+
+        Raises:
+            RouteNotFound: when some blocks are served by nobody; `.missing` names them.
+        """
+        self._refuse_gaps(blocks)
+        drawn_s = generator.exponential(size=len(self._offers)) * num_tokens / self._free_tps
+        costs = Costs(block_s=drawn_s, visit_s=self._visits(need, penalties) + self._map.client_rtt_s)
+        cost_s, hops = cheapest(self._spans, costs, NoWays(), self._spans.covering, blocks, beam=1)
+        return Route(hops=self._hops(hops, blocks), cost_s=cost_s)
+
+    def cost_s(
+        self, hops: Sequence[Hop], *, need: Need | None = None, penalties: Mapping[str, float] | None = None
+    ) -> float:
+        """Expected seconds per token of a chain over these offers, from the client and back."""
+        servers = _ints(self._index[hop.peer_id] for hop in hops)
+        lengths = _ints(len(hop.blocks) for hop in hops)
+        work_s = self._visits(need, penalties)[servers] + self._costs.block_s[servers] * lengths
+        return self.ways_s(hops) + float(work_s.sum())
+
+    def ways_s(self, hops: Sequence[Hop]) -> float:
+        """Seconds that a token is under way from the client through these servers and back."""
+        servers = _ints(self._index[hop.peer_id] for hop in hops)
+        ways = ChainWays(self._map, None, None)
+        inner_s = [ways.between(servers[i : i + 1], servers[i + 1 : i + 2])[0, 0] for i in range(len(hops) - 1)]
+        return float(sum(inner_s) + ways.from_start(servers[:1])[0] + ways.to_end(servers[-1:])[0])
+
+    def knows(self, peer_id: str) -> bool:
+        """Whether this server made an offer."""
+        return peer_id in self._index
+
+    def _visits(self, need: Need | None, penalties: Mapping[str, float] | None) -> Floats:
+        """The cost of visiting each server, soft costs included."""
+        visit_s = self._costs.visit_s.copy()
+        if need is not None:
+            visit_s += NO_ROOM_S * (self._room < need.kv_tokens)
+        for peer_id, seconds in (penalties or {}).items():
+            if (index := self._index.get(peer_id)) is not None:
+                visit_s[index] += seconds
+        return visit_s
+
+    def _hops(self, hops: Sequence[tuple[int, int]], blocks: BlockRange) -> tuple[Hop, ...]:
+        ends = [entry for _, entry in hops[1:]] + [blocks.end]
+        return tuple(
+            Hop(peer_id=self._offers[server].peer_id, blocks=BlockRange(entry, end))
+            for (server, entry), end in zip(hops, ends, strict=True)
+        )
+
+    def _refuse_gaps(self, blocks: BlockRange) -> None:
+        if missing := self._spans.missing(blocks):
+            raise RouteNotFound(f"no server holds blocks {name_ranges(missing)}", missing=missing)
 
 
-def _extend(
-    partial: _Partial,
-    boundary: int,
-    offers: Sequence[Offer],
-    exits: Sequence[int],
-    beams: dict[int, list[_Partial]],
-) -> None:
-    previous = partial.hops[-1].peer_id if partial.hops else None
-    for offer in offers:
-        if boundary not in offer.blocks or offer.peer_id == previous:
-            continue
-        for end in exits:
-            if boundary < end <= offer.blocks.end:
-                cost = partial.cost + offer.hop_s + (end - boundary) * offer.block_s
-                hop = Hop(peer_id=offer.peer_id, blocks=BlockRange(boundary, end))
-                beams.setdefault(end, []).append(_Partial(cost, (*partial.hops, hop)))
+def _ints(values: Iterable[int]) -> Ints:
+    return np.fromiter(values, dtype=np.int64)
 
 
-def _exits(offers: Sequence[Offer], blocks: BlockRange) -> list[int]:
-    edges = {edge for offer in offers for edge in (offer.blocks.start, offer.blocks.end)} | {blocks.end}
-    return sorted(edge for edge in edges if blocks.start < edge <= blocks.end)
-
-
-def route_cost(route: Sequence[Hop], offers: Mapping[str, Offer]) -> float:
-    """Expected seconds per token of a route."""
-    return sum(offers[hop.peer_id].hop_s + len(hop.blocks) * offers[hop.peer_id].block_s for hop in route)
+def _floats(values: Iterable[float]) -> Floats:
+    return np.fromiter(values, dtype=np.float64)

@@ -24,7 +24,7 @@ def load_adapter(
 
     Args:
         name: directory, or hub id.
-        checkpoint: of the base model; its config alone is looked at.
+        checkpoint: of the base model; its config is looked at, and whether the hub may be asked.
         revision: branch, tag or commit of a hub id.
         token: for adapters on the hub that need one.
         cache_dir: where downloads go.
@@ -32,5 +32,7 @@ def load_adapter(
     Raises:
         AdapterError: there is no such adapter, it does not fit, or is of a kind that servers can't apply.
     """
-    directory = resolve_adapter(name, revision=revision, cache_dir=cache_dir, token=token)
+    directory = resolve_adapter(
+        name, revision=revision, cache_dir=cache_dir, token=token, is_offline=checkpoint.is_offline
+    )
     return read_adapter(directory, layout=model_layout(checkpoint.config()))

@@ -20,6 +20,7 @@ def resolve_adapter(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
+    is_offline: bool = False,
 ) -> Path:
     """A directory with the adapter's files.
 
@@ -28,6 +29,7 @@ def resolve_adapter(
         revision: branch, tag or commit on the hub; its main branch by default.
         cache_dir: keep everything here instead of $SWARM_CACHE and the hub's own cache.
         token: for repositories that need one; by default what `hf auth login` stored.
+        is_offline: take adapters of the hub from its cache only.
 
     Raises:
         AdapterError: there is no such adapter, it can't be reached, or it is none that servers can read.
@@ -46,7 +48,7 @@ def resolve_adapter(
     try:
         found = fetch_files(name, {CONFIG_FILE: 1 << 20, TENSORS_FILE: MAX_ADAPTER_BYTES}, revision=revision,
                             hub_cache=cache / "hub-files" if cache_dir else None, token=token,
-                            cache_dir=cache)  # fmt: skip
+                            cache_dir=cache, is_offline=is_offline)  # fmt: skip
     except (UnknownModel, CheckpointMismatch) as error:
         raise AdapterError(str(error)) from error
     if CONFIG_FILE not in found.paths:

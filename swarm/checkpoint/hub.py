@@ -62,6 +62,7 @@ class HubFiles:
     cache_dir: Path
     hub_cache: Path | None = None
     token: str | None = field(default=None, repr=False)
+    is_offline: bool = False
 
     def fetch(self, shards: Iterable[str], /) -> dict[str, Path]:
         """Path of each weight file, after downloading what is missing.
@@ -88,13 +89,27 @@ class HubFiles:
         """
         try:
             return Path(
-                _api(self.token).hf_hub_download(self.repo, name, revision=self.commit, cache_dir=self.hub_cache)
+                _api(self.token).hf_hub_download(
+                    self.repo,
+                    name,
+                    revision=self.commit,
+                    cache_dir=self.hub_cache,
+                    local_files_only=self.is_offline,
+                )
             )
         except _UNREACHABLE as error:
             raise UnknownModel(f"can't download {name} of {self.repo}: {_reason(error)}") from error
 
 
-def look_up(repo: str, *, revision: str | None, hub_cache: Path | None, token: str | None, cache_dir: Path) -> Found:
+def look_up(
+    repo: str,
+    *,
+    revision: str | None,
+    hub_cache: Path | None,
+    token: str | None,
+    cache_dir: Path,
+    is_offline: bool = False,
+) -> Found:
     """Find a repository, and download its small files.
 
     Args:
@@ -103,15 +118,22 @@ def look_up(repo: str, *, revision: str | None, hub_cache: Path | None, token: s
         hub_cache: where files go instead of the hub's own cache.
         token: for repositories that need one.
         cache_dir: for what we remember ourselves.
+        is_offline: don't ask the hub, now or later.
 
     Raises:
         UnknownModel: no such repository or revision, no access, or no network and it wasn't used before.
         UnsupportedModel: it has no safetensors.
         CheckpointMismatch: its files contradict each other.
     """
-    listing = _list(repo, revision or "main", token, cache_dir)
+    listing = _list(repo, revision or "main", token, cache_dir, is_offline)
     files = HubFiles(
-        repo=repo, commit=listing.commit, sha256=listing.sha256, cache_dir=cache_dir, hub_cache=hub_cache, token=token
+        repo=repo,
+        commit=listing.commit,
+        sha256=listing.sha256,
+        cache_dir=cache_dir,
+        hub_cache=hub_cache,
+        token=token,
+        is_offline=is_offline,
     )
     if "config.json" not in listing.small:
         raise UnknownModel(f"{repo} on the hub is no transformers checkpoint: it has no config.json")
@@ -151,21 +173,28 @@ def fetch_files(
     hub_cache: Path | None,
     token: str | None,
     cache_dir: Path,
+    is_offline: bool = False,
 ) -> Fetched:
     """Download files of any repository, those that are there.
 
     Args:
         repo: "org/name".
         wanted: by name in the top folder, the largest size in bytes that is accepted.
-        revision, hub_cache, token, cache_dir: as for `look_up`.
+        revision, hub_cache, token, cache_dir, is_offline: as for `look_up`.
 
     Raises:
         UnknownModel: no such repository or revision, no access, or no network and it wasn't used before.
         CheckpointMismatch: a file is too large, or has other content than the hub announced.
     """
-    listing = _list(repo, revision or "main", token, cache_dir)
+    listing = _list(repo, revision or "main", token, cache_dir, is_offline)
     files = HubFiles(
-        repo=repo, commit=listing.commit, sha256=listing.sha256, cache_dir=cache_dir, hub_cache=hub_cache, token=token
+        repo=repo,
+        commit=listing.commit,
+        sha256=listing.sha256,
+        cache_dir=cache_dir,
+        hub_cache=hub_cache,
+        token=token,
+        is_offline=is_offline,
     )
     names = {*listing.small, *listing.weights}
     paths = {}
@@ -193,12 +222,17 @@ class _Listing:
     """Of all files of the top folder, where the hub tells."""
 
 
-def _list(repo: str, revision: str, token: str | None, cache_dir: Path) -> _Listing:
+def _list(repo: str, revision: str, token: str | None, cache_dir: Path, is_offline: bool) -> _Listing:
     """Ask the hub, or without a network remember what it said. A full commit never changes, so it is asked for once."""
     note = cache_dir / "hub" / repo.replace("/", "--") / f"{quote(revision, safe='')}.json"
     remembered = _read_note(note)
-    if remembered is not None and _COMMIT.fullmatch(revision):
+    if remembered is not None and (is_offline or _COMMIT.fullmatch(revision)):
         return remembered
+    if is_offline:
+        raise UnknownModel(
+            f"{repo} is not in the cache, and a private swarm calls no host outside itself: fetch it first, with"
+            f" `hf download {repo} --local-dir DIR`, and name the directory"
+        )
     try:
         listing = _ask(repo, revision, token)
     except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:

@@ -11,7 +11,7 @@ transformers is loaded until `Checkpoint.config` is called.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,6 +49,8 @@ class Checkpoint:
     weight_map: dict[str, str] = field(repr=False)
     """Name of a tensor -> name of the weight file that holds it."""
     store: ShardStore = field(repr=False)
+    is_offline: bool = field(default=False, repr=False)
+    """Whether the hub must not be asked for anything, adapters included."""
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -95,6 +97,7 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
+    is_offline: bool = False,
 ) -> Checkpoint:
     """Find the checkpoint that `model` stands for.
 
@@ -103,6 +106,7 @@ def resolve(
         revision: branch, tag or commit on the hub; its main branch by default.
         cache_dir: keep everything here instead of $SWARM_CACHE (by default ~/.cache/swarm) and the hub's own cache.
         token: for models on the hub that need one; by default what `hf auth login` stored.
+        is_offline: take models of the hub, and later their adapters, from its cache only.
 
     Raises:
         UnknownModel: nothing has this name, or it can't be reached and isn't cached.
@@ -121,16 +125,23 @@ def resolve(
         from swarm.checkpoint import hub
 
         found = hub.look_up(
-            name, revision=revision, hub_cache=cache / "hub-files" if cache_dir else None, token=token, cache_dir=cache
+            name,
+            revision=revision,
+            hub_cache=cache / "hub-files" if cache_dir else None,
+            token=token,
+            cache_dir=cache,
+            is_offline=is_offline,
         )
-        return Checkpoint(
+        checkpoint = Checkpoint(
             name=name, path=found.path, digest=found.digest, weight_map=found.weight_map, store=found.files
         )
-    if name in EMBEDDED:
-        return _open_directory(convert_once(name, cache_dir=cache), name, cache)
-    if directory.is_dir():
-        return _open_directory(directory.resolve(), directory.resolve().name, cache)
-    raise UnknownModel(_what_to_do(name))
+    elif name in EMBEDDED:
+        checkpoint = _open_directory(convert_once(name, cache_dir=cache), name, cache)
+    elif directory.is_dir():
+        checkpoint = _open_directory(directory.resolve(), directory.resolve().name, cache)
+    else:
+        raise UnknownModel(_what_to_do(name))
+    return replace(checkpoint, is_offline=is_offline)
 
 
 @dataclass(frozen=True, slots=True)

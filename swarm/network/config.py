@@ -10,6 +10,7 @@ from swarm.errors import ConfigError
 from swarm.identity import Identity
 from swarm.network.daemon import claim_port, resolve_host
 from swarm.network.hive import Multiaddr, MultiaddrError
+from swarm.private.credentials import Credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class NodeConfig:
         use_relays: be reachable through the initial peers when nobody can connect to us.
         startup_timeout_s: deadline for the daemon, in seconds.
         join_timeout_s: deadline for the first initial peer to answer, in seconds.
+        credentials: our invitation into a private swarm; None is an open one. In a private swarm initial peers may be
+            given without a peer id, `announce` takes IP addresses, and relays and port mapping are not used.
+        state_dir: where a member keeps what it has heard of revocations; None for the cache directory.
     """
 
     identity: Identity | None = None
@@ -40,6 +44,8 @@ class NodeConfig:
     use_relays: bool = False
     startup_timeout_s: float = 30.0
     join_timeout_s: float = 10.0
+    credentials: Credentials | None = None
+    state_dir: Path | None = None
 
 
 def load_identity(config: NodeConfig) -> Identity:

@@ -14,23 +14,18 @@ what is in a call.
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from swarm.network.hive import Multiaddr, P2PDaemonError, P2PHandlerError, PeerID, p2pd_pb2
-from swarm.network.tasks import TaskSet
+from swarm.network.unary import Handler, UnaryDesk
+from swarm.network.underlay import StreamFactory
 from swarm.network.wire import Delimited
 
 log = logging.getLogger(__name__)
 
-UnaryHandler = Callable[[bytes, Any], Awaitable[bytes]]
-StreamFactory = Callable[[str], asyncio.Protocol]
-"""Makes the protocol of an incoming raw stream, given the base58 id of the authenticated peer."""
-
 MAX_CONTROL_BYTES = 1 << 20
 """Largest reply to a control request, and largest head of a stream."""
-MAX_UNARY_HANDLERS = 512
-"""Unary requests handled at once; more are refused."""
 MAX_UNSENT_BYTES = 64 << 20
 """Bytes that may wait for a daemon that does not read."""
 
@@ -118,13 +113,12 @@ class DaemonControl:
         self.timeout_s = timeout_s
         self.attached = asyncio.Event()
         self.lost = asyncio.Event()
-        self._unary_handlers: dict[str, UnaryHandler] = {}
+        self._desk = UnaryDesk()
         self._stream_factories: dict[str, StreamFactory] = {}
         self._pending: dict[bytes, asyncio.Future[Any]] = {}
         self._handling: dict[bytes, asyncio.Task[Any]] = {}
         self._persistent: _Persistent | None = None
         self._server: asyncio.Server | None = None
-        self._tasks = TaskSet()
 
     async def listen(self) -> None:
         """Open our own socket for incoming streams."""
@@ -147,7 +141,7 @@ class DaemonControl:
             raise P2PDaemonError(f"no connection to the daemon: {error!r}") from error
         self.attached.set()
         self.lost.clear()
-        for name in list(self._unary_handlers):
+        for name in list(self._desk.handlers):
             await self._register_unary(name)
         for name in list(self._stream_factories):
             await self._register_stream(name)
@@ -163,10 +157,7 @@ class DaemonControl:
         self.detach()
         if self._server is not None:
             self._server.close()
-        await self._tasks.close()
-
-    def close(self) -> None:
-        """Called by hivemind's P2P when it is collected; the owner closes us."""
+        await self._desk.close()
 
     # --- unary calls, in the form in which hivemind's P2P makes them ---
 
@@ -181,16 +172,16 @@ class DaemonControl:
         reply: bytes = await self._call(callUnary=request)
         return reply
 
-    async def add_unary_handler(self, name: str, handler: UnaryHandler, balanced: bool = False) -> None:
+    async def add_unary_handler(self, name: str, handler: Handler, balanced: bool = False) -> None:
         """Serve `name` to all peers, on this daemon and on those that follow it."""
-        if name in self._unary_handlers:
+        if name in self._desk.handlers:
             raise P2PDaemonError(f"handler {name} is registered already")
-        self._unary_handlers[name] = handler
+        self._desk.handlers[name] = handler
         await self._register_unary(name)
 
     async def remove_unary_handler(self, name: str) -> None:
         """Stop serving `name`."""
-        if self._unary_handlers.pop(name, None) is not None and self.attached.is_set():
+        if self._desk.handlers.pop(name, None) is not None and self.attached.is_set():
             await self._call_in_time(removeUnaryHandler=p2pd_pb2.RemoveUnaryHandlerRequest(proto=name))
 
     # --- raw streams ---
@@ -339,24 +330,18 @@ class DaemonControl:
             future.set_result(response.callUnaryResponse.response)
 
     def _start_handling(self, call_id: bytes, request: Any) -> None:
-        handler = self._unary_handlers.get(request.proto)
-        if handler is None or len(self._handling) >= MAX_UNARY_HANDLERS:
-            self._reply(call_id, error="not served here" if handler is None else "too many requests")
-            return
-        task = self._tasks.spawn(self._handle(call_id, handler, request), name=f"unary {request.proto}")
-        self._handling[call_id] = task
-        task.add_done_callback(lambda _: self._handling.pop(call_id, None))
+        task = self._desk.handle(
+            request.proto,
+            request.data,
+            peer_id=PeerID(request.peer),
+            account=request.peer.hex(),
+            reply=lambda response, error: self._reply(call_id, response=response, error=error),
+        )
+        if task is not None:
+            self._handling[call_id] = task
+            task.add_done_callback(lambda _: self._handling.pop(call_id, None))
 
-    async def _handle(self, call_id: bytes, handler: UnaryHandler, request: Any) -> None:
-        try:
-            response = await handler(request.data, PeerID(request.peer))
-        except Exception as error:  # whatever a request does to its handler is the answer to that request
-            log.debug("unary handler %s failed", request.proto, exc_info=True)
-            self._reply(call_id, error=repr(error)[:1024])
-        else:
-            self._reply(call_id, response=response)
-
-    def _reply(self, call_id: bytes, *, response: bytes = b"", error: str = "") -> None:
+    def _reply(self, call_id: bytes, *, response: bytes, error: str) -> None:
         if len(response) > self.max_message_bytes - 128:
             error = f"reply of {len(response)} bytes, limit {self.max_message_bytes}"
         result = {"error": error.encode()} if error else {"response": response}

@@ -4,116 +4,90 @@ hivemind pings its initial peers once, when it starts; a call that fails drops t
 outage of three seconds empties the table for good. Here joining is an operation (`join`) that the supervisor repeats
 whenever peers are missing. It knows nothing of processes or streams.
 
-    Node --join / store / get--> Dht --> hivemind.DHTNode --unary calls--> DaemonP2P --> DaemonControl --> p2pd
+    Node --join / store / get--> Dht --> hivemind.DHTNode --unary calls--> CallerP2P --> Underlay
 """
 
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from swarm.errors import ConfigError, InvalidRequest, PeerMisbehaved
-from swarm.identity import Identity
-from swarm.network.control import DaemonControl
-from swarm.network.hive import (
-    DHTID,
-    P2P,
-    DHTNode,
-    DHTValidationError,
-    Multiaddr,
-    MultiaddrError,
-    P2PDaemonError,
-    PeerID,
-)
-from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, SignedRecords
+from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError
+from swarm.network.addresses import PeerAddress
+from swarm.network.dht_requests import check_size, store_in_portions
+from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, PeerID
+from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage
+from swarm.network.underlay import Underlay
 
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 3.0
 """Deadline of one DHT call to one peer."""
-MAX_REQUEST_BYTES = {"rpc_ping": 1 << 10, "rpc_find": 1 << 14, "rpc_store": 4 << 20}
-"""Largest request of each kind; a store may hand over all that a new node should hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class PeerAddress:
-    """Where a peer can be dialled."""
+class CallerP2P(P2P):  # type: ignore[misc]
+    """hivemind's P2P on an underlay of ours: it does the protobuf, and leaves processes and sockets to us."""
 
-    peer_id: Any
-    address: Any
-    text: str
-
-    @classmethod
-    def parse(cls, text: str) -> "PeerAddress":
-        """Read "/ip4/HOST/tcp/PORT/p2p/PEER_ID".
-
-        Raises:
-            ConfigError: when it is not a multiaddr with a peer id at its end.
-        """
-        try:
-            host, separator, peer_id = text.rpartition("/p2p/")
-            if not separator:
-                raise ConfigError(f"peer address {text!r} names no peer; write /ip4/HOST/tcp/PORT/p2p/PEER_ID")
-            return cls(PeerID.from_base58(peer_id), Multiaddr(host), text)
-        except (MultiaddrError, ValueError, KeyError) as error:
-            raise ConfigError(f"peer address {text!r} is malformed; write /ip4/HOST/tcp/PORT/p2p/PEER_ID") from error
-
-
-class DaemonP2P(P2P):  # type: ignore[misc]
-    """hivemind's P2P on our control client: it does the protobuf, and leaves processes and sockets to us."""
-
-    def __init__(self, control: DaemonControl, peer_id: Any) -> None:
+    def __init__(self, underlay: Underlay, peer_id: Any) -> None:
         super().__init__()
-        self._client = control
+        self._underlay = underlay
+        self._client = underlay.caller
         self.peer_id = peer_id
         self._alive = True
 
     async def _add_protobuf_unary_handler(
         self, handle_name: str, handler: Any, input_protobuf_type: Any, balanced: bool = False
     ) -> None:
-        """As hivemind's, but a request may not be larger than its kind needs: each key of a find costs us a search."""
-        limit = MAX_REQUEST_BYTES[handle_name.rpartition(".")[2]]
+        """As hivemind's, but no request may keep others waiting (`swarm.network.dht_requests`).
+
+        A peer that may only use the DHT is answered as one that takes no part in it, whatever it says of itself.
+        """
 
         async def checked(request: Any, context: Any) -> Any:
-            if request.ByteSize() > limit:
-                raise PeerMisbehaved(f"{handle_name} of {request.ByteSize()} bytes, limit {limit}")
+            check_size(handle_name, request)
+            if not self._underlay.may_be_asked(context.remote_id.to_base58()):
+                request.ClearField("peer")
+            if handle_name.endswith(".rpc_store"):
+                tag = DHTProtocol.IS_DICTIONARY
+                return await store_in_portions(request, lambda part: handler(part, context), dictionary_tag=tag)
             return await handler(request, context)
 
         await super()._add_protobuf_unary_handler(handle_name, checked, input_protobuf_type, balanced=balanced)
 
     def _terminate(self) -> None:
-        """The daemon and its client belong to the Node."""
+        """The underlay belongs to the Node."""
 
 
 class Dht:
     """One DHT participant."""
 
-    def __init__(self, node: Any, control: DaemonControl) -> None:
+    def __init__(self, node: Any, underlay: Underlay) -> None:
         self._node = node
-        self._control = control
+        self._underlay = underlay
+        self._found: dict[str, Any] = {}
+        """Of each address that was joined: who was there last."""
 
     @classmethod
-    async def create(cls, control: DaemonControl, identity: Identity, *, client_mode: bool) -> "Dht":
+    async def create(cls, underlay: Underlay, peer_id: str, *, client_mode: bool) -> "Dht":
         """A participant that knows nobody yet. A client stores nothing for others and is not asked."""
-        peer_id = PeerID.from_base58(identity.peer_id)
+        own_id = PeerID.from_base58(peer_id)
         node = await DHTNode.create(
-            p2p=DaemonP2P(control, peer_id),
-            node_id=DHTID.generate(source=peer_id.to_bytes()),  # the same after a restart
+            p2p=CallerP2P(underlay, own_id),
+            node_id=DHTID.generate(source=own_id.to_bytes()),  # the same after a restart
             wait_timeout=CALL_TIMEOUT_S,
             cache_locally=False,
             cache_nearest=0,
             reuse_get_requests=False,
             blacklist_time=1.0,
             client_mode=client_mode,
-            record_validator=SignedRecords(identity),
+            record_validator=underlay.make_records(),
         )
         protocol = node.protocol
         protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
         protocol.cache = BoundedStorage(maxsize=MAX_KEYS)
         validate = protocol._validate_dictionary
         protocol._validate_dictionary = lambda key, values: len(values) <= MAX_SUBKEYS and validate(key, values)
-        return cls(node, control)
+        return cls(node, underlay)
 
     async def join(self, peers: Sequence[PeerAddress], *, timeout_s: float, strict: bool = False) -> dict[str, str]:
         """Connect to `peers`, make them and us known to each other, and look around.
@@ -123,6 +97,7 @@ class Dht:
 
         Raises:
             ConfigError: with `strict`, when our clock differs from a peer's by more than 3 s.
+            AccessDenied: with `strict`, when we don't belong to the swarm (any more).
         """
         failures = await asyncio.gather(*(self._greet(peer, timeout_s, strict) for peer in peers))
         if not all(failures):
@@ -145,6 +120,11 @@ class Dht:
     def knows(self, peer_id: Any) -> bool:
         """Whether the peer is in the routing table."""
         return peer_id in self._node.protocol.routing_table
+
+    def has_joined(self, peer: PeerAddress) -> bool:
+        """Whether the peer that was found at an address is in the routing table, or is ourselves."""
+        found = self._found.get(peer.text)
+        return found is not None and (found == self._node.peer_id or self.knows(found))
 
     @property
     def num_peers(self) -> int:
@@ -178,6 +158,12 @@ class Dht:
             for key, result in found.items()
         }
 
+    def drop_invalid(self) -> None:
+        """Forget records of others that were good when they came, and are not any more."""
+        protocol = self._node.protocol
+        for storage in (protocol.storage, protocol.cache):
+            storage.drop_invalid(protocol.record_validator.validate)
+
     def close(self) -> None:
         """Stop the node's own background work; its handlers go with the daemon."""
         self._node.is_alive = False
@@ -186,14 +172,23 @@ class Dht:
 
     async def _greet(self, peer: PeerAddress, timeout_s: float, strict: bool) -> str:
         """Connect and ping; the reason where that fails, else an empty string."""
+        protocol = self._node.protocol
         try:
             async with asyncio.timeout(timeout_s):
-                await self._control.connect(peer.peer_id, [peer.address], timeout_s=timeout_s)
-                answer = await self._node.protocol.call_ping(peer.peer_id, validate=strict, strict=strict)
+                found = PeerID.from_base58(await self._underlay.connect(peer, timeout_s=timeout_s))
+                self._found[peer.text] = found
+                if found == self._node.peer_id:
+                    return ""
+                answer = await protocol.call_ping(found, validate=strict, strict=strict)
         except TimeoutError:
             return f"no answer within {timeout_s:g} s"
-        except P2PDaemonError as error:
-            await self._node.protocol.update_routing_table(None, peer.peer_id, responded=False)
+        except PeerError as error:
+            if (lost := self._found.get(peer.text)) is not None:
+                await protocol.update_routing_table(None, lost, responded=False)
+            return str(error)
+        except AccessDenied as error:
+            if strict:
+                raise
             return str(error)
         except DHTValidationError as error:
             raise ConfigError(f"peer {peer.text} refuses us: {error}") from error

@@ -82,12 +82,15 @@ PeerID: Any = sys.modules["hivemind.p2p.p2p_daemon_bindings.datastructures"].Pee
 Multiaddr: Any = sys.modules["hivemind.utils.multiaddr"].Multiaddr
 MultiaddrError: Any = sys.modules["hivemind.utils.multiaddr.exceptions"].Error
 p2pd_pb2: Any = sys.modules["hivemind.proto.p2pd_pb2"]
+dht_pb2: Any = sys.modules["hivemind.proto.dht_pb2"]
 DHTNode: Any = _node.DHTNode
+DHTProtocol: Any = sys.modules["hivemind.dht.protocol"].DHTProtocol
 DHTID: Any = sys.modules["hivemind.dht.routing"].DHTID
 DHTRecord: Any = sys.modules["hivemind.dht.validation"].DHTRecord
 RecordValidatorBase: Any = sys.modules["hivemind.dht.validation"].RecordValidatorBase
 DHTLocalStorage: Any = sys.modules["hivemind.dht.storage"].DHTLocalStorage
 DictionaryDHTValue: Any = sys.modules["hivemind.dht.storage"].DictionaryDHTValue
+MSGPackSerializer: Any = sys.modules["hivemind.utils.serializer"].MSGPackSerializer
 DHTValidationError: Any = sys.modules["hivemind.dht.protocol"].ValidationError
 P2PD_PATH = Path(str(_node.__file__)).parent.parent / "hivemind_cli" / "p2pd"
 """The libp2p daemon (go-libp2p 0.32) that hivemind's wheel ships."""

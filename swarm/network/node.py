@@ -1,10 +1,9 @@
-"""A peer of the swarm: the libp2p daemon and the DHT node in our own event loop, kept alive whatever happens to them.
+"""A peer of the swarm: an underlay and a DHT node in our own event loop, kept joined whatever happens.
 
-    Node.start --> Daemon (p2pd) <-- DaemonControl <-- Dht (hivemind's DHTNode)   registry: dht_store, dht_get
-                      ^                     ^-------- raw streams                 transport: open_stream_protocol
+    Node.start --> Underlay <-- Dht (hivemind's DHTNode)      registry: dht_store, dht_get
+                      ^ ^---------- raw streams               transport: open_stream_protocol
                       |
-               supervisor: restarts a daemon that died or hangs, re-registers its handlers, joins the swarm again when
-                           peers are missing
+               supervisors: keep the underlay working, and join the swarm again when peers are missing
 
 It knows nothing of messages, models or records: that is the business of transport/ and registry.
 """
@@ -12,19 +11,24 @@ It knows nothing of messages, models or records: that is the business of transpo
 import asyncio
 import logging
 import random
-import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from swarm.errors import ConfigError, PeerTimeout, PeerUnreachable
+from swarm.errors import ConfigError, InvalidRequest, PeerError, PeerTimeout, PeerUnreachable, SwarmIsPrivate
 from swarm.identity import Identity
-from swarm.network.config import NodeConfig, listen_addresses, load_identity
-from swarm.network.control import DaemonControl, StreamFactory
-from swarm.network.daemon import Daemon, DaemonSettings, make_directory
-from swarm.network.dht import Dht, PeerAddress
-from swarm.network.hive import P2PDaemonError, PeerID
+from swarm.network.addresses import PeerAddress
+from swarm.network.config import NodeConfig, load_identity
+from swarm.network.dht import Dht
+from swarm.network.dialler import is_private
+from swarm.network.hive import PeerID
+from swarm.network.libp2p import Libp2p
+from swarm.network.members import MemberNetwork
 from swarm.network.tasks import TaskSet
+from swarm.network.underlay import Expelled, StreamFactory
+from swarm.private.certificates import Member
+from swarm.private.revocations import Revocation
 
 __all__ = ["Node", "NodeConfig"]
 
@@ -33,64 +37,44 @@ log = logging.getLogger(__name__)
 StreamHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[None]]
 
 WATCH_PERIOD_S = 2.0
-"""How often the supervisor looks at the daemon and the routing table."""
+"""How often the supervisor looks at the routing table."""
 GREET_PERIOD_S = 10.0
 """How often the initial peers are pinged, so that they know us again after a restart of theirs."""
-HANG_TIMEOUT_S = 8.0
-"""A daemon that answers no question for so long is replaced."""
-ISOLATION_TIMEOUT_S = 60.0
-"""A daemon without a connection for so long is replaced: libp2p waits ever longer (to 5 min) between its dials."""
 DHT_TIMEOUT_S = 15.0
-MAX_UNARY_BYTES = 4 << 20
+PROBE_TIMEOUT_S = 3.0
 
 
 class Node:
     """A started peer. Use `Node.start`, and `close` or `async with` to end it."""
 
-    def __init__(self, config: NodeConfig, identity: Identity, settings: DaemonSettings) -> None:
+    def __init__(self, config: NodeConfig, identity: Identity, underlay: Libp2p | MemberNetwork) -> None:
         self.config = config
         self.identity = identity
-        self.addresses: tuple[str, ...] = ()
-        self.num_restarts = 0
-        self._settings = settings
-        self._initial_peers = tuple(PeerAddress.parse(text) for text in config.initial_peers)
-        self._control = DaemonControl(
-            daemon_path=settings.control_path,
-            listen_path=settings.listen_path,
-            max_message_bytes=settings.max_message_bytes,
+        self._underlay = underlay
+        self._initial_peers = tuple(
+            PeerAddress.parse(text, is_private=underlay.is_private) for text in _initial_peers(config)
         )
         self._tasks = TaskSet()
-        self._daemon: Daemon
         self._dht: Dht
 
     @classmethod
     async def start(cls, config: NodeConfig) -> "Node":
-        """Start the daemon, listen, and join the initial peers.
+        """Listen, and join the initial peers.
 
         Raises:
             ConfigError: bad identity file, address or port, port in use, or a clock more than 3 s off.
             PeerUnreachable: when there are initial peers and none answers.
+            AccessDenied: the swarm is private, and we are no member, or no member any more.
         """
         identity = load_identity(config)
-        for text in config.initial_peers:
-            PeerAddress.parse(text)
-        listen, announce = listen_addresses(config)
-        directory = make_directory()
-        try:
-            identity.save(directory / "identity.key")
-            settings = DaemonSettings(
-                directory=directory,
-                identity_path=directory / "identity.key",
-                listen=listen,
-                announce=announce,
-                trusted_relays=config.initial_peers if config.use_relays else (),
-                nat_port_map=config.nat_port_map,
-                max_message_bytes=MAX_UNARY_BYTES,
-            )
-            node = cls(config, identity, settings)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+        for text in _initial_peers(config):
+            PeerAddress.parse(text, is_private=config.credentials is not None)
+        underlay: Libp2p | MemberNetwork
+        if config.credentials is None:
+            underlay = Libp2p(config, identity)
+        else:
+            underlay = MemberNetwork(config, config.credentials, identity)
+        node = cls(config, identity, underlay)
         try:
             await node._open()
         except BaseException:
@@ -104,6 +88,21 @@ class Node:
         return self.identity.peer_id
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """Full addresses under which others may dial us."""
+        return self._underlay.endpoints
+
+    @property
+    def is_private(self) -> bool:
+        """Whether this is a private swarm. There, raw streams are direct TLS connections, as quick as any other."""
+        return self._underlay.is_private
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the underlay had to be replaced."""
+        return self._underlay.num_restarts
+
+    @property
     def num_peers(self) -> int:
         """Peers in the DHT's routing table."""
         return self._dht.num_peers
@@ -114,8 +113,52 @@ class Node:
 
     @property
     def daemon_pid(self) -> int:
-        """Process id of the daemon at present."""
-        return self._daemon.pid
+        """Process id of the libp2p daemon at present; only open swarms have one."""
+        assert isinstance(self._underlay, Libp2p), "a private swarm has no daemon"
+        return self._underlay.daemon_pid
+
+    def account_of(self, peer_id: str) -> str:
+        """Who is charged for what a peer does: itself, or in a private swarm the member whose process it is."""
+        return self._underlay.account_of(peer_id)
+
+    @property
+    def denied(self) -> asyncio.Event:
+        """Set when we belong to the swarm no more; `check_access` says why."""
+        return self._underlay.denied
+
+    def check_access(self) -> None:
+        """Whether we belong to the swarm still.
+
+        Raises:
+            AccessDenied: our invitation has expired or was revoked.
+        """
+        self._underlay.check_access()
+
+    async def members(self) -> list[Member]:
+        """Members of our private swarm whom those we know have met; for admins.
+
+        Raises:
+            InvalidRequest: the swarm is open.
+        """
+        return await self._members.roll.members()
+
+    async def revoke(self, statements: Sequence[Revocation], timeout_s: float = 10.0) -> int:
+        """Tell our private swarm whose invitations are revoked; how many peers have confirmed it in time.
+
+        Raises:
+            InvalidRequest: the swarm is open. PeerMisbehaved: who has signed that may not.
+        """
+        return await self._members.revoke(statements, timeout_s)
+
+    @property
+    def _members(self) -> MemberNetwork:
+        if not isinstance(self._underlay, MemberNetwork):
+            raise InvalidRequest("an open swarm has no members")
+        return self._underlay
+
+    def on_expelled(self, listener: Expelled) -> None:
+        """Call `listener(peer_id, error)` when a peer is a member no more; its connections end a second later."""
+        self._underlay.on_expelled(listener)
 
     async def dht_store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         """Store `value` (at most 1 KiB), signed, under `key` and `subkey`, which must be our own peer id.
@@ -125,7 +168,11 @@ class Node:
 
         Returns:
             Whether any node stored it; False for a value no newer than the one stored.
+
+        Raises:
+            AccessDenied: we may not announce anything in this private swarm.
         """
+        self._underlay.check_may_announce()
         return await self._dht.store(key, subkey, value, expires_at, timeout_s=DHT_TIMEOUT_S)
 
     async def dht_get(self, key: str) -> dict[str, bytes]:
@@ -137,7 +184,9 @@ class Node:
 
         Raises:
             PeerTimeout: when the search does not end in time.
+            AccessDenied: we are no member of this private swarm any more.
         """
+        self.check_access()
         try:
             return await self._dht.get(keys, timeout_s=DHT_TIMEOUT_S)
         except TimeoutError as error:
@@ -156,17 +205,11 @@ class Node:
 
     async def add_stream_protocol(self, name: str, factory: StreamFactory) -> None:
         """Serve raw streams of `name` with the asyncio protocols that `factory(peer_id)` makes."""
-        try:
-            await self._control.add_stream_factory(name, factory)
-        except (P2PDaemonError, TimeoutError) as error:
-            log.warning("%s will be served when the daemon is back: %s", name, error)
+        await self._underlay.add_stream_factory(name, factory)
 
     async def remove_stream_handler(self, name: str) -> None:
         """Stop serving raw streams of `name`; those that are open stay."""
-        try:
-            await self._control.remove_stream_factory(name)
-        except (P2PDaemonError, TimeoutError) as error:
-            log.debug("the daemon was not told that %s is no longer served: %s", name, error)
+        await self._underlay.remove_stream_factory(name)
 
     async def open_stream(
         self, peer_id: str, name: str, timeout_s: float
@@ -184,18 +227,9 @@ class Node:
 
         Raises:
             PeerUnreachable: when the peer can't be reached or does not serve `name`. PeerTimeout: after `timeout_s`
-            seconds.
+            seconds. AccessDenied: when we are no member of this private swarm any more.
         """
-        try:
-            target = PeerID.from_base58(peer_id)
-        except ValueError as error:
-            raise PeerUnreachable(f"{peer_id!r} is not a peer id", peer_id=peer_id) from error
-        try:
-            await self._control.open_stream(target, name, protocol, timeout_s=timeout_s)
-        except P2PDaemonError as error:
-            raise PeerUnreachable(f"can't open {name} to {peer_id}: {error}", peer_id=peer_id) from error
-        except TimeoutError as error:
-            raise PeerTimeout(f"{peer_id} did not accept {name} within {timeout_s:g} s", peer_id=peer_id) from error
+        await self._underlay.open_stream(peer_id, name, protocol, timeout_s=timeout_s)
 
     async def known_addresses(self) -> tuple[str, ...]:
         """Full addresses of the peers that we have a connection to: other ways into the same swarm.
@@ -203,32 +237,26 @@ class Node:
         Raises:
             PeerTimeout: the daemon does not answer.
         """
-        try:
-            return tuple(await self._control.list_addresses())
-        except (P2PDaemonError, TimeoutError) as error:
-            raise PeerTimeout(f"the libp2p daemon does not say whom it knows: {error}") from error
+        return tuple(await self._underlay.list_addresses())
 
     async def connect(self, address: str, *, timeout_s: float = 5.0) -> None:
         """Make sure that there is a connection to the peer at a full address.
 
         Raises:
-            PeerUnreachable: when it can't be reached in time.
+            PeerUnreachable: when it can't be reached in time. AccessDenied: when we are not let in.
         """
-        peer = PeerAddress.parse(address)
+        peer = PeerAddress.parse(address, is_private=self.is_private)
         try:
-            await self._control.connect(peer.peer_id, [peer.address], timeout_s=timeout_s)
-        except (P2PDaemonError, TimeoutError) as error:
-            raise PeerUnreachable(f"can't connect to {address}: {error}", peer_id=peer.peer_id.to_base58()) from error
+            await self._underlay.connect(peer, timeout_s=timeout_s)
+        except PeerError as error:
+            raise PeerUnreachable(f"can't connect to {address}: {error}", peer_id=peer.peer_id) from error
 
     async def close(self) -> None:
-        """Stop answering, end the daemon, remove the sockets. Returns within about 3 s."""
+        """Stop answering, end all connections. Returns within about 3 s."""
         await self._tasks.close()
         if hasattr(self, "_dht"):
             self._dht.close()
-        await self._control.aclose()
-        if hasattr(self, "_daemon"):
-            await self._daemon.stop()
-        shutil.rmtree(self._settings.directory, ignore_errors=True)
+        await self._underlay.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,81 +267,40 @@ class Node:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Node {self.peer_id} | {self.num_peers} peers | {self.num_restarts} daemon restarts>"
+        kind = "private" if self.is_private else f"{self.num_restarts} daemon restarts"
+        return f"<Node {self.peer_id} | {self.num_peers} peers | {kind}>"
 
     # --- start, and the supervisor ---
 
     async def _open(self) -> None:
-        try:
-            self._daemon = await Daemon.start(self._settings, timeout_s=self.config.startup_timeout_s)
-            await self._control.listen()
-            await self._control.attach()
-            await self._refresh_addresses()
-        except P2PDaemonError as error:
-            raise ConfigError(str(error)) from error
-        self._dht = await Dht.create(self._control, self.identity, client_mode=self.config.client_mode)
+        await self._underlay.start()
+        self._dht = await Dht.create(self._underlay, self.peer_id, client_mode=self.config.client_mode)
         if self._initial_peers:
             failures = await self._dht.join(self._initial_peers, timeout_s=self.config.join_timeout_s, strict=True)
             if len(failures) == len(self._initial_peers):
+                await self._refuse_private()
                 reasons = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
                 raise PeerUnreachable(f"none of {len(failures)} initial peers answered: {reasons}")
-        self._tasks.spawn(self._supervise(), name="supervisor of the daemon")
+        self._tasks.spawn(self._underlay.supervise(self._rejoin), name="supervisor of the underlay")
         self._tasks.spawn(self._keep_joined(), name="supervisor of the routing table")
 
-    async def _refresh_addresses(self) -> None:
-        _, addresses = await self._control.identify()
-        texts = sorted(map(str, addresses), key=lambda text: text.startswith(("/ip4/127.", "/ip6/::1/")))
-        self.addresses = tuple(f"{text}/p2p/{self.peer_id}" for text in texts)
+    async def _refuse_private(self) -> None:
+        """Nobody answered: perhaps because the swarm is private, and we have no invitation.
 
-    async def _supervise(self) -> None:
-        """Replace the daemon when it dies, loses our connection or hangs."""
-        while True:
-            ends = {
-                asyncio.ensure_future(self._daemon.wait()): "died",
-                asyncio.ensure_future(self._control.lost.wait()): "dropped us",
-                asyncio.ensure_future(self._wait_until_hung()): "does not answer",
-            }
-            try:
-                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                log.warning("the libp2p daemon %s; starting another", ends[done.pop()])
-            finally:
-                for end in ends:
-                    end.cancel()
-            await self._restart()
+        Raises:
+            SwarmIsPrivate: so it is.
+        """
+        if self.is_private:
+            return
+        for peer in self._initial_peers:
+            with suppress(ConfigError):
+                if await is_private(peer.endpoint, PROBE_TIMEOUT_S):
+                    raise SwarmIsPrivate(
+                        f"{peer.text} belongs to a private swarm: name the file of your invitation with --credentials"
+                    )
 
-    async def _wait_until_hung(self) -> None:
-        """Returns when the daemon has not answered for HANG_TIMEOUT_S, or has had no peer for ISOLATION_TIMEOUT_S."""
-        loop = asyncio.get_running_loop()
-        silent_s = alone_s = 0.0  # counted attempt by attempt: a clock would blame the daemon when we stood still
-        while silent_s < HANG_TIMEOUT_S and alone_s < ISOLATION_TIMEOUT_S:
-            asked = loop.time()
-            try:
-                peers = await self._control.list_peers()
-            except (P2PDaemonError, TimeoutError):
-                silent_s += min(loop.time() - asked, self._control.timeout_s) + WATCH_PERIOD_S
-            else:
-                silent_s = 0.0
-                alone_s = 0.0 if peers or not self._initial_peers else alone_s + WATCH_PERIOD_S
-            await asyncio.sleep(WATCH_PERIOD_S)
-
-    async def _restart(self) -> None:
-        """Start a new daemon with the same identity and port, register the handlers with it and join again."""
-        pause_s = 0.1
-        while True:
-            self._control.detach()
-            self._daemon.kill()
-            await self._daemon.stop()
-            try:
-                self._daemon = await Daemon.start(self._settings, timeout_s=self.config.startup_timeout_s)
-                await self._control.attach()
-                await self._refresh_addresses()
-            except (P2PDaemonError, TimeoutError) as error:
-                log.error("the libp2p daemon can't be restarted: %s", error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 10.0)
-            else:
-                break
-        self.num_restarts += 1
+    async def _rejoin(self) -> None:
+        """All connections were lost."""
         await self._dht.join(self._initial_peers, timeout_s=self.config.join_timeout_s)
 
     async def _keep_joined(self) -> None:
@@ -322,33 +309,30 @@ class Node:
         greeted = loop.time()
         while True:
             await asyncio.sleep(WATCH_PERIOD_S)
-            if not self._control.attached.is_set():
+            if not self._underlay.is_up:
                 continue
-            missing = [peer for peer in self._initial_peers if not self._dht.knows(peer.peer_id)]
+            missing = [peer for peer in self._initial_peers if not self._dht.has_joined(peer)]
             is_due = loop.time() - greeted > GREET_PERIOD_S
-            try:
-                if self._dht.num_peers == 0:
-                    await self._join_anyone(missing)
-                elif is_due:
-                    await self._dht.join(
-                        random.sample(self._initial_peers, min(4, len(self._initial_peers))), timeout_s=5.0
-                    )
-            except P2PDaemonError as error:
-                log.debug("joining failed: %s", error)
+            if self._dht.num_peers == 0:
+                await self._join_anyone(missing)
+            elif is_due:
+                await self._dht.join(
+                    random.sample(self._initial_peers, min(4, len(self._initial_peers))), timeout_s=5.0
+                )
             if is_due:
+                self._dht.drop_invalid()
                 greeted = loop.time()
 
     async def _join_anyone(self, initial_peers: list[PeerAddress]) -> None:
-        """The routing table is empty: try the initial peers, and whoever still has a connection to our daemon."""
+        """The routing table is empty: try the initial peers, and whoever still has a connection with us."""
         await self._dht.join(initial_peers, timeout_s=5.0)
         if self._dht.num_peers == 0:
             try:
-                connected = await self._control.list_peers()
-            except TimeoutError:
+                connected = await self._underlay.list_peers()
+            except PeerTimeout:
                 return
-            await asyncio.gather(
-                *(self._dht.ping(peer_id) for peer_id in random.sample(connected, min(8, len(connected))))
-            )
+            asked = random.sample(connected, min(8, len(connected)))
+            await asyncio.gather(*(self._dht.ping(PeerID.from_base58(peer_id)) for peer_id in asked))
 
 
 class _ServedStream(asyncio.StreamReaderProtocol):
@@ -377,3 +361,10 @@ async def _serve(
         log.debug("stream from %s ended: %r", peer_id, error)
     finally:
         writer.close()
+
+
+def _initial_peers(config: NodeConfig) -> tuple[str, ...]:
+    """As configured, or as the invitation says."""
+    if config.initial_peers or config.credentials is None:
+        return config.initial_peers
+    return config.credentials.peers

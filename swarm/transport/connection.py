@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from swarm.errors import (
+    AccessDenied,
     InvalidRequest,
     PeerDisconnected,
     PeerError,
@@ -60,13 +61,20 @@ class Connection(asyncio.Protocol):
         make_mux: makes the protocol state for a given time.
         limits: timeouts and sizes.
         peer_id: the authenticated peer; empty until its ticket is seen.
+
+    `account` is who is charged for what the peer does: itself, unless the owner says otherwise.
     """
+
+    is_ours = True
 
     def __init__(
         self, owner: Owner, carrier: str, make_mux: Callable[[float], Mux], limits: Limits, *, peer_id: str = ""
     ) -> None:
         self.peer_id = peer_id
+        self.account = peer_id
         self.carrier = carrier
+        self.made_at = time.monotonic()
+        self.num_refused = 0
         self.is_closed = False
         self.idle_since: float | None = None
         self._owner = owner
@@ -317,7 +325,11 @@ class Connection(asyncio.Protocol):
         stream = self._streams[event.stream_id] = Stream(self, event.stream_id, event.service)
         try:
             self._owner.on_opened(self, stream)
+            self.num_refused = 0
         except SwarmError as error:
+            self.num_refused += 1
+            if self.num_refused >= self._limits.max_refused_opens:
+                raise PeerMisbehaved(f"{self.num_refused} streams in a row had to be refused: {error}") from error
             self.fail(event.stream_id, error)
 
     def _on_failed(self, event: Failed | Refused) -> None:
@@ -337,6 +349,8 @@ class Connection(asyncio.Protocol):
 
     def _send(self, data: bytes) -> None:
         """Write the first bytes of an iteration of the loop at once, and all that follow in one piece at its end."""
+        if self.transport.get_write_buffer_size() > self._limits.max_unsent_bytes:
+            return self.transport.abort()  # senders wait for the carrier: these are answers that nobody reads
         if self._is_corked:
             self._corked.append(data)
         else:
@@ -380,7 +394,9 @@ class Connection(asyncio.Protocol):
 
     def _end(self, error: SwarmError) -> None:
         """Everyone who waits learns that the connection is over."""
-        blame = error if isinstance(error, ProtocolMismatch | PeerError) else PeerDisconnected(str(error))
+        blame = (
+            error if isinstance(error, ProtocolMismatch | AccessDenied | PeerError) else PeerDisconnected(str(error))
+        )
         if isinstance(blame, PeerError) and blame.peer_id is None:
             blame.peer_id = self.peer_id
         if not self._greeted.done():

@@ -12,12 +12,9 @@ import asyncio
 import datetime
 import hashlib
 import ipaddress
-import logging
-import os
 import secrets
 import socket
 import ssl
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -28,18 +25,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from swarm.errors import ConfigError, PeerMisbehaved, PeerUnreachable
-from swarm.network.daemon import resolve_host
-from swarm.network.tasks import TaskSet
-
-log = logging.getLogger(__name__)
+from swarm.errors import PeerMisbehaved, PeerUnreachable
+from swarm.network.listener import CONNECTIONS, TlsListener
+from swarm.network.tls import server_context, trusting_context
+from swarm.rates import Rate
 
 TICKET_BYTES = 32
 TICKET_LIFETIME_S = 30.0
 MAX_TICKETS = 4096
 MAX_TICKETS_PER_PEER = 16
 MAX_HOSTS = 8
-_ACCEPT_PAUSE_S = 0.1
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -109,22 +104,20 @@ class Certificate:
         encoded = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.num_tickets = 0  # connections are not resumed
-        _load(context, encoded + certificate.public_bytes(serialization.Encoding.PEM))
+        context = server_context(encoded + certificate.public_bytes(serialization.Encoding.PEM))
         der = certificate.public_bytes(serialization.Encoding.DER)
         return cls(context=context, fingerprint=hashlib.sha256(der).digest())
 
 
-class DirectListener:
-    """Accepts TLS connections, few at a time until they have proved themselves.
+class DirectListener(TlsListener):
+    """A TlsListener with a certificate of its own.
 
     Args:
         make_protocol: makes the protocol of one connection.
         may_accept: whether there is room for one more connection.
         handshake_timeout_s: deadline of the TLS handshake.
-        max_handshakes: handshakes at a time; more connections are closed at once.
+        max_handshakes: handshakes at a time, of all hosts.
+        rate: how often one host may connect.
     """
 
     def __init__(
@@ -134,70 +127,17 @@ class DirectListener:
         may_accept: Callable[[], bool],
         handshake_timeout_s: float,
         max_handshakes: int,
+        rate: Rate = CONNECTIONS,
     ) -> None:
         self.certificate = Certificate.generate()
-        self.host = ""
-        self.port = 0
-        self._make_protocol = make_protocol
-        self._may_accept = may_accept
-        self._handshake_timeout_s = handshake_timeout_s
-        self._max_handshakes = max_handshakes
-        self._tasks = TaskSet()
-        self._socket: socket.socket | None = None
-
-    def start(self, host: str, port: int) -> None:
-        """Listen.
-
-        Raises:
-            ConfigError: when the address can't be used.
-        """
-        address = resolve_host(host)
-        listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setblocking(False)
-            listener.bind((str(address), port))
-            listener.listen(128)
-        except (OSError, OverflowError) as error:
-            listener.close()
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"can't listen on {host} port {port}: {reason}") from error
-        self._socket = listener
-        self.host, self.port = listener.getsockname()[:2]
-        self._tasks.spawn(self._accept_all(listener), name="accept direct connections")
-
-    async def close(self) -> None:
-        """Stop listening; connections that are established stay."""
-        await self._tasks.close()
-        if self._socket is not None:
-            self._socket.close()
-
-    async def _accept_all(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as error:  # out of file descriptors, or a connection that died in the queue
-                log.warning("accept failed: %s", error)
-                await asyncio.sleep(_ACCEPT_PAUSE_S)
-                continue
-            if len(self._tasks) > self._max_handshakes or not self._may_accept():
-                connection.close()
-                continue
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._tasks.spawn(self._shake_hands(connection), name="TLS handshake")
-
-    async def _shake_hands(self, connection: socket.socket) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                self._make_protocol,
-                connection,
-                ssl=self.certificate.context,
-                ssl_handshake_timeout=self._handshake_timeout_s,
-            )
-        except (OSError, ssl.SSLError) as error:
-            log.debug("TLS handshake failed: %r", error)
-            connection.close()
+        super().__init__(
+            self.certificate.context,
+            make_protocol,
+            may_accept=may_accept,
+            handshake_timeout_s=handshake_timeout_s,
+            max_handshakes=max_handshakes,
+            rate=rate,
+        )
 
 
 async def dial(
@@ -233,7 +173,7 @@ async def _dial_host(
             make_protocol,
             host,
             offer.port,
-            ssl=_client_context(),
+            ssl=trusting_context(),
             server_hostname="swarm",
             ssl_handshake_timeout=timeout_s,
         )
@@ -254,23 +194,3 @@ def _check_offer(offer: Offer, peer_id: str) -> Sequence[str]:
     if not offer.port or len(offer.fingerprint) != 32 or len(offer.ticket) != TICKET_BYTES:
         raise PeerMisbehaved(f"{peer_id} makes an incomplete offer of a direct connection", peer_id=peer_id)
     return hosts
-
-
-def _client_context() -> ssl.SSLContext:
-    """TLS 1.3 without authorities; the caller compares the fingerprint before it says anything."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _load(context: ssl.SSLContext, pem: bytes) -> None:
-    """Load key and certificate, which the ssl module takes from a file only."""
-    descriptor, path = tempfile.mkstemp(prefix="swarm-", suffix=".pem")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-        context.load_cert_chain(path)
-    finally:
-        os.unlink(path)

@@ -100,6 +100,11 @@ class FrameDecoder:
         self._buffer = bytearray()
         self._needed = HEADER_BYTES
 
+    @property
+    def num_waiting(self) -> int:
+        """Bytes of a frame that is not complete."""
+        return len(self._buffer)
+
     def feed(self, data: bytes | bytearray) -> list[Frame]:
         """The frames that `data` completes, in order.
 

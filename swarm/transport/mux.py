@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from swarm.errors import PeerBusy, PeerMisbehaved, PeerTimeout, ProtocolMismatch
 from swarm.protocol import PROTOCOL_VERSION, error_to_wire
+from swarm.rates import Rates
 from swarm.transport.events import Credited, Event, Failed, Finished, Greeted, Opened, Received, Refused
 from swarm.transport.frames import FLAG_MORE, HELLO_PREFIX, Frame, FrameDecoder, Kind, encode_frame
 from swarm.transport.limits import Budget, Limits
@@ -85,6 +86,8 @@ class Mux:
         self._last_peer_id = 0 if is_dialler else -1
         self._started = self._last_tick = self._last_received = self._last_ping = now
         self._ping_sent: float | None = None
+        self._frame_began = now
+        self._pings = Rates(limits.ping_rate, max_keys=1)
         hello = HELLO_PREFIX + version.to_bytes(2, "big") + ticket
         self._output: list[bytes] = [encode_frame(Kind.HELLO, 0, hello)]
         self._handlers: dict[int, Callable[[Frame, list[Event], float], None]] = {
@@ -109,7 +112,10 @@ class Mux:
         """
         self._last_received = now
         events: list[Event] = []
-        for frame in self._decoder.feed(data):
+        frames = self._decoder.feed(data)
+        if frames or not self._decoder.num_waiting:
+            self._frame_began = now
+        for frame in frames:
             if self.is_greeted:
                 self._handlers[frame.kind](frame, events, now)
             else:
@@ -120,15 +126,18 @@ class Mux:
         """Let time pass: sends a PING when the peer is silent. Call it at least twice per `ping_period_s`.
 
         Raises:
-            PeerTimeout: when the peer has been silent for too long, or has not said HELLO in time.
+            PeerTimeout: when the peer has been silent for too long, or has not said HELLO or ended a frame in time.
         """
         if now - self._last_tick > 2 * self._limits.ping_period_s:
             self._started += now - self._last_tick  # it was us who stood still: the peer gets its time back
+            self._frame_began += now - self._last_tick
             self._last_received = self._last_ping = now
         self._last_tick = now
         silent_s = now - self._last_received
         if not self.is_greeted and now - self._started > self._limits.hello_timeout_s:
             raise PeerTimeout(f"no HELLO within {self._limits.hello_timeout_s:g} s")
+        if self._decoder.num_waiting and now - self._frame_began > self._limits.frame_timeout_s:
+            raise PeerTimeout(f"a frame was not complete after {self._limits.frame_timeout_s:g} s")
         if silent_s > self._limits.silence_timeout_s:
             raise PeerTimeout(f"silent for {silent_s:.1f} s, limit {self._limits.silence_timeout_s:g} s")
         if silent_s >= self._limits.ping_period_s / 2 and now - self._last_ping >= self._limits.ping_period_s:
@@ -331,6 +340,8 @@ class Mux:
         events.append(Credited(frame.stream_id))
 
     def _on_ping(self, frame: Frame, events: list[Event], now: float) -> None:
+        if not self._pings.charge("", now):
+            raise PeerMisbehaved(f"more than {self._limits.ping_rate.per_s:g} PINGs per second")
         self._output.append(encode_frame(Kind.PONG, 0, frame.meta))
 
     def _on_pong(self, frame: Frame, events: list[Event], now: float) -> None:

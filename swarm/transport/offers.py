@@ -12,6 +12,7 @@ import msgspec
 
 from swarm.errors import PeerDisconnected, PeerMisbehaved, ProtocolMismatch
 from swarm.network import Node
+from swarm.rates import Rate, Rates
 from swarm.transport.direct import MAX_HOSTS, DirectListener, Offer, Tickets
 
 log = logging.getLogger(__name__)
@@ -37,16 +38,26 @@ async def ask_offer(node: Node, peer_id: str, *, version: int, timeout_s: float)
         size = int.from_bytes(await reader.readexactly(2), "big")
         if size > MAX_OFFER_BYTES:
             raise PeerMisbehaved(f"{peer_id} makes an offer of {size} bytes, limit {MAX_OFFER_BYTES}", peer_id=peer_id)
-        offer = _decoder.decode(await reader.readexactly(size))
+        offer = decode_offer(await reader.readexactly(size), peer_id=peer_id)
     except (ConnectionError, asyncio.IncompleteReadError) as error:
         raise PeerDisconnected(f"{peer_id} closed the stream without an offer", peer_id=peer_id) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise PeerMisbehaved(f"{peer_id} makes a malformed offer: {error}", peer_id=peer_id) from error
     finally:
         writer.close()
     if offer.version != version:
         raise ProtocolMismatch(f"{peer_id} speaks protocol version {offer.version}, we speak {version}")
     return offer
+
+
+def decode_offer(data: bytes, *, peer_id: str) -> Offer:
+    """Read an offer.
+
+    Raises:
+        PeerMisbehaved: malformed.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PeerMisbehaved(f"{peer_id} makes a malformed offer: {error}", peer_id=peer_id) from error
 
 
 class OfferDesk:
@@ -59,6 +70,7 @@ class OfferDesk:
         has_room: whether one more connection would be taken.
         version: protocol version that we speak.
         timeout_s: how long a peer may take.
+        rate: how often one peer may ask.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class OfferDesk:
         has_room: Callable[[], bool],
         version: int,
         timeout_s: float,
+        rate: Rate,
     ) -> None:
         self._node = node
         self._listener = listener
@@ -78,15 +91,16 @@ class OfferDesk:
         self._version = version
         self._timeout_s = timeout_s
         self._tickets = Tickets()
+        self._rates = Rates(rate)
         self._num_answering = 0
 
     def redeem(self, ticket: bytes) -> str | None:
         """The peer to whom a ticket was given; it is void afterwards."""
-        return self._tickets.redeem(ticket, asyncio.get_running_loop().time())
+        return self._tickets.redeem(ticket, self._now)
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer_id: str) -> None:
         """The handler of OFFER_STREAM."""
-        if self._num_answering >= MAX_OFFERS_AT_ONCE:
+        if self._num_answering >= MAX_OFFERS_AT_ONCE or not self._rates.charge(peer_id, self._now):
             return
         self._num_answering += 1
         try:
@@ -106,7 +120,7 @@ class OfferDesk:
     def _offer_for(self, peer_id: str) -> Offer:
         if self._listener is None or not self._has_room():
             return self._nothing
-        ticket = self._tickets.issue(peer_id, asyncio.get_running_loop().time())
+        ticket = self._tickets.issue(peer_id, self._now)
         if ticket is None:
             return self._nothing
         return Offer(
@@ -116,6 +130,10 @@ class OfferDesk:
             fingerprint=self._listener.certificate.fingerprint,
             ticket=ticket,
         )
+
+    @property
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     @property
     def _nothing(self) -> Offer:

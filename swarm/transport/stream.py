@@ -43,6 +43,11 @@ class Stream:
         return self._connection.peer_id
 
     @property
+    def account(self) -> str:
+        """Who is charged for what the peer does: itself, or in a private swarm the member whose process it is."""
+        return self._connection.account
+
+    @property
     def carrier(self) -> str:
         """ "direct" or "p2p"."""
         return self._connection.carrier

@@ -11,11 +11,14 @@ messages.
 
 import asyncio
 import logging
+import time
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Self
 
 from swarm.errors import (
+    AccessDenied,
     ConfigError,
     InvalidRequest,
     PeerBusy,
@@ -30,12 +33,14 @@ from swarm.network import Node
 from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
 from swarm.protocol import PROTOCOL_VERSION, Message
+from swarm.rates import Rates
 from swarm.transport.connection import Connection
 from swarm.transport.direct import DirectListener, dial
 from swarm.transport.frames import MAX_SERVICE_BYTES
 from swarm.transport.limits import Budget, Limits, Traffic
 from swarm.transport.mux import Mux
 from swarm.transport.offers import OFFER_STREAM, OfferDesk, ask_offer
+from swarm.transport.places import make_place
 from swarm.transport.reachability import Reachability
 from swarm.transport.stream import EndOfStream, Stream
 
@@ -55,7 +60,8 @@ class Transport:
 
     Args:
         node: our identity and p2p streams.
-        listen: host and port (0: any) for direct connections; None offers p2p only.
+        listen: host and port (0: any) for direct connections; None offers p2p only. A private swarm's p2p streams are
+            direct connections, so there nothing else is listened on.
         announce_hosts: addresses under which peers may try us; by default those of the node.
         limits: what peers may take from us.
         version: protocol version that we speak.
@@ -74,7 +80,7 @@ class Transport:
         self.node = node
         self.traffic = Traffic()
         self._version = version
-        self._listen = listen
+        self._listen = None if node.is_private else listen
         self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
         self._budget = Budget(self.limits.max_total_buffered_bytes)
         self._services: dict[str, Handler] = {}
@@ -83,7 +89,9 @@ class Transport:
         self._leaving: weakref.WeakSet[Connection] = weakref.WeakSet()  # over, but perhaps not let go by the peer yet
         self._by_peer: dict[str, list[Connection]] = {}
         self._dial_locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self._handling: dict[str, int] = {}
+        self._handling: Counter[str] = Counter()
+        """Streams that are served, of each account."""
+        self._opens = Rates(self.limits.open_rate)
         self._probing: set[str] = set()
         self._desk: OfferDesk
         self._listener: DirectListener | None = None
@@ -99,12 +107,13 @@ class Transport:
         if self._listen is not None:
             listener = DirectListener(
                 lambda: self._accept("direct", ""),
-                may_accept=self._has_room,
+                may_accept=self._make_room,
                 handshake_timeout_s=self.limits.hello_timeout_s,
                 max_handshakes=self.limits.max_pending_connections,
             )
             listener.start(*self._listen)
             self._listener = listener
+        self.node.on_expelled(self._expel)
         await self.node.add_stream_protocol(MUX_STREAM, lambda peer_id: self._accept("p2p", peer_id))
         self._desk = OfferDesk(
             self.node,
@@ -113,6 +122,7 @@ class Transport:
             has_room=self._has_room,
             version=self._version,
             timeout_s=self.limits.hello_timeout_s,
+            rate=self.limits.offer_rate,
         )
         await self.node.add_stream_handler(OFFER_STREAM, self._desk.answer)
 
@@ -201,7 +211,7 @@ class Transport:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Transport {len(self._connections)} connections | {sum(self._handling.values())} streams served>"
+        return f"<Transport {len(self._connections)} connections | {self._handling.total()} streams served>"
 
     # --- making connections ---
 
@@ -213,7 +223,7 @@ class Transport:
         if carrier == "direct":
             return await self._dial_once(peer_id, "direct", timeout_s)
         connection = self._live(peer_id, "p2p")
-        if carrier == "auto" and self._reachability.should_try(peer_id, self._now):
+        if carrier == "auto" and not self.node.is_private and self._reachability.should_try(peer_id, self._now):
             if connection is None:
                 connection = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S))
             elif peer_id not in self._probing:  # nobody waits while there is a connection: later streams will profit
@@ -320,17 +330,29 @@ class Transport:
     # --- taking connections ---
 
     def _accept(self, carrier: str, peer_id: str) -> Connection:
-        connection = _Accepted(self, carrier, peer_id)
+        connection = _Accepted(self, carrier, peer_id, has_room=self._make_room(peer_id))
         self._connections.add(connection)
         return connection
 
     def _has_room(self) -> bool:
-        num_pending = sum(not connection.is_greeted for connection in self._connections)
-        return (
-            not self._is_closed
-            and len(self._connections) < self.limits.max_connections
-            and num_pending < self.limits.max_pending_connections
-        )
+        return not self._is_closed and len(self._connections) < self.limits.max_connections
+
+    def _make_room(self, peer_id: str = "") -> bool:
+        """Whether one more connection can be taken, now that who needs its place least has left, if that was needed."""
+        if self._is_closed:
+            return False
+        try:
+            leaving = make_place(self._connections, peer_id, self.limits, time.monotonic())
+        except PeerBusy:
+            return False
+        if leaving is not None:
+            leaving.close(PeerBusy("no room for more connections", retry_after_s=5.0))
+        return True
+
+    def _expel(self, peer_id: str, error: AccessDenied) -> None:
+        """A peer is a member of this private swarm no more."""
+        for connection in list(self._by_peer.get(peer_id, ())):
+            connection.close(error)
 
     def on_greeted(self, connection: Connection, ticket: bytes) -> None:
         """A peer has said HELLO: on a direct connection its ticket tells who it is."""
@@ -341,6 +363,7 @@ class Transport:
             if owner is None:
                 raise PeerMisbehaved("HELLO with a ticket that is unknown, used or expired")
             connection.peer_id = owner
+        connection.account = self.node.account_of(connection.peer_id)
         if self._is_closed or len(self._by_peer.get(connection.peer_id, ())) >= self.limits.max_connections_per_peer:
             raise PeerBusy(f"limit of {self.limits.max_connections_per_peer} connections per peer", retry_after_s=5.0)
         self._add(connection)
@@ -350,11 +373,17 @@ class Transport:
         handler = self._services.get(stream.service)
         if handler is None:
             raise InvalidRequest(f"{self.node.peer_id} does not serve {stream.service!r}")
-        num_streams = max(self._handling.get(connection.peer_id, 0), connection.num_peer_streams - 1)
-        if num_streams >= self.limits.max_streams_per_peer:
-            raise PeerBusy(f"{num_streams} streams are open, limit {self.limits.max_streams_per_peer} per peer")
-        if sum(self._handling.values()) >= self.limits.max_streams:
-            raise PeerBusy(f"limit of {self.limits.max_streams} streams")
+        limits, account = self.limits, connection.account
+        num_streams = max(self._handling[account], connection.num_peer_streams - 1)
+        if num_streams >= limits.max_streams_per_peer:
+            raise PeerBusy(f"{num_streams} streams are open, limit {limits.max_streams_per_peer} per peer")
+        if self._handling.total() >= limits.max_streams:
+            raise PeerBusy(f"limit of {limits.max_streams} streams")
+        if not self._opens.charge(account, self._now):
+            raise PeerBusy(
+                f"over {limits.open_rate.per_s:g} new streams per second",
+                retry_after_s=self._opens.retry_after_s(account, self._now),
+            )
         self._tasks.spawn(self._handle(handler, stream), name=f"{stream.service} for {stream.peer_id}")
 
     def on_closed(self, connection: Connection) -> None:
@@ -373,7 +402,7 @@ class Transport:
 
     async def _handle(self, handler: Handler, stream: Stream) -> None:
         """Run one stream's handler; one of the two outermost loops, so it catches everything."""
-        self._handling[stream.peer_id] = self._handling.get(stream.peer_id, 0) + 1
+        self._handling[stream.account] += 1
         try:
             await handler(stream)
             await stream.close()
@@ -388,9 +417,9 @@ class Transport:
             log.exception("handler of %s failed", stream.service)
             await stream.abort(PeerError("internal error"))
         finally:
-            self._handling[stream.peer_id] -= 1
-            if not self._handling[stream.peer_id]:
-                del self._handling[stream.peer_id]
+            self._handling[stream.account] -= 1
+            if not self._handling[stream.account]:
+                del self._handling[stream.account]
 
     @property
     def _now(self) -> float:
@@ -400,12 +429,14 @@ class Transport:
 class _Accepted(Connection):
     """A connection that a peer has made: it says HELLO as soon as the carrier is up."""
 
-    def __init__(self, owner: Transport, carrier: str, peer_id: str) -> None:
+    is_ours = False
+
+    def __init__(self, owner: Transport, carrier: str, peer_id: str, *, has_room: bool) -> None:
         def make_mux(now: float) -> Mux:
             return Mux(is_dialler=False, limits=owner.limits, now=now, budget=owner._budget, version=owner._version)
 
         super().__init__(owner, carrier, make_mux, owner.limits, peer_id=peer_id)
-        self._has_room = owner._has_room()
+        self._has_room = has_room
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

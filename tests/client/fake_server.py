@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import torch
 
+from swarm.client.timings import HopTiming
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import InvalidRequest, PeerDisconnected, PeerMisbehaved, PeerTimeout, RouteNotFound, SwarmError
 from swarm.link import HistoryLost, Intake, Link, StepChunk
@@ -311,7 +312,7 @@ class FakePeers:
     def keep_fresh(self) -> None:
         pass
 
-    async def route(self, blocks: BlockRange) -> tuple[Hop, ...]:
+    async def route(self, blocks: BlockRange, **wishes: object) -> tuple[Hop, ...]:
         self.on_route(blocks)
         hops: list[Hop] = []
         position = blocks.start
@@ -328,8 +329,8 @@ class FakePeers:
         self.failures.append(peer_id)
         self.servers.sort(key=lambda server: server.peer_id == peer_id)
 
-    def measured(self, peer_id: str, overhead_s: float) -> None:
-        self.overheads.append(peer_id)
+    def measured(self, timings: Sequence[HopTiming]) -> None:
+        self.overheads += [timing.peer_id for timing in timings]
 
     def cannot_push(self, sender: str, receiver: str) -> None:
         self.pairs_without_push |= {(sender, receiver)}

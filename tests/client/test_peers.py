@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import time
 from typing import Any, cast
 
 import pytest
 
 from swarm.client import peers as peers_module
 from swarm.client.peers import PUSH_RETRY_S, REFRESH_S, Peers
+from swarm.client.timings import HopTiming
+from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected
 from swarm.registry import ServerRecord
 from swarm.types import BlockRange, ServerState
@@ -42,32 +45,44 @@ def test_servers_that_could_not_reach_each_other_get_another_try(peers, monkeypa
 
 
 class SlowRegistry:
-    """Answers when it is told to."""
+    """Answers when it is told to; everything is in the first shard."""
 
     def __init__(self, *records):
         self.records, self.num_lookups = records, 0
         self.may_answer = asyncio.Event()
 
-    async def lookup(self, model):
+    async def lookup_shards(self, model, shards, *, num_blocks):
         self.num_lookups += 1
         await self.may_answer.wait()
-        return self.records
+        return [list(self.records) if shard == 0 else [] for shard in shards]
 
 
-def record(peer_id: str) -> ServerRecord:
-    return ServerRecord(
+def record(peer_id: str, **fields) -> ServerRecord:
+    usual = {
+        "peer_id": peer_id,
+        "model": "0" * 64,
+        "blocks": BlockRange(0, 2),
+        "state": ServerState.ONLINE,
+        "decode_tps": 100.0,
+        "load": 0.0,
+        "kv_free_tokens": 1000,
+        "quantization": "none",
+        "dtype": "float32",
+        "public_name": "",
+        "version": "0",
+        "expires_at": time.time() + 60.0,
+    }
+    return ServerRecord(**{**usual, **fields})
+
+
+def timing(peer_id: str, *, compute_s: float, overhead_s: float) -> HopTiming:
+    return HopTiming(
         peer_id=peer_id,
-        model="0" * 64,
         blocks=BlockRange(0, 2),
-        state=ServerState.ONLINE,
-        decode_tps=100.0,
-        load=0.0,
-        kv_free_tokens=1000,
-        quantization="none",
-        dtype="float32",
-        public_name="",
-        version="0",
-        expires_at=1e12,
+        num_tokens=1,
+        round_trip_s=compute_s + overhead_s,
+        compute_s=compute_s,
+        queue_s=0.0,
     )
 
 
@@ -75,7 +90,7 @@ async def test_a_route_does_not_wait_for_old_records_to_be_read_again(peers, mon
     """A failover in a long session goes on with what is known, and the news comes in the background, once."""
     now = 1000.0
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
-    registry = peers._registry = SlowRegistry(record("old"))
+    registry = peers._directory._registry = SlowRegistry(record("old"))
     registry.may_answer.set()
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
     registry.may_answer.clear()
@@ -94,10 +109,82 @@ async def test_a_route_over_a_server_that_failed_is_only_made_with_fresh_records
     """Nobody better is known: perhaps there is news."""
     now = 1000.0
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
-    registry = peers._registry = SlowRegistry(record("only"))
+    registry = peers._directory._registry = SlowRegistry(record("only"))
     registry.may_answer.set()
     await peers.route(BlockRange(0, 2))
     now += 1.0
     peers.failed("only", PeerDisconnected("gone"))
     registry.records = (record("spare"), record("only"))
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["spare"]
+
+
+async def read(peers, *records):
+    """Let `peers` know these records."""
+    registry = peers._directory._registry = SlowRegistry(*records)
+    registry.may_answer.set()
+    await peers.refresh(max_age_s=0.0)
+
+
+async def chosen(peers, **wishes) -> str:
+    (hop,) = await peers.route(BlockRange(0, 2), **wishes)
+    return hop.peer_id
+
+
+async def test_a_server_that_is_slower_than_it_says_is_found_out_by_what_steps_took(peers, monkeypatch):
+    """What it announces is believed until steps over it were measured, and again a good while later."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    await read(peers, record("boasts", decode_tps=1e9), record("honest", decode_tps=100.0))
+    assert await chosen(peers) == "boasts"
+    for _ in range(3):
+        peers.measured([timing("boasts", compute_s=0.5, overhead_s=0.1)])
+    now += 2.0
+    assert await chosen(peers) == "honest"
+    now += 1000.0
+    peers._directory._refreshed_at = now
+    assert await chosen(peers) == "boasts"
+
+
+async def test_a_server_that_claims_no_time_but_takes_it_is_found_out_too(peers, monkeypatch):
+    """Time that nobody admits counts as excess of the hops that it was spent on, and fades."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    await read(peers, record("liar", decode_tps=1e9), record("honest", decode_tps=100.0))
+    for _ in range(10):
+        peers.measured([timing("liar", compute_s=0.0, overhead_s=3.0)])
+    now += 2.0
+    assert await chosen(peers) == "honest"
+
+
+async def test_a_failed_server_is_avoided_for_a_while(peers, monkeypatch):
+    """Its penalty halves every 20 seconds."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    await read(peers, record("fast", decode_tps=1000.0), record("slow", decode_tps=100.0))
+    peers.failed("fast", PeerDisconnected("gone"))
+    assert await chosen(peers) == "slow"
+    now += 240.0
+    peers._directory._refreshed_at = now
+    assert await chosen(peers) == "fast"
+
+
+async def test_queues_room_and_distance_decide_between_equal_servers(peers):
+    """What servers announce of their queues, caches and places goes into the cost."""
+    peers._pinger = cast(Any, FakePinger())
+    for worse, better in [
+        ({"queue_s": 0.2}, {}),
+        ({"kv_free_tokens": 100}, {"kv_free_tokens": 200}),
+        ({"place": Place(position=(0.2, 0.0, 0.0))}, {"place": Place(position=(0.01, 0.0, 0.0))}),
+        ({"is_relayed": True}, {}),
+    ]:
+        await read(peers, record("worse", **worse), record("better", **better))
+        assert await chosen(peers, num_tokens=100) == "better"
+
+
+class FakePinger:
+    """A client at the origin that has measured nobody."""
+
+    place = Place(error=0.1)
+
+    def rtt_s(self, peer_id):
+        return None

@@ -47,7 +47,7 @@ class Peers(FakePeers):
     def have_adapters(self, hops, adapters) -> None:
         self.who_has.seen(hops, adapters.digests)
 
-    async def route(self, blocks, *, adapters=None):
+    async def route(self, blocks, **wishes):
         return await super().route(blocks)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.network import Node, NodeConfig, control
+from swarm.network import Node, NodeConfig, unary
 from swarm.network.hive import P2PDaemonError, P2PHandlerError, PeerID
 from swarm.network.wire import DelimitedReader
 
@@ -61,7 +61,7 @@ def test_a_length_above_the_limit_is_refused_before_the_message_comes():
 
 async def test_unary_calls_and_their_limits(monkeypatch: pytest.MonkeyPatch):
     """A handler's exception, no handler and too many requests are errors of the call; a cancel reaches the handler."""
-    monkeypatch.setattr(control, "MAX_UNARY_HANDLERS", 1)
+    monkeypatch.setattr(unary, "MAX_CALLS", 1)
     cancelled = asyncio.Event()
 
     async def hang(data: bytes, peer_id: Any) -> bytes:
@@ -78,11 +78,11 @@ async def test_unary_calls_and_their_limits(monkeypatch: pytest.MonkeyPatch):
         await Node.start(NodeConfig(host="127.0.0.1")) as server,
         await Node.start(NodeConfig(client_mode=True, initial_peers=server.addresses)) as client,
     ):
-        peer_id, call = PeerID.from_base58(server.peer_id), client._control.call_unary_handler
-        await server._control.add_unary_handler("hang", hang)
-        await server._control.add_unary_handler("fail", fail)
+        peer_id, call = PeerID.from_base58(server.peer_id), client._underlay.caller.call_unary_handler
+        await server._underlay.caller.add_unary_handler("hang", hang)
+        await server._underlay.caller.add_unary_handler("fail", fail)
         with pytest.raises(P2PDaemonError, match="registered already"):
-            await server._control.add_unary_handler("fail", fail)
+            await server._underlay.caller.add_unary_handler("fail", fail)
         with pytest.raises(P2PHandlerError, match="ValueError"):
             await call(peer_id, "fail", b"reason")
         with pytest.raises(P2PDaemonError):
@@ -94,7 +94,7 @@ async def test_unary_calls_and_their_limits(monkeypatch: pytest.MonkeyPatch):
         hanging.cancel()
         async with asyncio.timeout(5):
             await cancelled.wait()
-        await server._control.remove_unary_handler("fail")
+        await server._underlay.caller.remove_unary_handler("fail")
         with pytest.raises(P2PDaemonError):
             await call(peer_id, "fail", b"")
 
@@ -109,7 +109,7 @@ async def test_a_dht_request_is_no_larger_than_its_kind_needs():
         peer_id, name = PeerID.from_base58(server.peer_id), "DHTProtocol.rpc_find"
         node_id = {"node_id": bytes(20)}
         small = find(keys=[bytes(20)] * 16, peer=node_id).SerializeToString()
-        assert await client._control.call_unary_handler(peer_id, name, small)
+        assert await client._underlay.caller.call_unary_handler(peer_id, name, small)
         large = find(keys=[bytes(20)] * 2000, peer=node_id).SerializeToString()
         with pytest.raises(P2PHandlerError, match=r"rpc_find of \d+ bytes, limit 16384"):
-            await client._control.call_unary_handler(peer_id, name, large)
+            await client._underlay.caller.call_unary_handler(peer_id, name, large)

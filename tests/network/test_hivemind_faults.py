@@ -106,13 +106,13 @@ async def test_b1_a_call_cancelled_as_its_reply_comes():
             await asyncio.wait_for(control.call_unary_handler(server.peer_id, "echo", b"x"), 1)
     async with our_pair() as (server, client):
         peer_id = PeerID.from_base58(server.peer_id)
-        await server._control.add_unary_handler("echo", echo)
-        assert await client._control.call_unary_handler(peer_id, "echo", b"x") == b"x"
-        assert client._control._persistent is not None
-        reader = client._control._persistent.reader
-        call = client._control.call_unary_handler(peer_id, "echo", b"x")
+        await server._underlay.caller.add_unary_handler("echo", echo)
+        assert await client._underlay.caller.call_unary_handler(peer_id, "echo", b"x") == b"x"
+        assert client._underlay.caller._persistent is not None
+        reader = client._underlay.caller._persistent.reader
+        call = client._underlay.caller.call_unary_handler(peer_id, "echo", b"x")
         assert await cancel_as_reply_comes(reader, "feed", call)
-        assert await client._control.call_unary_handler(peer_id, "echo", b"x") == b"x"
+        assert await client._underlay.caller.call_unary_handler(peer_id, "echo", b"x") == b"x"
 
 
 async def test_b2_a_dead_peer_on_a_stream():
@@ -187,9 +187,9 @@ async def test_b6_a_reply_above_the_limit():
         for task in server._client.control._handler_tasks.values():
             assert isinstance(task.exception(), ValueError)
     async with our_pair() as (server, client):
-        await server._control.add_unary_handler("grow", grow)
+        await server._underlay.caller.add_unary_handler("grow", grow)
         with pytest.raises(P2PHandlerError, match=r"reply of 20971520 bytes, limit 4194304"):
-            await client._control.call_unary_handler(PeerID.from_base58(server.peer_id), "grow", b"")
+            await client._underlay.caller.call_unary_handler(PeerID.from_base58(server.peer_id), "grow", b"")
 
 
 async def test_b7_a_request_above_the_daemons_limit():
@@ -203,15 +203,15 @@ async def test_b7_a_request_above_the_daemons_limit():
                 await asyncio.wait_for(control.call_unary_handler(server.peer_id, "echo", bytes(size)), 0.7)
     async with our_pair() as (server, client):
         peer_id = PeerID.from_base58(server.peer_id)
-        await server._control.add_unary_handler("echo", echo)
+        await server._underlay.caller.add_unary_handler("echo", echo)
         with pytest.raises(P2PDaemonError, match=r"request of \d+ bytes, limit 4194304"):
-            await client._control.call_unary_handler(peer_id, "echo", bytes(5 << 20))
-        client._control.max_message_bytes = 8 << 20
+            await client._underlay.caller.call_unary_handler(peer_id, "echo", bytes(5 << 20))
+        client._underlay.caller.max_message_bytes = 8 << 20
         with pytest.raises(P2PDaemonError, match="daemon was lost"):
-            await client._control.call_unary_handler(peer_id, "echo", bytes(5 << 20))
+            await client._underlay.caller.call_unary_handler(peer_id, "echo", bytes(5 << 20))
         await until(lambda: client.num_restarts == 1)
         await client.connect(server.addresses[0])
-        assert await client._control.call_unary_handler(peer_id, "echo", b"x") == b"x"
+        assert await client._underlay.caller.call_unary_handler(peer_id, "echo", b"x") == b"x"
 
 
 async def test_b8_the_local_daemon_is_killed():
@@ -233,12 +233,12 @@ async def test_b8_the_local_daemon_is_killed():
         await end_of(later)  # type: ignore[arg-type]
     async with our_pair() as (server, client):
         peer_id = PeerID.from_base58(server.peer_id)
-        await server._control.add_unary_handler("hang", hang)
-        await server._control.add_unary_handler("echo", echo)
-        pending = asyncio.ensure_future(client._control.call_unary_handler(peer_id, "hang", b""))
+        await server._underlay.caller.add_unary_handler("hang", hang)
+        await server._underlay.caller.add_unary_handler("echo", echo)
+        pending = asyncio.ensure_future(client._underlay.caller.call_unary_handler(peer_id, "hang", b""))
         await asyncio.sleep(0.2)
         os.kill(client.daemon_pid, signal.SIGKILL)
         with pytest.raises(P2PDaemonError, match="daemon was lost"):
             await asyncio.wait_for(pending, 1)
         await until(lambda: client.num_restarts == 1 and client.num_peers == 1)
-        assert await client._control.call_unary_handler(peer_id, "echo", b"x") == b"x"
+        assert await client._underlay.caller.call_unary_handler(peer_id, "echo", b"x") == b"x"

@@ -17,7 +17,7 @@ import uvloop
 
 from swarm.errors import ConfigError, InvalidRequest, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, node
+from swarm.network import Node, NodeConfig, libp2p, node
 
 NOBODY = Identity.generate().peer_id
 
@@ -168,7 +168,7 @@ async def test_without_any_initial_peer_there_is_no_swarm():
 async def test_closing_leaves_nothing_behind():
     """The daemon has ended and its directory is gone; so it is after a start that failed."""
     a = await start()
-    pid, directory = a.daemon_pid, a._settings.directory
+    pid, directory = a.daemon_pid, a._underlay.settings.directory
     assert directory.stat().st_mode & 0o077 == 0
     await a.close()
     assert not directory.exists()
@@ -203,11 +203,11 @@ def stop(pid: int) -> None:
 
 async def test_a_daemon_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch):
     """A daemon that is stopped (SIGSTOP) answers nothing; another takes its place, and calls fail meanwhile."""
-    monkeypatch.setattr(node, "HANG_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(node, "WATCH_PERIOD_S", 0.2)
+    monkeypatch.setattr(libp2p, "HANG_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(libp2p, "WATCH_PERIOD_S", 0.2)
     async with await start() as a, await start(*a.addresses) as b:
         await b.add_stream_handler("/test/echo", echo)
-        b._control.timeout_s = 0.5
+        b._underlay.caller.timeout_s = 0.5
         os.kill(b.daemon_pid, signal.SIGSTOP)
         with pytest.raises(PeerTimeout):
             await b.open_stream(a.peer_id, "/test/echo", 0.5)

@@ -10,10 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.adapters.notes import MAX_NOTES, AdapterNote
+from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.identity import Identity
 from swarm.network import Node, NodeConfig
-from swarm.registry import MAX_RECORD_BYTES, Registry, ServerRecord, read_shard, shard_key, shard_of
+from swarm.registry import (
+    MAX_PINGS,
+    MAX_RECORD_BYTES,
+    Ping,
+    Registry,
+    ServerRecord,
+    peer_tag,
+    read_shard,
+    shard_key,
+    shard_of,
+)
 from swarm.types import BlockRange, ServerState
 
 MODEL = "ab" * 32
@@ -24,8 +35,13 @@ RECORD = ServerRecord(
     blocks=BlockRange(0, 24),
     state=ServerState.ONLINE,
     decode_tps=812.5,
-    load=0.25,
+    batch_tps=9000.0,
+    prefill_tps=30000.0,
+    load=51 / 255,
+    queue_s=0.0123,
     kv_free_tokens=65536,
+    place=Place(position=(0.0412, -0.0031, 0.2), height_s=0.0021, error=51 / 255),
+    pings=tuple(Ping(tag=peer_tag(str(index)), rtt_s=0.0125) for index in range(MAX_PINGS)),
     quantization="int8",
     dtype="bfloat16",
     public_name="Zoë's box",
@@ -34,6 +50,9 @@ RECORD = ServerRecord(
 )
 
 names = st.text(max_size=32).filter(lambda text: len(text.encode(errors="ignore")) <= 32 and text.isprintable())
+times = st.integers(0, 65535).map(lambda ticks: ticks / 10_000)
+axes = st.integers(-30_000, 30_000).map(lambda ticks: ticks / 10_000)
+shares = st.integers(0, 255).map(lambda part: part / 255)
 records = st.builds(
     ServerRecord,
     peer_id=st.just(PEER),
@@ -41,12 +60,19 @@ records = st.builds(
     blocks=st.tuples(st.integers(0, 4000), st.integers(1, 96)).map(lambda pair: BlockRange(pair[0], sum(pair))),
     state=st.sampled_from(ServerState),
     decode_tps=st.floats(0, 1e9, width=32),
-    load=st.floats(0, 1, width=32),
-    kv_free_tokens=st.integers(0, (1 << 48) - 1),
+    batch_tps=st.floats(0, 1e9, width=32),
+    prefill_tps=st.floats(0, 1e9, width=32),
+    load=shares,
+    queue_s=times,
+    kv_free_tokens=st.integers(0, (1 << 32) - 1),
+    is_relayed=st.booleans(),
+    place=st.none() | st.builds(Place, position=st.tuples(axes, axes, axes), height_s=axes.map(abs), error=shares),
+    pings=st.lists(st.builds(Ping, tag=st.integers(0, (1 << 32) - 1), rtt_s=times), max_size=MAX_PINGS).map(tuple),
     quantization=names,
     dtype=names,
     public_name=names,
     version=names,
+    period_s=st.integers(1, 12000).map(lambda tenths: tenths / 10),
     expires_at=st.floats(0, 1e11),
     adapters=st.lists(
         st.builds(
@@ -70,14 +96,14 @@ def test_a_record_survives_the_wire(record: ServerRecord):
     """Every valid record is read back as it was written, and is small."""
     data = record.encode()
     assert decode(data) == record
-    assert len(data) <= 41 + 4 * 33 + 5 * MAX_NOTES <= MAX_RECORD_BYTES
+    assert len(data) <= 47 + 6 * MAX_PINGS + 4 * 33 + 5 * MAX_NOTES <= MAX_RECORD_BYTES
 
 
 def test_a_usual_record_is_compact():
-    """With its signature (64 bytes) a usual record has about 142 bytes, and with as many adapters as may be, 303."""
+    """With its signature (64 bytes) and eight pings a usual record stays below 200 bytes; adapters add 5 bytes each."""
     notes = tuple(AdapterNote.of(f"{number:064x}", 16, on_device=True) for number in range(MAX_NOTES))
-    assert len(RECORD.encode()) + 64 + 2 <= 143
-    assert len(replace(RECORD, adapters=notes).encode()) + 64 + 3 <= 304
+    assert len(RECORD.encode()) + 64 + 2 <= 200
+    assert len(replace(RECORD, adapters=notes).encode()) + 64 + 3 <= 360
 
 
 def test_adapters_are_recognised_and_their_number_is_bounded():
@@ -110,16 +136,21 @@ def test_damage_never_raises_anything_else(record: ServerRecord, data: st.DataOb
 @pytest.mark.parametrize(
     ("offset", "value", "reason"),
     [
-        (0, b"\x01", "format 1"),
+        (0, b"\x02", "format 2"),
         (1, b"\x09", "ServerState"),
         (2, struct.pack("!HH", 24, 24), "24:24"),
         (2, struct.pack("!HH", 0, 60000), "0:60000"),
-        (6, struct.pack("!f", -1.0), "decode_tps -1.0"),
-        (6, struct.pack("!f", float("nan")), "decode_tps nan"),
-        (6, struct.pack("!f", float("inf")), "decode_tps inf"),
-        (10, struct.pack("!f", 1.5), "load 1.5"),
-        (14, struct.pack("!Q", 1 << 60), "free tokens"),
-        (22, struct.pack("!d", float("nan")), "expires_at nan"),
+        (2, struct.pack("!HH", 30, 31), "30:31, the model has 0:30"),
+        (7, struct.pack("!f", -1.0), "decode_tps -1.0"),
+        (7, struct.pack("!f", float("nan")), "decode_tps nan"),
+        (7, struct.pack("!f", float("inf")), "decode_tps inf"),
+        (11, struct.pack("!f", -0.5), "batch_tps -0.5"),
+        (15, struct.pack("!f", float("nan")), "prefill_tps nan"),
+        (26, struct.pack("!H", 0), "period_s 0.0"),
+        (28, struct.pack("!d", float("nan")), "expires_at nan"),
+        (28, struct.pack("!d", float("-inf")), "expires_at -inf"),
+        (36, struct.pack("!h", 32000), "position"),
+        (45, b"\x09", "more than 8 pings"),
     ],
 )
 def test_a_field_out_of_range_is_refused(offset: int, value: bytes, reason: str):
@@ -127,7 +158,7 @@ def test_a_field_out_of_range_is_refused(offset: int, value: bytes, reason: str)
     data = bytearray(RECORD.encode())
     data[offset : offset + len(value)] = value
     with pytest.raises(PeerMisbehaved, match=reason):
-        decode(bytes(data))
+        ServerRecord.decode(bytes(data), peer_id=PEER, model=MODEL, num_blocks=30)
 
 
 def test_an_oversized_record_is_refused_before_it_is_read():
@@ -178,14 +209,36 @@ async def test_lookup_leaves_out_offline_expired_and_far_future_records():
         (ServerState.OFFLINE, now + 60),
         (ServerState.ONLINE, now - 1),
         (ServerState.ONLINE, now + 1e6),
+        (ServerState.ONLINE, now + 3 * RECORD.period_s + 11.0),
     ]:
         node = FakeNode(Identity.generate(), table)
         record = replace(RECORD, peer_id=node.peer_id, state=state, expires_at=expires_at)
         assert await Registry(node).announce(record, 60)  # type: ignore[arg-type]
-        if state is not ServerState.OFFLINE and now < expires_at < now + 1000:
+        if state is not ServerState.OFFLINE and now < expires_at <= now + 60:
             expected.add(record)
     assert set(await Registry(node).lookup(MODEL)) == expected  # type: ignore[arg-type]
     assert await Registry(node).lookup("cd" * 32) == []  # type: ignore[arg-type]
+
+
+async def test_lookup_leaves_out_ranges_beyond_the_model_and_records_of_others():
+    """A range that the model does not have is refused at the edge, as is a record under somebody else's shard."""
+    table: dict[str, dict[str, bytes]] = {}
+    node = FakeNode(Identity.generate(), table)
+    record = replace(RECORD, peer_id=node.peer_id, expires_at=time.time() + 60)
+    assert await Registry(node).announce(record, 60)  # type: ignore[arg-type]
+    stranger = Identity.generate().peer_id
+    table[shard_key(MODEL, (shard_of(stranger) + 1) % 16)] = {stranger: record.encode()}
+    assert await Registry(node).lookup(MODEL, num_blocks=24) == [record]  # type: ignore[arg-type]
+    assert await Registry(node).lookup(MODEL, num_blocks=23) == []  # type: ignore[arg-type]
+
+
+def test_a_record_that_was_not_renewed_is_late_long_before_it_expires():
+    """One period and three seconds after it was announced the server is in doubt; two periods later it is gone."""
+    record = replace(RECORD, period_s=20.0, expires_at=1060.0)
+    assert record.is_valid(1000.0) and not record.is_late(1022.0)
+    assert record.is_late(1024.0) and record.is_valid(1024.0)
+    assert not record.is_valid(1060.0)
+    assert not record.is_valid(900.0)  # our clocks differ by more than a record may be ahead
 
 
 async def test_announcing_for_another_peer_is_refused():

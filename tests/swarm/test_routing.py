@@ -1,72 +1,182 @@
-"""Routes cover each block once and cost what the exact optimum costs."""
+"""Routes cover each block once, cost what the exact optimum costs, and spread load by free capacity."""
 
-import math
+from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
-from swarm.routing import Offer, find_route, route_cost
+from swarm.route_map import UNKNOWN_RTT_S, Location
+from swarm.routing import NO_ROOM_S, Need, Offer, Router
 from swarm.types import BlockRange
+from tests.swarm.route_reference import optimum_s, random_offers
 
 COSTS = st.floats(1e-4, 1.0)
 
 
 @st.composite
 def swarms(draw):
-    """Some servers with random spans, speeds and distances over up to 12 blocks."""
+    """Some servers with random spans, speeds and places over up to 12 blocks, which may leave gaps."""
     num_blocks = draw(st.integers(1, 12))
     offers = []
     for index in range(draw(st.integers(1, 8))):
         start = draw(st.integers(0, num_blocks - 1))
         blocks = BlockRange(start, draw(st.integers(start + 1, num_blocks)))
-        offers.append(Offer(peer_id=f"p{index}", blocks=blocks, block_s=draw(COSTS), hop_s=draw(COSTS)))
+        place = Place(position=(draw(st.floats(0.0, 0.3)), 0.0, 0.0), height_s=draw(st.floats(1e-4, 0.1)))
+        offers.append(
+            Offer(
+                peer_id=f"p{index}",
+                blocks=blocks,
+                block_s=draw(COSTS),
+                visit_s=draw(COSTS),
+                free_tps=draw(st.floats(0.0, 1e6)),
+                location=Location(place=place, tag=index),
+            )
+        )
     return num_blocks, offers
 
 
-def optimum(num_blocks, offers):
-    """Exact cheapest cost by dynamic programming over (block, server that ran it)."""
-    best = {(-1, ""): 0.0}
-    for block in range(num_blocks):
-        step = {}
-        for (_, peer), cost in best.items():
-            for offer in offers:
-                if block in offer.blocks:
-                    total = cost + offer.block_s + (offer.hop_s if offer.peer_id != peer else 0.0)
-                    key = (block, offer.peer_id)
-                    step[key] = min(step.get(key, math.inf), total)
-        best = step
-    return min(best.values(), default=math.inf)
+def offer(peer_id, start=0, end=4, **fields):
+    """An offer like any other, but for what is given."""
+    return Offer(**{"peer_id": peer_id, "blocks": BlockRange(start, end), "block_s": 0.01, **fields})
 
 
-@given(swarms())
-def test_a_route_covers_each_block_once_at_the_optimal_cost(swarm):
+def assert_covers(route, offers, blocks):
+    by_peer = {it.peer_id: it for it in offers}
+    assert [block for hop in route.hops for block in hop.blocks] == list(blocks)
+    assert all(by_peer[hop.peer_id].blocks.covers(hop.blocks) for hop in route.hops)
+
+
+@given(swarms(), st.data())
+def test_a_route_covers_each_block_once_at_the_optimal_cost(swarm, data):
     """Whenever coverage exists the search finds a cheapest chain; otherwise it names what is missing."""
     num_blocks, offers = swarm
-    uncovered = [block for block in range(num_blocks) if not any(block in offer.blocks for offer in offers)]
+    start = data.draw(st.integers(0, num_blocks - 1))
+    blocks = BlockRange(start, data.draw(st.integers(start + 1, num_blocks)))
+    home = data.draw(st.none() | st.just(Place(height_s=0.01)))
+    router = Router(offers, home)
+    uncovered = [block for block in blocks if not any(block in it.blocks for it in offers)]
     if uncovered:
         with pytest.raises(RouteNotFound) as caught:
-            find_route(offers, BlockRange(0, num_blocks))
+            router.fastest(blocks)
         assert list(caught.value.missing) == uncovered
         return
-    route = find_route(offers, BlockRange(0, num_blocks))
-    by_peer = {offer.peer_id: offer for offer in offers}
-    assert [block for hop in route for block in hop.blocks] == list(range(num_blocks))
-    assert all(by_peer[hop.peer_id].blocks.covers(hop.blocks) for hop in route)
-    assert route_cost(route, by_peer) == pytest.approx(optimum(num_blocks, offers))
+    route = router.fastest(blocks)
+    assert_covers(route, offers, blocks)
+    assert route.cost_s == pytest.approx(optimum_s(offers, home, blocks))
+    assert router.cost_s(route.hops) == pytest.approx(route.cost_s)
+    assert_covers(router.spread(blocks, np.random.default_rng(0), num_tokens=1024), offers, blocks)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_routes_through_larger_swarms_cost_what_the_optimum_costs(seed):
+    """With more servers than the beam is wide, and measured ways that differ from predictions: within a percent."""
+    generator = np.random.default_rng(seed)
+    offers, home = random_offers(generator, 150, 32, mean_length=6)
+    route = Router(offers, home).fastest(BlockRange(0, 32))
+    assert_covers(route, offers, range(32))
+    assert route.cost_s <= 1.01 * optimum_s(offers, home, BlockRange(0, 32))
+
+
+def test_shortlists_keep_the_best_of_every_region():
+    """1,500 servers of the same blocks: only some may be entered midway, and a near client still gets near ones."""
+    generator = np.random.default_rng(1)
+    offers, home = random_offers(generator, 1500, 16, mean_length=10)
+    router = Router(offers, home)
+    assert max(map(len, router._spans.covering)) > max(map(len, router._entries))
+    assert router.fastest(BlockRange(0, 16)).cost_s <= 1.01 * optimum_s(offers, home, BlockRange(0, 16))
 
 
 def test_missing_blocks_are_named_as_ranges():
-    """The message says which blocks nobody serves."""
-    offers = [Offer(peer_id="a", blocks=BlockRange(2, 4), block_s=0.1, hop_s=0.1)]
+    """The message says which blocks nobody serves, those behind the last server's too."""
     with pytest.raises(RouteNotFound, match=r"0:2, 4:8"):
-        find_route(offers, BlockRange(0, 8))
+        Router([offer("a", 2, 4)]).fastest(BlockRange(0, 8))
+    with pytest.raises(RouteNotFound, match=r"0:8"):
+        Router([]).fastest(BlockRange(0, 8))
 
 
 def test_a_penalised_server_is_used_only_when_it_is_the_only_one():
     """Penalties are costs, not bans."""
-    slow = Offer(peer_id="slow", blocks=BlockRange(0, 4), block_s=0.1, hop_s=100.0)
-    good = Offer(peer_id="good", blocks=BlockRange(0, 4), block_s=0.1, hop_s=0.1)
-    assert find_route([slow, good], BlockRange(0, 4))[0].peer_id == "good"
-    assert find_route([slow], BlockRange(0, 4))[0].peer_id == "slow"
+    pair, alone = Router([offer("failed"), offer("good", block_s=0.05)]), Router([offer("failed")])
+    assert pair.fastest(BlockRange(0, 4)).hops[0].peer_id == "failed"
+    assert pair.fastest(BlockRange(0, 4), penalties={"failed": 10.0}).hops[0].peer_id == "good"
+    assert alone.fastest(BlockRange(0, 4), penalties={"failed": 10.0, "unknown": 1.0}).hops[0].peer_id == "failed"
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        ({"kv_free_tokens": 99}, {"kv_free_tokens": 100}),
+        ({"kv_free_tokens": 99}, {"kv_free_tokens": None}),
+        ({"is_relayed": True}, {}),
+        ({"visit_s": 0.2}, {}),
+        ({"location": Location(client_rtt_s=0.2)}, {}),
+        ({"location": Location(client_rtt_s=UNKNOWN_RTT_S)}, {"location": Location(client_rtt_s=0.02)}),
+    ],
+)
+def test_soft_costs_decide_between_equal_servers(worse, better):
+    """No room, a relay, a queue, a long way: each makes the other one the choice."""
+    for offers in (
+        [offer("worse", **worse), offer("better", **better)],
+        [offer("better", **better), offer("worse", **worse)],
+    ):
+        route = Router(offers).fastest(BlockRange(0, 4), need=Need(kv_tokens=100))
+        assert [hop.peer_id for hop in route.hops] == ["better"]
+
+
+def test_a_full_server_is_used_where_it_is_the_only_one():
+    """It costs what waiting for room costs."""
+    router = Router([offer("full", kv_free_tokens=0)])
+    difference_s = (
+        router.fastest(BlockRange(0, 4), need=Need(kv_tokens=1)).cost_s - router.fastest(BlockRange(0, 4)).cost_s
+    )
+    assert difference_s == pytest.approx(NO_ROOM_S)
+
+
+def test_the_replacement_for_a_server_in_mid_chain_is_near_its_neighbours():
+    """A gap is filled as seen from the servers around it, not from the client."""
+    here, there = Place(position=(0.0, 0.0, 0.0)), Place(position=(0.2, 0.0, 0.0))
+    offers = [
+        offer("first", 0, 4, location=Location(place=there)),
+        offer("near client", 4, 8, location=Location(place=here)),
+        offer("near them", 4, 8, location=Location(place=there)),
+        offer("last", 8, 12, location=Location(place=there)),
+    ]
+    router = Router(offers, here)
+    assert router.fastest(BlockRange(4, 8)).hops[0].peer_id == "near client"
+    assert router.fastest(BlockRange(4, 8), after="first", before="last").hops[0].peer_id == "near them"
+
+
+def test_measured_ways_count_more_than_predicted_ones_in_both_directions():
+    """A ping that either server has announced replaces what their places predict."""
+    far = [Place(position=(x, 0.0, 0.0)) for x in (0.0, 0.1, 0.1)]
+    offers = [
+        offer("first", 0, 4, location=Location(place=far[0], tag=0, client_rtt_s=0.01)),
+        offer("predicted", 4, 8, location=Location(place=far[1], tag=1, client_rtt_s=0.01)),
+        offer("measured", 4, 8, location=Location(place=far[2], tag=2, pings=[(0, 0.02)], client_rtt_s=0.01)),
+    ]
+    route = Router(offers).fastest(BlockRange(0, 8))
+    assert [hop.peer_id for hop in route.hops] == ["first", "measured"]
+    assert route.cost_s == pytest.approx(0.01 + 0.01 + 2 * 0.001 + 8 * 0.01)
+
+
+def test_batches_are_spread_in_proportion_to_free_capacity():
+    """Of 3,000 routes over three equal spans, each server gets its share; a full one gets next to nothing."""
+    capacity = {"a": 100.0, "b": 300.0, "c": 600.0, "full": 0.0}
+    router = Router([offer(peer_id, free_tps=free) for peer_id, free in capacity.items()])
+    generator = np.random.default_rng(0)
+    counts = Counter(router.spread(BlockRange(0, 4), generator, num_tokens=1024).hops[0].peer_id for _ in range(3000))
+    for peer_id, free in capacity.items():
+        assert counts[peer_id] / 3000 == pytest.approx(free / 1000.0, abs=0.03)
+
+
+def test_batches_avoid_penalised_servers_and_use_full_ones_where_they_are_the_only_ones():
+    """The same soft rules as for decoding."""
+    generator = np.random.default_rng(0)
+    router = Router([offer("failed", free_tps=1e6), offer("good", free_tps=1e5)])
+    routes = [router.spread(BlockRange(0, 4), generator, num_tokens=64, penalties={"failed": 10.0}) for _ in range(20)]
+    assert {route.hops[0].peer_id for route in routes} == {"good"}
+    assert Router([offer("full")]).spread(BlockRange(0, 4), generator, num_tokens=64).hops[0].peer_id == "full"

@@ -152,3 +152,17 @@ def test_an_index_that_names_missing_files_is_refused(hub: FakeHub, find: Callab
     (hub.repos["org/tiny"] / SECOND).unlink()
     with pytest.raises(CheckpointMismatch, match=rf"org/tiny has no {SECOND}"):
         find()
+
+
+def test_offline_nothing_is_asked(hub: FakeHub, find: Callable[..., Checkpoint]) -> None:
+    """A model that was never used is not there, and the error says how to get it; one that was is taken as it was."""
+    with pytest.raises(UnknownModel, match="hf download org/tiny --local-dir DIR"):
+        find(is_offline=True)
+    assert hub.fetched == []
+    digest = find().digest
+    fetched = list(hub.fetched)
+    again = find(is_offline=True)
+    assert again.digest == digest and hub.fetched == fetched
+    with pytest.raises(UnknownModel, match=f"can't download {SECOND}"):
+        again.ensure([SECOND])
+    assert hub.fetched == fetched

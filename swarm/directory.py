@@ -1,0 +1,99 @@
+"""The servers of one model as one peer knows them: records read shard by shard, so that it stays cheap at any size.
+
+    refresh ─due shards─► Registry.lookup_shards ─► records
+
+A small swarm is read whole each time. In a large one each refresh reads as many shards as a budget of bytes allows, the
+oldest first; records that have expired meanwhile are not used, so that what is left is a fresh sample of the swarm.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+from swarm.registry import NUM_SHARDS, Registry, ServerRecord
+from swarm.types import ServerState
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES_PER_S = 64 << 10
+"""What a peer reads of the DHT's records in the long run."""
+COPY_BYTES = 260
+"""One record in an answer, with its signature and its subkey."""
+NUM_COPIES = 5
+"""Nodes that answer a search, each with all records of the shard that it keeps."""
+
+
+class Directory:
+    """The records of one model.
+
+    Args:
+        registry: where they are looked up.
+        model: content digest of the checkpoint.
+        num_blocks: of the model.
+    """
+
+    def __init__(self, registry: Registry, *, model: str, num_blocks: int):
+        self.version = 0
+        """Grows with everything that was read."""
+        self._registry, self._model, self._num_blocks = registry, model, num_blocks
+        self._shards: list[list[ServerRecord]] = [[] for _ in range(NUM_SHARDS)]
+        self._read_at = [-math.inf] * NUM_SHARDS
+        self._refreshed_at = -math.inf
+        self._reading = asyncio.Lock()
+
+    @property
+    def refreshed_at(self) -> float:
+        """When something was read last, by the monotonic clock."""
+        return self._refreshed_at
+
+    @property
+    def records(self) -> list[ServerRecord]:
+        """All servers known that have not expired."""
+        now = time.time()
+        return [record for shard in self._shards for record in shard if record.is_valid(now)]
+
+    @property
+    def online(self) -> list[ServerRecord]:
+        """Those that take sessions."""
+        return [record for record in self.records if record.state is ServerState.ONLINE]
+
+    async def refresh(self, *, max_age_s: float, everything: bool = False) -> None:
+        """Read the shards that are due, unless something was read within `max_age_s`.
+
+        Args:
+            max_age_s: how old what is known may be, in a small swarm.
+            everything: read all shards, whatever that costs.
+
+        Raises:
+            PeerTimeout: when the search does not end in time.
+        """
+        async with self._reading:
+            now = time.monotonic()
+            if now - self._refreshed_at < max_age_s:
+                return
+            num_records = sum(map(len, self._shards))
+            shards = list(range(NUM_SHARDS)) if everything else shards_due(self._read_at, now, max_age_s, num_records)
+            found = await self._registry.lookup_shards(self._model, shards, num_blocks=self._num_blocks)
+            for shard, records in zip(shards, found, strict=True):
+                self._shards[shard], self._read_at[shard] = records, now
+            self._refreshed_at = time.monotonic()
+            self.version += 1
+
+
+def shards_due(read_at: Sequence[float], now: float, max_age_s: float, num_records: int) -> list[int]:
+    """Which shards to read now, oldest first: all that the budget of bytes allows since the last time. Pure.
+
+    Args:
+        read_at: when each shard was read.
+        now: the time.
+        max_age_s: how old a shard may be at least.
+        num_records: how many records there are, about.
+    """
+    round_s = max(max_age_s, num_records * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)
+    since_s = max(now - max(read_at), max_age_s)
+    count = len(read_at) if since_s >= round_s else math.ceil(len(read_at) * since_s / round_s)
+    unread = sum(at == -math.inf for at in read_at)
+    oldest_first = sorted(range(len(read_at)), key=lambda shard: read_at[shard])
+    return sorted(oldest_first[: max(count, unread)])

@@ -1,0 +1,134 @@
+"""Round trips to other servers: measured now and then, smoothed, forgotten when they are old.
+
+    records of some servers ─► Pinger ─InfoRequest─► servers        ─► who did not answer
+                                 └─ RoundTrips: smoothed round trips ─► `pings` of our own record, routes
+                                 └─ place: where we are             ─► `place` of our own record, routes
+
+How many are measured is the caller's choice; it does not grow with the swarm (`neighbours`).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import numpy as np
+
+from swarm.coordinates import Place, moved, round_trip_s
+from swarm.errors import PeerError, SwarmError
+from swarm.protocol import INFO_SERVICE, InfoRequest
+from swarm.registry import MAX_TIME_S, ServerRecord
+from swarm.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.3
+"""Weight of the newest measurement."""
+STALE_S = 300.0
+"""A round trip is forgotten when it was not measured again for so long."""
+PING_TIMEOUT_S = 3.0
+NUM_NEAR = 5
+"""Likely successors that a server measures each time: the nearest ones ..."""
+NUM_RANDOM = 3
+"""... and others at random, so that places settle and new neighbours are found."""
+
+
+class RoundTrips:
+    """What was measured, by peer. Pure."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, float]] = {}
+
+    def measured(self, peer_id: str, rtt_s: float, now: float) -> None:
+        """A round trip took so long."""
+        known = self.get(peer_id, now)
+        self._known[peer_id] = (rtt_s if known is None else (1 - SMOOTHING) * known + SMOOTHING * rtt_s), now
+
+    def get(self, peer_id: str, now: float) -> float | None:
+        """The smoothed round trip in seconds; None where there is none, or it is too old."""
+        rtt_s, at = self._known.get(peer_id, (0.0, float("-inf")))
+        return rtt_s if now - at <= STALE_S else None
+
+    def forget(self, peer_id: str) -> None:
+        """The peer does not answer."""
+        self._known.pop(peer_id, None)
+
+    def keep_only(self, peer_ids: Collection[str]) -> None:
+        """Forget all others, which have left the swarm."""
+        self._known = {peer_id: known for peer_id, known in self._known.items() if peer_id in peer_ids}
+
+
+class Pinger:
+    """Measures round trips to servers, and finds our own place by them.
+
+    Args:
+        transport: how to reach servers.
+        generator: for directions in which nothing is known.
+        now: a monotonic clock in seconds.
+    """
+
+    def __init__(
+        self, transport: Transport, generator: np.random.Generator, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.place = Place()
+        self.round_trips = RoundTrips()
+        self._transport, self._generator, self._now = transport, generator, now
+
+    def rtt_s(self, peer_id: str) -> float | None:
+        """The smoothed round trip to a server, if it was measured lately."""
+        return self.round_trips.get(peer_id, self._now())
+
+    async def ping(self, records: Iterable[ServerRecord]) -> set[str]:
+        """Measure the round trips to some servers at once; the ids of those that did not answer."""
+        records = list(records)
+        answers = await asyncio.gather(*(self._ping(record) for record in records))
+        return {record.peer_id for record, answer in zip(records, answers, strict=True) if not answer}
+
+    async def _ping(self, record: ServerRecord) -> bool:
+        try:
+            rtt_s = await self._measure(record.peer_id)
+        except PeerError as error:
+            logger.debug("no ping of %s: %s", record.peer_id, error)
+            self.round_trips.forget(record.peer_id)
+            return False
+        except SwarmError as error:  # it answers, if only to refuse
+            logger.debug("no round trip to %s: %s", record.peer_id, error)
+            return True
+        self.round_trips.measured(record.peer_id, min(rtt_s, MAX_TIME_S), self._now())
+        if record.place is not None:
+            self.place = moved(self.place, record.place, rtt_s, self._generator.normal(size=3))
+        return True
+
+    async def _measure(self, peer_id: str) -> float:
+        """Seconds of one question and answer, not counting the making of a connection."""
+        is_connected = self._transport.rtt_s(peer_id) is not None
+        seconds = []
+        for _ in range(1 if is_connected else 2):
+            started = self._now()
+            await self._transport.call(peer_id, INFO_SERVICE, InfoRequest(), timeout_s=PING_TIMEOUT_S)
+            seconds.append(self._now() - started)
+        return min(seconds)
+
+
+def neighbours(
+    own: ServerRecord, records: Sequence[ServerRecord], place: Place, generator: np.random.Generator
+) -> list[ServerRecord]:
+    """Whom a server measures: the nearest ones that could follow it in a chain, and some others at random. Pure.
+
+    Args:
+        own: what the server announces.
+        records: of all servers.
+        place: where the server is.
+        generator: for the others.
+    """
+    others = [record for record in records if record.peer_id != own.peer_id]
+    following = [record for record in others if record.blocks.start <= own.blocks.end < record.blocks.end]
+    near = sorted(following, key=lambda record: _distance_s(record, place))[:NUM_NEAR]
+    chosen = {record.peer_id for record in near}
+    rest = [record for record in others if record.peer_id not in chosen]
+    count = min(NUM_NEAR + NUM_RANDOM - len(near), len(rest))
+    return near + [rest[index] for index in generator.choice(len(rest), count, replace=False)]
+
+
+def _distance_s(record: ServerRecord, place: Place) -> float:
+    return float("inf") if record.place is None else round_trip_s(record.place, place)

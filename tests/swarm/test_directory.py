@@ -1,0 +1,109 @@
+"""Records are read shard by shard, whole in a small swarm, within a budget of bytes in a large one."""
+
+import math
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm import directory as directory_module
+from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory, shards_due
+from swarm.errors import PeerTimeout
+from swarm.registry import NUM_SHARDS, ServerRecord
+from swarm.types import BlockRange, ServerState
+
+
+def record(peer_id: str, **fields) -> ServerRecord:
+    """A record that is valid for a minute."""
+    usual = {
+        "peer_id": peer_id,
+        "model": "0" * 64,
+        "blocks": BlockRange(0, 2),
+        "state": ServerState.ONLINE,
+        "decode_tps": 100.0,
+        "load": 0.0,
+        "kv_free_tokens": 0,
+        "quantization": "none",
+        "dtype": "float32",
+        "public_name": "",
+        "version": "0",
+        "expires_at": time.time() + 60.0,
+    }
+    return ServerRecord(**{**usual, **fields})
+
+
+class FakeRegistry:
+    """Shards as a dictionary; notes which were read."""
+
+    def __init__(self, shards):
+        self.shards, self.reads, self.error = shards, [], None
+
+    async def lookup_shards(self, model, shards, *, num_blocks):
+        if self.error is not None:
+            raise self.error
+        self.reads.append(list(shards))
+        return [self.shards.get(shard, []) for shard in shards]
+
+
+def test_a_small_swarm_is_read_whole_each_time():
+    """All shards are due as soon as they may be read at all."""
+    assert shards_due([-math.inf] * 16, 100.0, 15.0, 0) == list(range(16))
+    assert shards_due([85.0] * 16, 100.0, 15.0, 100) == list(range(16))
+    assert shards_due([100.0] * 16, 100.0, 0.0, 0) == list(range(16))
+
+
+@given(st.integers(0, 30_000), st.floats(1.0, 60.0))
+def test_reading_keeps_within_its_budget_and_comes_round_to_every_shard(num_records, max_age_s):
+    """Over an hour no more bytes are read than the budget allows, but for one shard a time; none is forgotten."""
+    read_at, now, num_bytes = [0.0] * NUM_SHARDS, 0.0, 0.0
+    round_s = max(max_age_s, num_records * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)
+    num_reads = 0
+    while now < 3600.0:
+        now += max_age_s
+        due = shards_due(read_at, now, max_age_s, num_records)
+        rest = [at for shard, at in enumerate(read_at) if shard not in due]
+        assert not rest or max(read_at[shard] for shard in due) <= min(rest)
+        for shard in due:
+            read_at[shard] = now
+            num_bytes += num_records / NUM_SHARDS * COPY_BYTES * NUM_COPIES
+        num_reads += 1
+    shard_bytes = num_records / NUM_SHARDS * COPY_BYTES * NUM_COPIES
+    assert num_bytes <= READ_BYTES_PER_S * now + num_reads * shard_bytes
+    assert now - min(read_at) <= 2 * round_s + max_age_s
+
+
+async def test_what_has_expired_is_not_used():
+    """A record that was valid when it was read is left out once it is not."""
+    registry = FakeRegistry({0: [record("lives"), record("ends", expires_at=time.time() + 0.05)]})
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=10.0)
+    while time.time() < registry.shards[0][1].expires_at:
+        pass
+    assert [it.peer_id for it in directory.records] == ["lives"]
+
+
+async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
+    """Unless everything is asked for, and then only what is older than that."""
+    now = 1000.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
+    registry = FakeRegistry({3: [record("a"), record("joins", state=ServerState.JOINING)]})
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    for _ in range(3):
+        await directory.refresh(max_age_s=10.0)
+    assert len(registry.reads) == 1 and directory.version == 1
+    assert [it.peer_id for it in directory.online] == ["a"] and len(directory.records) == 2
+    now += 10.0
+    await directory.refresh(max_age_s=10.0)
+    assert len(registry.reads) == 2
+
+
+async def test_a_failed_search_leaves_what_is_known(monkeypatch):
+    """The next one is not held up by it."""
+    registry = FakeRegistry({0: [record("a")]})
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=0.0)
+    registry.error = PeerTimeout("no answer")
+    with pytest.raises(PeerTimeout):
+        await directory.refresh(max_age_s=0.0)
+    assert [it.peer_id for it in directory.records] == ["a"]

@@ -1,0 +1,81 @@
+"""Round trips are smoothed and forgotten, places follow from them, and neighbours are few and near."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm.coordinates import Place
+from swarm.errors import InvalidRequest, PeerTimeout
+from swarm.pings import NUM_NEAR, NUM_RANDOM, STALE_S, Pinger, RoundTrips, neighbours
+from swarm.types import BlockRange
+from tests.swarm.test_directory import record
+
+
+class FakeTransport:
+    """Peers at fixed round trips; time passes only while they are asked."""
+
+    def __init__(self, rtts):
+        self.rtts, self.now, self.errors, self.connected = rtts, 0.0, {}, set()
+
+    def rtt_s(self, peer_id):
+        return self.rtts[peer_id] if peer_id in self.connected else None
+
+    async def call(self, peer_id, service, message, *, timeout_s):
+        if peer_id in self.errors:
+            raise self.errors[peer_id]
+        self.now += self.rtts[peer_id] * (1 if peer_id in self.connected else 4)  # a new connection takes longer
+        self.connected.add(peer_id)
+
+
+def pinger(transport) -> Pinger:
+    return Pinger(transport, np.random.default_rng(0), now=lambda: transport.now)
+
+
+async def test_a_ping_does_not_count_the_making_of_the_connection():
+    """A peer that was not connected is asked twice, and the second answer counts."""
+    transport = FakeTransport({"a": 0.05})
+    measuring = pinger(transport)
+    assert await measuring.ping([record("a", place=Place(error=0.1))]) == set()
+    assert measuring.rtt_s("a") == pytest.approx(0.05)
+    assert measuring.place.error < 1.0
+
+
+async def test_those_that_do_not_answer_are_named_and_forgotten():
+    """One that refuses has answered; it is alive."""
+    transport = FakeTransport({"dead": 0.05, "lives": 0.02, "refuses": 0.01})
+    measuring = pinger(transport)
+    records = [record(peer_id) for peer_id in transport.rtts]
+    await measuring.ping(records)
+    transport.errors = {"dead": PeerTimeout("silent", peer_id="dead"), "refuses": InvalidRequest("no")}
+    assert await measuring.ping(records) == {"dead"}
+    assert measuring.rtt_s("dead") is None and measuring.rtt_s("lives") == pytest.approx(0.02)
+
+
+def test_round_trips_are_smoothed_and_grow_stale():
+    """A spike counts a little; what was not measured for minutes does not count at all."""
+    known = RoundTrips()
+    known.measured("a", 0.1, 0.0)
+    known.measured("a", 1.1, 10.0)
+    assert known.get("a", 10.0) == pytest.approx(0.4)
+    assert known.get("a", 10.0 + STALE_S) is not None and known.get("a", 11.0 + STALE_S) is None
+    known.keep_only({"b"})
+    assert known.get("a", 10.0) is None
+
+
+@given(st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_a_server_measures_few_others_however_many_there_are(num_servers, seed):
+    """At most eight, none twice, never itself, the nearest likely successors among them."""
+    generator = np.random.default_rng(seed)
+    own = record("own", blocks=BlockRange(0, 4))
+    records = [own]
+    for index in range(num_servers):
+        start = int(generator.integers(0, 12))
+        place = Place(position=(float(generator.uniform(0, 0.2)), 0.0, 0.0))
+        records.append(record(f"p{index}", blocks=BlockRange(start, start + 4), place=place))
+    chosen = neighbours(own, records, Place(), generator)
+    ids = [it.peer_id for it in chosen]
+    assert len(ids) == len(set(ids)) == min(NUM_NEAR + NUM_RANDOM, num_servers) and "own" not in ids
+    following = [it for it in records[1:] if 4 in it.blocks]
+    near = sorted(following, key=lambda it: it.place.position[0])[:NUM_NEAR]
+    assert {it.peer_id for it in near} <= set(ids)
