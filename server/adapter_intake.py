@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from swarm.adapters.format import BlockShape, HashMismatch, Manifest, ShardInfo, decode_shard
+from swarm.adapters.format import HashMismatch, Manifest, ShardInfo, decode_shard
+from swarm.adapters.layout import BlockShape
 from swarm.adapters.transfer import Assembly
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.protocol import AdapterPart, AdapterRequest

@@ -320,7 +320,7 @@ class ServedTraining:
             return
         out, body = encode_tensor(result.input_gradients.to(torch_dtype(spec.dtype)))
         flat = [tensor.float().flatten() for block in sorted(result.deltas) for tensor in result.deltas[block]]
-        numbers = torch.cat(flat) if flat else torch.empty(0)
+        numbers = torch.cat(flat) if flat else torch.empty(0, dtype=torch.float32)
         message = TrainGradients(micro_batch=result.number, gradients=out, num_parameters=numbers.numel())
         self._post(message, bytes(body) + numbers.numpy().tobytes())
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from swarm.adapters.delta import BlockDelta, LinearDelta
-from swarm.adapters.format import BlockShape, LinearShape, Manifest, encode_shard, shard_info
+from swarm.adapters.format import Manifest, encode_shard, shard_info
+from swarm.adapters.layout import BlockShape, LinearShape
 
 HIDDEN = 4
 

@@ -6,13 +6,24 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there: a forgotten download fails at once
 
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("swarm", deadline=None)  # a busy machine is no failure
 settings.load_profile("swarm")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_stays_what_it_was() -> Iterator[None]:
+    """A test that leaves another handler of SIGINT fails itself, and not a later one that wants to be interrupted."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert after == before
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

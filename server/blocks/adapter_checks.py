@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from swarm.adapters.delta import LINEAR_TENSORS, BlockDelta, LinearDelta
-from swarm.adapters.format import BlockShape, LinearShape
+from swarm.adapters.layout import BlockShape, LinearShape
 from swarm.errors import InvalidRequest
 from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.sites import Site

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from swarm.adapters.delta import BlockDelta
-from swarm.adapters.format import BlockShape
+from swarm.adapters.layout import BlockShape
 from swarm.errors import InvalidRequest
 from swarm.server.blocks.adapter_checks import AdaptableBlock, block_of, check_deltas
 from swarm.server.blocks.adapter_vectors import put_vectors, vector_bytes

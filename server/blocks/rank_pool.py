@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from swarm.adapters.delta import LinearDelta
-from swarm.adapters.format import LinearShape
+from swarm.adapters.layout import LinearShape
 from swarm.kernels.lora import AdapterRanks, LoraTarget
 from swarm.server.blocks.rank_pages import (
     Item,

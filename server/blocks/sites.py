@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swarm.adapters.format import LinearShape
+from swarm.adapters.layout import LinearShape
 from swarm.checkpoint.layout import is_expert
 from swarm.kernels.lora import LoraBatch, LoraTarget, add_lora
 from swarm.server.blocks.fusion import GroupMember, LinearGroup

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from swarm.adapters.delta import BlockDelta
-from swarm.adapters.format import BlockShape
+from swarm.adapters.layout import BlockShape
 from swarm.checkpoint.partial import build_rotary, iter_blocks
 from swarm.errors import ConfigError, InvalidRequest
 from swarm.server.blocks.adapter_checks import AdaptableBlock

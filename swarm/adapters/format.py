@@ -12,7 +12,6 @@ no stores and no network.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from swarm.adapters.delta import LINEAR_TENSORS, MAX_PREFIX, MAX_RANK, BlockDelta, LinearDelta
+from swarm.adapters.layout import BlockShape
 from swarm.errors import InvalidRequest
 from swarm.protocol import Block, Digest, Text
 from swarm.types import MAX_BLOCKS
@@ -106,24 +106,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbi
         if blocks != sorted(set(blocks)) or (blocks and blocks[-1] >= manifest.num_blocks):
             raise InvalidRequest(f"the adapter's shards are not of ascending blocks below {manifest.num_blocks}")
         return manifest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearShape:
-    """One linear that adapters may change."""
-
-    num_inputs: int
-    num_outputs: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockShape:
-    """What a block has that adapters may change."""
-
-    hidden_size: int
-    linears: Mapping[str, LinearShape]
-    kv_shape: tuple[int, int, int] | None
-    """(heads, key width, value width); None for a block without attention."""
 
 
 def encode_shard(delta: BlockDelta) -> bytes:

@@ -5,12 +5,29 @@
 Values on their own; it does not know where they come from.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from swarm.adapters.format import BlockShape
 
 _WRAPPERS = frozenset({"language_model", "text_model"})
 """Parts of a path that come and go with the class that a model was loaded as."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape:
+    """One linear that adapters may change."""
+
+    num_inputs: int
+    num_outputs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """What a block has that adapters may change."""
+
+    hidden_size: int
+    linears: Mapping[str, LinearShape]
+    kv_shape: tuple[int, int, int] | None
+    """(heads, key width, value width); None for a block without attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

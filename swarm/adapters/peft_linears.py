@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from swarm.adapters.format import LinearShape
-from swarm.adapters.layout import ModelLayout
+from swarm.adapters.layout import LinearShape, ModelLayout
 from swarm.adapters.peft_files import PeftFiles, module_name
 from swarm.errors import AdapterError
 

@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from swarm.adapters.format import BlockShape, LinearShape
-from swarm.adapters.layout import ModelLayout
+from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
 from swarm.checkpoint.partial import build_model, find_blocks
 
 
@@ -25,7 +24,7 @@ def model_layout(config: PretrainedConfig) -> ModelLayout:
     Raises:
         UnsupportedModel: transformers has no such causal model, or it has no list of blocks.
     """
-    path, blocks = find_blocks(build_model(config, dtype=torch.bfloat16))
+    path, blocks = find_blocks(build_model(config, dtype=torch.float32))
     text = config.get_text_config(decoder=True)
     return ModelLayout(
         blocks_path=path,

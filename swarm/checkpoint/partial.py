@@ -22,6 +22,7 @@ random numbers, so anything missing is refused before.
 import copy
 import logging
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class TensorSource(Protocol):
     def ensure(self, shards: Iterable[str], /) -> dict[str, Path]: ...
 
 
+_BUILDING = threading.Lock()
+"""transformers sets torch's default dtype while it builds, for all threads; two at once would leave a wrong one."""
+
+
 def build_model(
     config: PretrainedConfig,
     *,
@@ -92,7 +97,7 @@ def build_model(
         raise UnsupportedModel(f"{config.model_type} checkpoint is already quantised ({method}); use the original one")
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        with torch.device("meta"):
+        with _BUILDING, torch.device("meta"):
             model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     except ValueError as error:
         raise UnsupportedModel(f"transformers can't build {config.model_type!r}: {_first_line(error)}") from error
@@ -210,7 +215,7 @@ def build_rotary(config: PretrainedConfig, *, device: torch.device | str = "cpu"
 
 def shards_for(checkpoint: TensorSource, blocks: BlockRange | None) -> tuple[str, ...]:
     """Shard files that hold the tensors of `blocks`, or of everything else where `blocks` is None, sorted."""
-    model = build_model(checkpoint.config(), dtype=torch.bfloat16)
+    model = build_model(checkpoint.config(), dtype=torch.float32)
     plan = _plan(model, checkpoint.weight_map)
     if blocks is None:
         _drop_towers(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from swarm.adapters.format import LinearShape
+from swarm.adapters.layout import LinearShape
 from swarm.server.blocks.fusion import GroupMember, LinearGroup
 from swarm.server.blocks.sites import Current, RowAdapters, adaptable_linears, find_sites
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from swarm.adapters.combine import combine
 from swarm.adapters.delta import BlockDelta, LinearDelta
-from swarm.adapters.format import BlockShape, LinearShape, decode_shard
-from swarm.adapters.layout import ModelLayout
+from swarm.adapters.format import decode_shard
+from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
 from swarm.adapters.peft import Contents, LoadedAdapter, pack
 from swarm.errors import InvalidRequest
 

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from swarm.adapters.delta import MAX_RANK, BlockDelta, LinearDelta
 from swarm.adapters.format import (
     MAX_MANIFEST_BYTES,
-    BlockShape,
-    LinearShape,
     Manifest,
     ShardInfo,
     decode_shard,
     encode_shard,
     shard_info,
 )
+from swarm.adapters.layout import BlockShape, LinearShape
 from swarm.errors import InvalidRequest
 
 SHAPE = BlockShape(

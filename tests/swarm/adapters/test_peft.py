@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swarm.adapters.format import BlockShape, LinearShape, decode_shard
-from swarm.adapters.layout import ModelLayout
+from swarm.adapters.format import decode_shard
+from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
 from swarm.adapters.peft import read_adapter
 from swarm.adapters.peft_files import CONFIG_FILE, PICKLE_FILE, TENSORS_FILE
 from swarm.errors import AdapterError

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,13 @@ def test_unsupported_configs_are_refused() -> None:
     quantised = AutoConfig.for_model("llama", **LLAMA, quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(UnsupportedModel, match="mxfp4"):
         build_model(quantised, dtype=torch.float32)
+
+
+def test_models_built_at_the_same_time_leave_torchs_default_dtype_alone():
+    """transformers changes it for all threads while it builds; it must be what it was when the last one is done."""
+    config = AutoConfig.for_model("llama", **LLAMA)
+    before = torch.get_default_dtype()
+    with ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(lambda dtype: build_model(config, dtype=dtype), [torch.bfloat16, torch.float16] * 16))
+    assert {model.dtype for model in models} == {torch.bfloat16, torch.float16}
+    assert torch.get_default_dtype() == before
