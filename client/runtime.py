@@ -65,7 +65,7 @@ class LoopThread:
             try:
                 await coroutine
             except SwarmError as error:
-                logger.info("%s: %s", coroutine.__qualname__, error)
+                logger.info("%s: %s", coroutine, error)
 
         asyncio.run_coroutine_threadsafe(supervised(), self._loop)
 

@@ -96,7 +96,7 @@ class Pinger:
             return True
         self.round_trips.measured(record.peer_id, min(rtt_s, MAX_TIME_S), self._now())
         if record.place is not None:
-            self.place = moved(self.place, record.place, rtt_s, self._generator.normal(size=3))
+            self.place = moved(self.place, record.place, rtt_s, list(self._generator.normal(size=3)))
         return True
 
     async def _measure(self, peer_id: str) -> float:
