@@ -67,7 +67,7 @@ class OfferDesk:
         node: for its addresses.
         listener: what is offered; None offers nothing.
         announce_hosts: addresses to offer; None for those of listener or node.
-        has_room: whether one more connection would be taken.
+        has_room: whether one more connection would be taken, perhaps in the place of another.
         version: protocol version that we speak.
         timeout_s: how long a peer may take.
         rate: how often one peer may ask.

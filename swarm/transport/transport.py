@@ -335,19 +335,25 @@ class Transport:
         return connection
 
     def _has_room(self) -> bool:
-        return not self._is_closed and len(self._connections) < self.limits.max_connections
+        """Whether one more connection would be taken, perhaps in the place of another."""
+        return self._place() is not None
 
     def _make_room(self, peer_id: str = "") -> bool:
         """Whether one more connection can be taken, now that who needs its place least has left, if that was needed."""
+        leaving = self._place(peer_id)
+        for connection in leaving or ():
+            connection.close(PeerBusy("no room for more connections", retry_after_s=5.0))
+        return leaving is not None
+
+    def _place(self, peer_id: str = "") -> tuple[Connection, ...] | None:
+        """Whose place one more connection would take, nobody's where there is room; None when it must stay out."""
         if self._is_closed:
-            return False
+            return None
         try:
             leaving = make_place(self._connections, peer_id, self.limits, time.monotonic())
         except PeerBusy:
-            return False
-        if leaving is not None:
-            leaving.close(PeerBusy("no room for more connections", retry_after_s=5.0))
-        return True
+            return None
+        return () if leaving is None else (leaving,)
 
     def _expel(self, peer_id: str, error: AccessDenied) -> None:
         """A peer is a member of this private swarm no more."""
