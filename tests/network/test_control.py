@@ -111,5 +111,5 @@ async def test_a_dht_request_is_no_larger_than_its_kind_needs():
         small = find(keys=[bytes(20)] * 16, peer=node_id).SerializeToString()
         assert await client._underlay.caller.call_unary_handler(peer_id, name, small)
         large = find(keys=[bytes(20)] * 2000, peer=node_id).SerializeToString()
-        with pytest.raises(P2PHandlerError, match=r"rpc_find of \d+ bytes, limit 16384"):
+        with pytest.raises(P2PHandlerError, match=r"rpc_find of \d+ bytes, limit 2048"):
             await client._underlay.caller.call_unary_handler(peer_id, name, large)

@@ -66,7 +66,7 @@ async def test_one_account_can_not_take_all_the_places(monkeypatch: pytest.Monke
     assert caller.answers[-1] == (b"x", "")
     assert first is not None and second is not None
     first.cancel()
-    await asyncio.sleep(0)
+    await asyncio.gather(first, return_exceptions=True)
     third = caller.call("hang")
     assert third is not None
     third.cancel()  # before it has begun
