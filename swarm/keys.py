@@ -18,8 +18,9 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from swarm.command import HelpFormatter, program
 from swarm.errors import AccessDenied, ConfigError, InvalidRequest, SwarmError
 from swarm.private.authority import Authority, utc_now
 from swarm.private.certificates import NAME, Member, Role, to_der
@@ -49,8 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m swarm.keys", description="Make a swarm private.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        prog=program("keys"),
+        description="Make a swarm private: who is not invited can neither see nor use it.",
+        formatter_class=HelpFormatter,
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="what to do; COMMAND --help says what it takes"
+    )
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument(
         "--directory",
@@ -59,15 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the authority is kept (default: ~/.config/swarm/NAME)",
     )
 
-    new = commands.add_parser("new", parents=[where], help="make the authority of a new private swarm")
+    new = _add_command(commands, "new", where, "make the authority of a new private swarm")
     new.add_argument("swarm", metavar="NAME", help="of the swarm")
     new.add_argument("--peers", nargs="+", default=[], metavar="HOST:PORT", help="where members will join it")
     for role in Role:
         new.add_argument(f"--{role}s", nargs="+", default=[], metavar="NAME", help=f"invite these as {role}s at once")
     _add_invitation(new)
-    new.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the credentials go (default: here)")
+    new.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the credentials go")
 
-    invite = commands.add_parser("invite", parents=[where], help="make a credentials file for one machine or person")
+    invite = _add_command(commands, "invite", where, "make a credentials file for one machine or person")
     invite.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
     invite.add_argument("--name", required=True, help="of the machine or person")
     invite.add_argument("--role", required=True, choices=list(Role), help="what it may do")
@@ -75,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_invitation(invite)
     invite.add_argument("--out", type=Path, metavar="FILE", help="the credentials file (default: NAME.credentials)")
 
-    show = commands.add_parser("list", parents=[where], help="who is invited, as what, until when")
+    show = _add_command(commands, "list", where, "who is invited, as what, until when")
     show.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
 
-    out = commands.add_parser("revoke", parents=[where], help="take an invitation back, within a minute")
+    out = _add_command(commands, "revoke", where, "take an invitation back, within a minute")
     out.add_argument("name", metavar="NAME", help="name or id of the member")
     out.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
     out.add_argument("--credentials", type=Path, metavar="FILE", help="revoke as this admin, without the authority")
@@ -86,9 +93,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_command(commands: Any, name: str, where: argparse.ArgumentParser, purpose: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        parents=[where],
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        formatter_class=HelpFormatter,
+    )
+    return parser
+
+
 def _add_invitation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--expires", type=_lifetime, default=timedelta(days=365), metavar="TIME", help="e.g. 30d, 12h (default: 365d)"
+        "--expires", type=_lifetime, default="365d", metavar="TIME", help="good for so long, e.g. 30d, 12h or 90m"
     )
 
 
