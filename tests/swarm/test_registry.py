@@ -227,7 +227,7 @@ async def test_lookup_leaves_out_ranges_beyond_the_model_and_records_of_others()
     record = replace(RECORD, peer_id=node.peer_id, expires_at=time.time() + 60)
     assert await Registry(node).announce(record, 60)  # type: ignore[arg-type]
     stranger = Identity.generate().peer_id
-    table[shard_key(MODEL, (shard_of(stranger) + 1) % 16)] = {stranger: record.encode()}
+    table.setdefault(shard_key(MODEL, (shard_of(stranger) + 1) % 16), {})[stranger] = record.encode()
     assert await Registry(node).lookup(MODEL, num_blocks=24) == [record]  # type: ignore[arg-type]
     assert await Registry(node).lookup(MODEL, num_blocks=23) == []  # type: ignore[arg-type]
 
