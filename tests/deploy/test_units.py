@@ -52,7 +52,7 @@ def test_the_unit_runs_a_command_that_exists_with_its_own_options(unit: Path):
     if "swarm.server" in command:
         assert build_parser().parse_args(args).credentials == "%d/invitation"
     else:
-        assert bootstrap._parse(args).credentials == "%d/invitation"
+        assert bootstrap.build_parser().parse_args(args).credentials == "%d/invitation"
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)

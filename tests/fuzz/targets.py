@@ -76,7 +76,7 @@ def frames(data: bytes) -> None:
 
 
 def frame_seeds() -> list[bytes]:
-    hello = encode_frame(Kind.HELLO, 0, HELLO_PREFIX + b"\0\2" + bytes(32))
+    hello = encode_frame(Kind.HELLO, 0, HELLO_PREFIX + protocol.PROTOCOL_VERSION.to_bytes(2, "big") + bytes(32))
     opening = encode_frame(Kind.OPEN, 1, b"session")
     message = protocol.encode(STEP)
     data = encode_frame(Kind.DATA, 1, message, num_body_bytes=8) + bytes(8)
