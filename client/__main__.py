@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from swarm.checkpoint.source import DEFAULT_MODEL
 from swarm.command import program
 from swarm.errors import InvalidRequest, SwarmError
-from swarm.private.arguments import add_credentials, load_credentials
+from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
     from swarm.client.chat import Answer, Conversation
@@ -97,8 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
-    if not args.initial_peers and args.credentials is None:
-        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
     if not args.question and not args.chat:
         raise InvalidRequest("nothing to ask: give a question, or --chat")
     if args.max_new_tokens < 1:
@@ -113,6 +111,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     credentials = load_credentials(args)
+    initial_peers = require_peers(args, credentials)
 
     import torch
     from transformers.utils import logging as transformers_logging
@@ -127,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         torch.manual_seed(args.seed)
     model = AutoDistributedModelForCausalLM.from_pretrained(
         args.model,
-        initial_peers=args.initial_peers,
+        initial_peers=initial_peers,
         revision=args.revision,
         cache_dir=args.cache_dir,
         credentials=credentials,

@@ -27,6 +27,7 @@ from swarm.client.peers import Peers
 from swarm.client.runtime import LoopThread, SwarmService, join, leave
 from swarm.errors import PeerMisbehaved
 from swarm.network.node import Node
+from swarm.private.credentials import Credentials
 from swarm.session import Hop
 from swarm.transport import Transport
 
@@ -68,10 +69,11 @@ class Prober:
 
     Args:
         initial_peers: full addresses of any peers of the swarm.
+        credentials: our invitation, where the swarm is private; then nothing is downloaded.
     """
 
-    def __init__(self, initial_peers: Sequence[str]):
-        self._initial_peers = tuple(initial_peers)
+    def __init__(self, initial_peers: Sequence[str], credentials: Credentials | None = None):
+        self._initial_peers, self._credentials = tuple(initial_peers), credentials
         self._loop = LoopThread("swarm-probe")
         self._network: tuple[Node, Transport] | None = None
         self._checkpoints: dict[str, Checkpoint] = {}
@@ -84,7 +86,7 @@ class Prober:
         Raises:
             UnknownModel, UnsupportedModel, CheckpointMismatch, ConfigError: there is no such checkpoint here.
         """
-        checkpoint = resolve(model, cache_dir=cache_dir)
+        checkpoint = resolve(model, cache_dir=cache_dir, is_offline=self._credentials is not None)
         self._checkpoints[checkpoint.digest] = checkpoint
         return checkpoint
 
@@ -115,7 +117,7 @@ class Prober:
 
     def _service(self, target: Target) -> "_SharedService":
         if self._network is None:
-            self._network = self._loop.run(join(self._initial_peers))
+            self._network = self._loop.run(join(self._initial_peers, credentials=self._credentials))
         service = self._services.get(target.digest)
         if service is None:
             node, transport = self._network

@@ -231,6 +231,23 @@ class SwarmService:
         """
         return self._loop.run(self.peers.route(BlockRange(0, self.num_blocks)))
 
+    def check_access(self) -> None:
+        """Whether we belong to the swarm still.
+
+        Raises:
+            AccessDenied: the swarm is private, and our invitation has expired or was revoked.
+        """
+        self._node.check_access()
+
+    def when_denied(self, then: Callable[[], None]) -> None:
+        """Call `then` on the loop's thread when `check_access` fails from now on; never in an open swarm."""
+
+        async def wait() -> None:
+            await self._node.denied.wait()
+            then()
+
+        self._loop.start(wait())
+
     def open_training(self, blocks: BlockRange) -> SwarmTraining:
         """A new training run through some blocks; servers are contacted at its first use."""
         remote = RemoteTraining(self.peers, self._transport, blocks=blocks, config=self._config)

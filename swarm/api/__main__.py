@@ -21,6 +21,8 @@ from swarm.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve
 from swarm.command import program
 from swarm.errors import InvalidRequest, SwarmError
 from swarm.identity import Identity
+from swarm.private.arguments import add_credentials, load_credentials, require_peers
+from swarm.private.credentials import Credentials
 
 if TYPE_CHECKING:
     from swarm.api.models import ServedModel
@@ -66,8 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="ADDR",
         default=[],
-        help="full addresses of any peers of the swarm (required)",
+        help="full addresses of any peers of the swarm (required, unless the credentials name some)",
     )
+    add_credentials(parser)
     add(
         "--adapters",
         nargs="+",
@@ -119,8 +122,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
-    if not args.initial_peers:
-        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
     for text in args.adapters:
         name, _, path = text.partition("=")
         if not name or not path:
@@ -132,6 +133,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    credentials = load_credentials(args)
+    initial_peers = require_peers(args, credentials)
+
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -148,8 +152,10 @@ def _run(args: argparse.Namespace) -> None:
     identity = Identity.load_or_create(args.identity) if args.identity else Identity.generate()
     limits = _limits(args)
     with listen(args.host, args.port) as sock:
-        checkpoint = resolve(args.model, revision=args.revision, cache_dir=args.cache_dir)
-        join = partial(_join, checkpoint, tuple(args.initial_peers))
+        checkpoint = resolve(
+            args.model, revision=args.revision, cache_dir=args.cache_dir, is_offline=credentials is not None
+        )
+        join = partial(_join, checkpoint, initial_peers, credentials)
         with closing(join(identity)) as service:
             base = serve_model(distribute(checkpoint, service))
             models = Models([base, *_adapters(base, args.adapters, args.cache_dir)])
@@ -159,10 +165,15 @@ def _run(args: argparse.Namespace) -> None:
                 models, service, check_health=service.find_route, limits=limits, keys=keys, identities=identities
             )
             print(f"serving {checkpoint.name}: chat at {url(sock)}/, API at {url(sock)}/v1", flush=True)
-            make_server(app).run(sockets=[sock])
+            server = make_server(app)
+            service.when_denied(lambda: setattr(server, "should_exit", True))
+            server.run(sockets=[sock])
+            service.check_access()
 
 
-def _join(checkpoint: Checkpoint, initial_peers: Sequence[str], identity: Identity) -> "SwarmService":
+def _join(
+    checkpoint: Checkpoint, initial_peers: Sequence[str], credentials: Credentials | None, identity: Identity
+) -> "SwarmService":
     from swarm.client.runtime import connect
 
     text = checkpoint.config().get_text_config(decoder=True)
@@ -172,6 +183,7 @@ def _join(checkpoint: Checkpoint, initial_peers: Sequence[str], identity: Identi
         hidden_size=text.hidden_size,
         initial_peers=initial_peers,
         identity=identity,
+        credentials=credentials,
     )
 
 

@@ -18,6 +18,7 @@ from swarm.checkpoint.cache import default_cache_dir
 from swarm.checkpoint.embedded import DEFAULT_MODEL
 from swarm.command import HelpFormatter, program
 from swarm.errors import InvalidRequest, SwarmError
+from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
     from swarm.health.monitor import Settings
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--initial-peers", nargs="+", default=[], metavar="ADDR", help="full addresses of any peers of the swarm")
+    add_credentials(parser)
     add("--host", default="127.0.0.1", metavar="IP", help="address to listen on; 0.0.0.0 shows the page to others")
     add("--port", type=int, default=8080, metavar="PORT", help="TCP port of the page; 0 picks a free one")
     add("--period", type=float, default=10.0, metavar="S", help="how often the swarm is looked at, in seconds")
@@ -68,15 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     import uvloop
 
-    if not args.initial_peers:
-        raise InvalidRequest("--initial-peers is missing: give the address that a server or bootstrap peer printed")
+    settings = _settings(args)
     if not args.period >= 0.5:
         raise InvalidRequest(f"--period is {args.period:g} s, need at least 0.5")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(args))
+        runner.run(_serve(args, settings))
 
 
-async def _serve(args: argparse.Namespace) -> None:
+async def _serve(args: argparse.Namespace, settings: "Settings") -> None:
     from rich.console import Console
 
     from swarm.health.serving import Page
@@ -85,7 +86,7 @@ async def _serve(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     history = args.history or default_cache_dir() / HISTORY
-    starting = asyncio.create_task(Page.start(_settings(args), host=args.host, port=args.port, history=history))
+    starting = asyncio.create_task(Page.start(settings, host=args.host, port=args.port, history=history))
     if await _first(stop, starting):
         starting.cancel()
         await asyncio.wait({starting})
@@ -111,10 +112,13 @@ async def _first(stop: asyncio.Event, task: asyncio.Task[Any]) -> bool:
 
 
 def _settings(args: argparse.Namespace) -> "Settings":
+    credentials = load_credentials(args)
+    initial_peers = require_peers(args, credentials)
     from swarm.health.monitor import Settings
 
     return Settings(
-        initial_peers=tuple(args.initial_peers),
+        initial_peers=initial_peers,
+        credentials=credentials,
         period_s=args.period,
         checkpoints=tuple(args.canary or [DEFAULT_MODEL]),
         has_canary=not args.no_canary,

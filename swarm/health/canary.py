@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from swarm.errors import SwarmError
 from swarm.health.compose import clean
 from swarm.health.state import Canary, CanaryHop, Model
+from swarm.private.credentials import Credentials
 
 if TYPE_CHECKING:
     from swarm.client.probe import Prober
@@ -39,6 +40,7 @@ class Canaries:
         models: asked for at each round: the models to probe, and the width of hidden states of each.
         on_news: called on the loop after each probe.
         period_s: from one round to the next.
+        credentials: our invitation, where the swarm is private; then no files are fetched for canaries.
     """
 
     def __init__(
@@ -49,12 +51,13 @@ class Canaries:
         models: Callable[[], Sequence[tuple[Model, int]]],
         on_news: Callable[[], None],
         period_s: float = PERIOD_S,
+        credentials: Credentials | None = None,
     ):
         self.last: dict[str, Canary] = {}
         """The last canary of each model, by digest."""
         self.num_sent: Counter[str] = Counter()
         self.num_lost: Counter[str] = Counter()
-        self._initial_peers = initial_peers
+        self._initial_peers, self._credentials = initial_peers, credentials
         self._checkpoints = {_announced_name(checkpoint): checkpoint for checkpoint in checkpoints}
         self._models, self._on_news, self._period_s = models, on_news, period_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="canary")
@@ -107,7 +110,7 @@ class Canaries:
         from swarm.client.probe import Prober
 
         if self._prober is None:
-            self._prober = Prober(self._initial_peers())
+            self._prober = Prober(self._initial_peers(), self._credentials)
         if (checkpoint := self._checkpoints.pop(name, None)) is not None:
             try:
                 self._prober.add_checkpoint(checkpoint)

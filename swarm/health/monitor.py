@@ -22,6 +22,7 @@ from swarm.health.census import Census
 from swarm.health.history import MINUTE_S, WINDOWS, Contributor, History, Point
 from swarm.health.state import Model, State, Verdict
 from swarm.network import Node
+from swarm.private.credentials import Credentials
 from swarm.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Settings:
     has_canary: bool = True
     """Whether canaries are sent at all."""
     canary_period_s: float = 60.0
+    credentials: Credentials | None = None
+    """Our invitation, where the swarm is private."""
 
 
 class Monitor:
@@ -84,6 +87,7 @@ class Monitor:
             models=self._probed,
             on_news=self.wake,
             period_s=settings.canary_period_s,
+            credentials=settings.credentials,
         )
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="history")
         self._wake = asyncio.Event()

@@ -29,9 +29,9 @@ GRACE_S = 2
 class Page:
     """A page that is up. Use `Page.start`, and `close` it."""
 
-    def __init__(self, monitor: Monitor, url: str, stack: AsyncExitStack):
+    def __init__(self, monitor: Monitor, node: Node, url: str, stack: AsyncExitStack):
         self.monitor, self.url = monitor, url
-        self._stack = stack
+        self._node, self._stack = node, stack
         self._server = PageServer(monitor)
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
@@ -50,6 +50,7 @@ class Page:
         Raises:
             ConfigError: the port or the history file can't be used, or an address is malformed.
             PeerUnreachable: nobody answers.
+            AccessDenied: the swarm is private, and we have no invitation that is good.
         """
         async with AsyncExitStack() as stack:
             listener = _listen(host, port)
@@ -57,7 +58,7 @@ class Page:
             past = History(history)
             stack.callback(past.close)
             peers = tuple(dict.fromkeys([*settings.initial_peers, *past.recall(settings.initial_peers)]))
-            node = await Node.start(NodeConfig(initial_peers=peers, client_mode=True))
+            node = await Node.start(NodeConfig(initial_peers=peers, client_mode=True, credentials=settings.credentials))
             stack.push_async_callback(node.close)
             transport = Transport(node, limits=Limits(idle_timeout_s=IDLE_S))
             await transport.start()
@@ -65,7 +66,7 @@ class Page:
             monitor = Monitor(node, transport, past, settings)
             stack.push_async_callback(monitor.close)
             shown_host = f"[{host}]" if ":" in host else host
-            page = cls(monitor, f"http://{shown_host}:{listener.getsockname()[1]}/", stack.pop_all())
+            page = cls(monitor, node, f"http://{shown_host}:{listener.getsockname()[1]}/", stack.pop_all())
         page._tasks = (
             asyncio.create_task(monitor.run(), name="monitor"),
             asyncio.create_task(page._server.serve(sockets=[listener]), name="http"),
@@ -73,9 +74,20 @@ class Page:
         return page
 
     async def wait(self) -> None:
-        """Wait for as long as nothing fails."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        done.pop().result()
+        """Wait for as long as nothing fails.
+
+        Raises:
+            AccessDenied: we are no member of this private swarm any more.
+        """
+        denied = asyncio.create_task(self._node.denied.wait(), name="wait for the end of our membership")
+        try:
+            done, _ = await asyncio.wait((denied, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            denied.cancel()
+        if denied in done:
+            self._node.check_access()
+        for task in done:
+            task.result()
 
     async def close(self) -> None:
         """Send everybody away, leave the swarm."""

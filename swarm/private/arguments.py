@@ -1,6 +1,7 @@
 """`--credentials FILE`, as every command that joins a swarm takes it.
 
     add_credentials(parser) ─► args ─► load_credentials(args) ─► Credentials or None ─► NodeConfig(credentials=...)
+                                                             └─► require_peers ─► NodeConfig(initial_peers=...)
 
 A private swarm calls no host outside itself, so with credentials the libraries that would like to are told not to.
 """
@@ -8,6 +9,7 @@ A private swarm calls no host outside itself, so with credentials the libraries 
 import argparse
 import os
 
+from swarm.errors import InvalidRequest
 from swarm.private.credentials import Credentials
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -36,3 +38,17 @@ def load_credentials(args: argparse.Namespace) -> Credentials | None:
     credentials = Credentials.load(args.credentials)
     os.environ.update(OFFLINE)
     return credentials
+
+
+def require_peers(args: argparse.Namespace, credentials: Credentials | None) -> tuple[str, ...]:
+    """Where a command joins its swarm: --initial-peers, or what the credentials say.
+
+    Raises:
+        InvalidRequest: neither names a peer.
+    """
+    if peers := tuple(args.initial_peers) or (credentials.peers if credentials is not None else ()):
+        return peers
+    missing = "--initial-peers is missing"
+    if credentials is None:
+        raise InvalidRequest(f"{missing}: give the address that a server or bootstrap peer printed")
+    raise InvalidRequest(f"{missing}, and the credentials of {credentials.member} name no peer to join")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from swarm import logs
 from swarm.command import HelpFormatter, program
 from swarm.errors import InvalidRequest, SwarmError
+from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--initial-peers", nargs="+", default=[], metavar="ADDR", help="watch the swarm of these peers")
+    add_credentials(parser)
     add("--metrics", metavar="URL", help="watch one server: what it printed for --metrics-port")
     add("--period", type=float, default=2.0, metavar="S", help="how often to look, in seconds")
     add("--once", action="store_true", help="look once, print, and end")
@@ -61,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     import uvloop
 
-    if bool(args.initial_peers) == bool(args.metrics):
-        raise InvalidRequest("give either --initial-peers or --metrics")
+    if bool(args.initial_peers or args.credentials) == bool(args.metrics):
+        raise InvalidRequest("give either --initial-peers or --credentials for a swarm, or --metrics for a server")
     if not args.period >= 0.2:
         raise InvalidRequest(f"--period is {args.period:g} s, need at least 0.2")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -98,13 +100,15 @@ async def _show(args: argparse.Namespace) -> None:
 
 async def _swarm_views(args: argparse.Namespace) -> "Views":
     """What a swarm looks like, again and again."""
+    credentials = load_credentials(args)
+    initial_peers = require_peers(args, credentials)
     from swarm.health.census import Census
     from swarm.health.state import Model
     from swarm.network import Node, NodeConfig
     from swarm.top.view import draw_swarm
     from swarm.transport import Transport
 
-    config = NodeConfig(initial_peers=tuple(args.initial_peers), client_mode=True)
+    config = NodeConfig(initial_peers=initial_peers, client_mode=True, credentials=credentials)
     async with await Node.start(config) as node, Transport(node) as transport:
         census, models = Census(node, transport, period_s=args.period), tuple[Model, ...]()
         try:

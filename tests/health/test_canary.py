@@ -20,8 +20,9 @@ class FakeProber:
     made: list["FakeProber"]
     failure: Exception | None = None
 
-    def __init__(self, initial_peers: Any) -> None:
-        self.initial_peers, self.looked_for, self.probed = initial_peers, list[str](), list[str]()
+    def __init__(self, initial_peers: Any, credentials: Any) -> None:
+        self.initial_peers, self.credentials = initial_peers, credentials
+        self.looked_for, self.probed = list[str](), list[str]()
         self.is_closed = False
         FakeProber.made.append(self)
 

@@ -35,7 +35,7 @@ def test_a_server_is_shown_once_by_its_metrics(swarm: LocalSwarm, capsys: pytest
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "either --initial-peers or --metrics"),
+        ([], "--initial-peers or --credentials for a swarm, or --metrics for a server"),
         (["--metrics", "http://127.0.0.1:9/metrics", "--initial-peers", "x"], "either"),
         (["--metrics", "localhost:9100"], "is no URL"),
         (["--metrics", "file:///etc/passwd"], "is no URL"),
