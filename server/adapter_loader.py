@@ -168,7 +168,7 @@ class AdapterLoader:
 
     async def _receive_upload(self, stream: Stream, digest: str) -> None:
         load = self._loads.get(digest)
-        if load is None or stream.peer_id not in load.clients():
+        if load is None or stream.account not in load.clients():
             if self._intake.is_here(digest):
                 return  # somebody else was quicker
             raise InvalidRequest(f"nobody has asked you for adapter {digest[:12]}")

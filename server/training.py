@@ -48,6 +48,7 @@ class TrainingLimits:
     max_runs: int = 64
     """Streams at once."""
     max_runs_per_peer: int = 8
+    """Or per member of a private swarm."""
     max_pending_bytes: int = 64 << 20
     """Of one run: micro-batches that wait to be run, and results that wait to be sent; beyond, it is not read."""
     max_parameter_bytes: int = 256 << 20
@@ -94,16 +95,16 @@ class TrainingDesk:
         message, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(message, OpenTraining):
             raise InvalidRequest(f"expected OpenTraining, got {type(message).__name__}")
-        self._admit(message, stream.peer_id)
-        self._runs_of[stream.peer_id] += 1
+        self._admit(message, stream.account)
+        self._runs_of[stream.account] += 1
         try:
             await ServedTraining(stream, message, executor=self._executor, limits=self._limits).run()
         finally:
-            self._runs_of[stream.peer_id] -= 1
-            if not self._runs_of[stream.peer_id]:
-                del self._runs_of[stream.peer_id]
+            self._runs_of[stream.account] -= 1
+            if not self._runs_of[stream.account]:
+                del self._runs_of[stream.account]
 
-    def _admit(self, message: OpenTraining, peer_id: str) -> None:
+    def _admit(self, message: OpenTraining, account: str) -> None:
         span, limits = self._executor.span, self._limits
         if message.model != self._model:
             raise CheckpointMismatch(
@@ -113,7 +114,7 @@ class TrainingDesk:
             raise InvalidRequest(f"this server runs blocks {span.blocks}, not {message.blocks}")
         if (state := self._state()) is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {state.name}", retry_after_s=60.0)
-        for count, limit in ((self.num_runs, limits.max_runs), (self._runs_of[peer_id], limits.max_runs_per_peer)):
+        for count, limit in ((self.num_runs, limits.max_runs), (self._runs_of[account], limits.max_runs_per_peer)):
             if count >= limit:
                 raise PeerBusy(f"{count} training runs are open, limit {limit}", retry_after_s=5.0)
 
@@ -131,7 +132,7 @@ class ServedTraining:
     """One run; see the module.
 
     Args:
-        stream: whose peer is the client.
+        stream: whose account is the client's.
         opened: what the client asked for, admitted.
         executor: runs the blocks.
         limits: sizes and patience.
@@ -156,7 +157,7 @@ class ServedTraining:
         self._error: SwarmError | None = None
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
-        self._run = executor.trainer.new_run(stream.peer_id, opened.blocks, self._told)
+        self._run = executor.trainer.new_run(stream.account, opened.blocks, self._told)
 
     async def run(self) -> None:
         """Serve until the client ends the stream.
