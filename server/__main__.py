@@ -6,7 +6,6 @@ Parses the command line, prints what an operator needs to see, turns errors into
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm import __version__, logs
-from swarm.command import HelpFormatter, program
+from swarm.command import HelpFormatter, on_signals, program
 from swarm.errors import ConfigError, SwarmError
 from swarm.private.arguments import add_credentials, load_credentials
 from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
 if TYPE_CHECKING:
-    from swarm.server.server import Plan
+    from swarm.server.screen import Screen
+    from swarm.server.server import Plan, Server
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -155,20 +155,23 @@ def _run(config: ServerConfig) -> None:
 
 async def _serve(config: ServerConfig, plan: "Plan") -> None:
     from swarm.server.screen import Screen
-    from swarm.server.server import LoadingStopped, Server
+    from swarm.server.server import Server
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
         if stop.is_set():  # the second time: at once
             os._exit(130)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    screen = Screen(config, plan)
-    async with Server(config, plan) as server:
+    with on_signals(on_signal):
+        await _serve_until(stop, Server(config, plan), Screen(config, plan))
+
+
+async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") -> None:
+    from swarm.server.server import LoadingStopped
+
+    async with server:
         joining = asyncio.create_task(server.join())
         if await _first(stop, joining):
             joining.cancel()

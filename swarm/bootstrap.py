@@ -5,12 +5,11 @@ arguments --> Node.start --> addresses, ONLINE --> (SIGTERM, SIGINT) --> close
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 
 from swarm import logs
-from swarm.command import HelpFormatter, program
+from swarm.command import HelpFormatter, on_signals, program
 from swarm.errors import SwarmError
 from swarm.network import Node, NodeConfig
 from swarm.private.arguments import add_credentials, load_credentials
@@ -40,23 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def serve(config: NodeConfig) -> None:
     """Be a peer until SIGTERM or SIGINT."""
     stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    start = asyncio.ensure_future(Node.start(config))
-    stop = asyncio.ensure_future(stopped.wait())
-    await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
-    if not start.done():
-        start.cancel()
-        await asyncio.wait({start})
-        return
-    stop.cancel()
-    async with start.result() as node:
-        for address in node.addresses:
-            print(address, flush=True)
-        print(f"ONLINE {node.peer_id}; others join with --initial-peers {node.addresses[0]}", flush=True)
-        await _until(stopped, node)
-        print("stopping", flush=True)
+    with on_signals(stopped.set):
+        start = asyncio.ensure_future(Node.start(config))
+        stop = asyncio.ensure_future(stopped.wait())
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            start.cancel()
+            await asyncio.wait({start})
+            return
+        stop.cancel()
+        async with start.result() as node:
+            for address in node.addresses:
+                print(address, flush=True)
+            print(f"ONLINE {node.peer_id}; others join with --initial-peers {node.addresses[0]}", flush=True)
+            await _until(stopped, node)
+            print("stopping", flush=True)
 
 
 async def _until(stopped: asyncio.Event, node: Node) -> None:

@@ -1,11 +1,15 @@
-"""What the commands have in common: how they call themselves, and how their help looks.
+"""What the commands have in common: how they call themselves, how their help looks, and that signals end them.
 
 Whoever typed `swarm server` is told of `swarm client`; whoever typed `python -m swarm.server`, of `python -m
 swarm.client`. Light: commands import this before anything else. It doesn't know what they do.
 """
 
 import argparse
+import asyncio
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SCRIPT = "swarm"
@@ -26,3 +30,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_silent = action.default is None or action.default is False or action.default in ("", (), [])
         return action.help if is_silent else super()._get_help_string(action)
+
+
+@contextmanager
+def on_signals(callback: Callable[[], object]) -> Iterator[None]:
+    """Within this, SIGTERM and SIGINT call back on the running loop; afterwards they do what they did before."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        loop.add_signal_handler(number, callback)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 from hypothesis import settings
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.register_profile("swarm", deadline=None)  # a busy machine is no failure
 settings.load_profile("swarm")
 

@@ -7,7 +7,6 @@ Exit status: 0 after a clean stop, 2 an error (one line on stderr).
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from swarm import logs
 from swarm.checkpoint.cache import default_cache_dir
 from swarm.checkpoint.embedded import DEFAULT_MODEL
-from swarm.command import HelpFormatter, program
+from swarm.command import HelpFormatter, on_signals, program
 from swarm.errors import InvalidRequest, SwarmError
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
@@ -83,23 +82,22 @@ async def _serve(args: argparse.Namespace, settings: "Settings") -> None:
     from swarm.health.serving import Page
 
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     history = args.history or default_cache_dir() / HISTORY
-    starting = asyncio.create_task(Page.start(settings, host=args.host, port=args.port, history=history))
-    if await _first(stop, starting):
-        starting.cancel()
-        await asyncio.wait({starting})
-        return
-    page = await starting
-    try:
-        Console(highlight=False).print(f"[bold green]ONLINE[/] {page.url}", soft_wrap=True)
-        watching = asyncio.create_task(page.wait())
-        if not await _first(stop, watching):
-            await watching
-        watching.cancel()
-    finally:
-        await page.close()
+    with on_signals(stop.set):
+        starting = asyncio.create_task(Page.start(settings, host=args.host, port=args.port, history=history))
+        if await _first(stop, starting):
+            starting.cancel()
+            await asyncio.wait({starting})
+            return
+        page = await starting
+        try:
+            Console(highlight=False).print(f"[bold green]ONLINE[/] {page.url}", soft_wrap=True)
+            watching = asyncio.create_task(page.wait())
+            if not await _first(stop, watching):
+                await watching
+            watching.cancel()
+        finally:
+            await page.close()
     print("stopped", flush=True)
 
 

@@ -8,14 +8,13 @@ Exit status: 0 after Ctrl-C or --once, 2 an error (one line on stderr).
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from swarm import logs
-from swarm.command import HelpFormatter, program
+from swarm.command import HelpFormatter, on_signals, program
 from swarm.errors import InvalidRequest, SwarmError
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     Views = AsyncGenerator[RenderableType, None]
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What ends it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,12 +73,9 @@ async def _show(args: argparse.Namespace) -> None:
 
     task = asyncio.current_task()
     assert task is not None
-    loop = asyncio.get_running_loop()
-    for number in SIGNALS:
-        loop.add_signal_handler(number, task.cancel)
     views = _server_views(args) if args.metrics else _swarm_views(args)
     console = Console(highlight=False)
-    try:
+    with on_signals(task.cancel), suppress(asyncio.CancelledError):
         async with aclosing(views):
             if args.once:
                 console.print(await anext(views))
@@ -91,11 +83,6 @@ async def _show(args: argparse.Namespace) -> None:
             with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
                 async for view in views:
                     live.update(view, refresh=True)
-    except asyncio.CancelledError:
-        return
-    finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
 
 
 async def _swarm_views(args: argparse.Namespace) -> "Views":

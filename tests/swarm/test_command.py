@@ -1,11 +1,15 @@
-"""How commands name themselves, and what their help shows."""
+"""How commands name themselves, what their help shows, and what signals do to them."""
 
 import argparse
+import asyncio
+import os
+import signal
 import sys
 
 import pytest
+import uvloop
 
-from swarm.command import HelpFormatter, program
+from swarm.command import HelpFormatter, on_signals, program
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,29 @@ def test_help_shows_defaults_that_say_something() -> None:
     text = parser.format_help()
     assert "how long (default: 3.5)" in text
     assert text.count("default:") == 2
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_call_back_and_then_do_what_they_did_before(new_loop, number) -> None:
+    """Ctrl-C in the same process interrupts again afterwards."""
+    numbers: list[int] = []
+
+    def earlier(number: int, frame: object) -> None:
+        numbers.append(number)
+
+    async def main() -> None:
+        came = asyncio.Event()
+        with on_signals(came.set):
+            os.kill(os.getpid(), number)
+            await came.wait()
+
+    before = signal.signal(number, earlier)
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(main())
+        assert numbers == []
+        os.kill(os.getpid(), number)
+        assert numbers == [number]
+    finally:
+        signal.signal(number, before)
