@@ -1,6 +1,8 @@
 """A lab from its first command to its last: real processes on a host from which every call to others would be seen."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +33,26 @@ from tests.wan.namespaces import WanUnavailable
 from tests.wan.watched import Watched
 
 PORT = 31337
+AWAIT_CANARY = """
+import json, sys, urllib.request
+url = sys.argv[1]
+with urllib.request.urlopen(url + "events", timeout=100) as news:
+    for line in news:
+        if line.startswith(b"data: "):
+            state = json.load(urllib.request.urlopen(url + "api/v1/state", timeout=20))
+            if any(model["canary"] and model["canary"]["ok"] for model in state["models"]):
+                break
+print(json.dumps(state))
+"""
+"""Prints the state of a page as soon as a canary has come back."""
+COMPLETE = """
+import json, sys, urllib.request
+body = {"model": "tiny", "prompt": "w7 w8 w9", "max_tokens": 4, "ignore_eos": True}
+headers = {"Content-Type": "application/json"}
+request = urllib.request.Request(sys.argv[1] + "/completions", json.dumps(body).encode(), headers)
+print(urllib.request.urlopen(request, timeout=100).read().decode())
+"""
+"""Prints what an API answers."""
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
@@ -45,7 +67,11 @@ class Lab:
 
     def start(self, module: str, *args: str) -> "subprocess.Popen[str]":
         """`python -m MODULE ARGS` in the lab's home."""
-        command = [sys.executable, "-m", module, *args]
+        return self.python("-m", module, *args)
+
+    def python(self, *args: str) -> "subprocess.Popen[str]":
+        """`python ARGS` in the lab's home."""
+        command = [sys.executable, *args]
         options: dict[str, Any] = {
             "cwd": self.home,
             "stdout": subprocess.PIPE,
@@ -61,6 +87,13 @@ class Lab:
         process = self.host.popen(command, **options) if self.host else subprocess.Popen(command, **options)
         self.processes.append(process)
         return process
+
+    def visit(self, code: str, *args: str) -> str:
+        """What a program prints that talks to others on the lab's host."""
+        process = self.python("-c", code, *args)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        return output
 
     def run(self, module: str, *args: str) -> tuple[int, str]:
         """Exit status and output."""
@@ -113,7 +146,7 @@ def running(lab: Lab) -> Lab:
     """The lab of docs/private-swarm.md: one command makes it, one more starts each machine."""
     status, output = lab.run(
         "swarm.keys", "new", "my-lab", "--peers", f"127.0.0.1:{PORT}",
-        "--servers", "gpu1", "gpu2", "--clients", "ana", "bob",
+        "--servers", "gpu1", "gpu2", "--clients", "ana", "bob", "eve",
     )  # fmt: skip
     assert status == 0, output
     first = lab.start("swarm.server", "tiny", "--blocks", "0:3", "--credentials", "gpu1.credentials",
@@ -141,6 +174,55 @@ def test_a_member_is_answered_through_all_servers(running: Lab):
     assert status == 0 and "[0:3]" in output and "[3:6]" in output, output
 
 
+def test_the_page_shows_the_swarm_and_its_canary(running: Lab):
+    """The model is usable, and real tokens come back: told by the page's own news, one line for each new state."""
+    page = running.start("swarm.health", "--credentials", "ana.credentials", "--port", "0", "--period", "1",
+                         "--canary", "tiny", "--history", "history")  # fmt: skip
+    url = re.search(r"ONLINE (\S+)", running.wait_for(page, "ONLINE"))
+    assert url is not None
+    (model,) = json.loads(running.visit(AWAIT_CANARY, url[1]))["models"]
+    assert model["name"] == "tiny" and model["num_blocks"] == NUM_BLOCKS and len(model["servers"]) == 2
+    assert model["canary"]["text"] is not None and len(model["canary"]["route"]) == 2
+    page.terminate()
+    assert page.wait(30) == 0
+
+
+def test_the_api_answers_for_the_swarm(running: Lab):
+    """An account of the gateway's own is a process of the same member."""
+    gateway = running.start("swarm.api", "tiny", "--credentials", "ana.credentials", "--port", "0")
+    url = re.search(r"API at (\S+)", running.wait_for(gateway, "API at"))
+    assert url is not None
+    answer = json.loads(running.visit(COMPLETE, url[1]))
+    assert answer["choices"][0]["finish_reason"] == "length" and len(answer["swarm"]["route"]) == 2
+    gateway.terminate()
+    assert gateway.wait(30) == 0
+
+
+def test_top_shows_the_swarm(running: Lab):
+    """Once."""
+    status, output = running.run("swarm.top", "--credentials", "ana.credentials", "--once")
+    assert status == 0 and "tiny" in output and "0:3" in output, output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("swarm.server", "tiny", "--blocks", "0:3"),
+        ("swarm.client", "w7", "--model", "tiny"),
+        ("swarm.api", "tiny", "--port", "0"),
+        ("swarm.health", "--port", "0", "--history", "of-a-stranger"),
+        ("swarm.top", "--once"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_command_does_anything_without_credentials(running: Lab, command: Sequence[str]):
+    """It says what is missing, in one line, and ends with status 2."""
+    address = f"/ip4/127.0.0.1/tcp/{PORT}/p2p/{peer_id_of_first(running)}"
+    status, output = running.run(*command, "--initial-peers", address)
+    assert status == 2 and "belongs to a private swarm: name the file of your invitation" in output, output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -165,6 +247,20 @@ def peer_id_of_first(lab: Lab) -> str:
     return Credentials.load(lab.home / "gpu1.credentials").member.id
 
 
+def test_the_page_and_the_api_of_a_revoked_member_end(running: Lab):
+    """As servers do: status 2, and one line that says why."""
+    page = running.start("swarm.health", "--credentials", "eve.credentials", "--port", "0", "--no-canary",
+                         "--history", "of-eve")  # fmt: skip
+    gateway = running.start("swarm.api", "tiny", "--credentials", "eve.credentials", "--port", "0")
+    running.wait_for(page, "ONLINE")
+    running.wait_for(gateway, "API at")
+    assert running.run("swarm.keys", "revoke", "eve")[0] == 0
+    for process in (page, gateway):
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and "your invitation eve (client) was revoked on" in output, output
+        assert "Traceback" not in output
+
+
 def test_a_revoked_member_is_out_and_a_revoked_server_stops(running: Lab):
     """Within a minute of the command, told to one peer; both say so in one line."""
     assert running.run("swarm.keys", "revoke", "bob")[0] == 0
@@ -173,7 +269,7 @@ def test_a_revoked_member_is_out_and_a_revoked_server_stops(running: Lab):
     started = time.monotonic()
     status, output = running.run("swarm.keys", "revoke", "gpu2")
     assert status == 0 and "confirmed it" in output
-    second = running.processes[2]
+    second = next(process for process in running.processes if "gpu2.credentials" in process.args)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2 and "your invitation gpu2 (server) was revoked on" in output
     assert time.monotonic() - started < 60
