@@ -13,12 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from swarm import keys
+from swarm import AutoDistributedModelForCausalLM, keys
 from swarm.checkpoint.source import resolve
 from swarm.client.runtime import LoopThread, connect
 from swarm.errors import AccessDenied, InvitationRevoked
@@ -28,6 +29,7 @@ from swarm.private.certificates import Role
 from swarm.private.credentials import Credentials
 from swarm.private.revocations import revoke
 from tests.integration.conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing, save_tiny_llama
+from tests.server.blocks.peft_adapters import save_adapter
 from tests.swarm.private.labs import lab_now
 from tests.wan.namespaces import WanUnavailable
 from tests.wan.watched import Watched
@@ -336,6 +338,26 @@ def test_a_session_in_the_middle_ends_with_the_reason(
         deadline = time.monotonic() + 10
         while swarm.pages_in_use():
             assert time.monotonic() < deadline, "pages are still in use"
+
+
+def test_an_adapter_comes_from_a_member(private_swarm: tuple[LocalSwarm, Any], tiny_llama: Path, tmp_path: Path):
+    """A client brings one, whose bytes its servers ask of the member that it is; the tokens are PEFT's."""
+    swarm, lab = private_swarm
+    for span in ("0:3", "3:6"):
+        swarm.add_server(span, credentials=lab.invite(f"gpu{span[0]}"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    path = save_adapter(base, lora, tmp_path / "lora", seed=1)
+    local = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), path
+    ).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    ana = lab.invite("ana", Role.CLIENT, peers=(swarm.address,))
+    with AutoDistributedModelForCausalLM.from_pretrained(tiny_llama, credentials=ana) as model:
+        model.load_adapter(path)
+        assert model.generate(ids, **options).tolist() == local.generate(input_ids=ids, **options).tolist()
+    assert all(server.handler.adapters.loader.num_uploaded_bytes > 0 for server in swarm.servers)
 
 
 def test_a_client_can_not_serve(private_swarm: tuple[LocalSwarm, Any]):
