@@ -17,7 +17,7 @@ ROOMS = {
     "kernels": {"torch", "triton", "swarm.kernels"},
     "swarm": {"torch", "numpy", "hivemind", "msgspec", "cryptography", "uvloop", "base58", "shtab", "swarm"},
     "swarm/adapters": {"torch", "safetensors", "huggingface_hub", "msgspec", "swarm"},
-    "swarm/api": {"torch", "transformers", "jinja2", "msgspec", "cryptography", "starlette", "uvicorn", "h11", "swarm"},
+    "swarm/api": {"torch", "transformers", "jinja2", "msgspec", "cryptography", "starlette", "uvicorn", "swarm"},
     "swarm/checkpoint": {
         "torch",
         "transformers",
@@ -30,6 +30,7 @@ ROOMS = {
         "swarm",
     },
     "swarm/health": {"starlette", "uvicorn", "jinja2", "prometheus_client", "msgspec", "rich", "uvloop", "swarm"},
+    "swarm/web": {"uvicorn", "h11", "swarm"},
     "swarm/top": {"prometheus_client", "rich", "uvloop", "swarm"},
     "server": {
         "torch",

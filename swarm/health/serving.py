@@ -17,11 +17,12 @@ from swarm.health.history import History
 from swarm.health.monitor import Monitor, Settings
 from swarm.network import Node, NodeConfig
 from swarm.transport import Limits, Transport
+from swarm.web.impatient import MAX_HEAD_BYTES, ImpatientProtocol
 
 IDLE_S = 30.0
 """Connections to servers are kept from one question to the next in a small swarm, not in a large one."""
-MAX_CONNECTIONS = 512
-"""Browsers and scrapers at once."""
+MAX_CONNECTIONS = 384
+"""Browsers and scrapers at once; those beyond are told 503."""
 GRACE_S = 2
 """How long responses may take to end when the page stops."""
 
@@ -110,6 +111,8 @@ class PageServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(monitor),
+                http=ImpatientProtocol,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

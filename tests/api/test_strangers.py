@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swarm.api import serving
 from swarm.api.config import ApiLimits
+from swarm.web import impatient
 from tests.api.conftest import RunningApi
 from tests.api.test_requests import bodies
 from tests.client.conftest import Pair
@@ -158,7 +158,7 @@ def test_a_slow_head_is_hung_up_on(
     serve: Callable[..., RunningApi], monkeypatch: pytest.MonkeyPatch, start: bytes
 ) -> None:
     """Also when nothing comes at all."""
-    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(impatient, "HEAD_TIMEOUT_S", 0.05)
     with socket.create_connection(("127.0.0.1", serve().port), timeout=TIMEOUT_S) as raw:
         raw.sendall(start)
         assert raw.recv(100) == b""
@@ -166,7 +166,7 @@ def test_a_slow_head_is_hung_up_on(
 
 def test_a_second_slow_head_is_hung_up_on(serve: Callable[..., RunningApi], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a connection that behaved before."""
-    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(impatient, "HEAD_TIMEOUT_S", 1.0)
     with socket.create_connection(("127.0.0.1", serve().port), timeout=TIMEOUT_S) as raw:
         raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read(raw).read() == b'{"status":"ok"}'

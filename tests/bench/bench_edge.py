@@ -10,7 +10,8 @@ attackers are processes of their own, as many peers as --attackers says, each fr
     connections  half-open TCP, plain text, TLS without HELLO, trickled bytes, wrong tickets, floods of PING and OPEN
 
 Afterwards the server must be the same process with the same daemon, hold no pages and no streams but the client's, and
-have grown by a bounded amount. Attack and server share the machine, so the client's times include the attack's own CPU.
+have grown by a bounded amount. Attack and server share the machine. Attackers run at the lowest priority, since
+elsewhere they would have processors of their own; what remains of their work is in the client's times.
 """
 
 import argparse
@@ -130,6 +131,7 @@ async def attack(address: str, model: str, *, messages: int, connections: int, s
     from swarm.network import Node, NodeConfig
     from swarm.transport import Transport
 
+    os.nice(19)
     rng, done = random.Random(seed), Counter[str]()
     node_config = NodeConfig(client_mode=True, initial_peers=(address,))
     async with await Node.start(node_config) as node, Transport(node) as transport:

@@ -1,5 +1,6 @@
 """The files for operators: units that systemd takes, commands and options that exist, a container that is not root."""
 
+import argparse
 import re
 import shlex
 import shutil
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from swarm import bootstrap
+from swarm import bootstrap, cli
 from swarm.server.__main__ import build_parser
 
 ROOT = Path(__file__).parents[2]
 UNITS = sorted((ROOT / "deploy").glob("*.service"))
-COMMANDS = re.compile(r"python -m (swarm\.\w+)")
 
 
 def settings_of(unit: Path) -> dict[str, list[str]]:
@@ -77,8 +77,15 @@ def test_the_container_copies_what_it_names_and_is_not_root():
 def test_the_commands_of_the_documents_exist():
     """Each `python -m swarm.X` of docs/private-swarm.md is a module, each of its options one that the module knows."""
     text = (ROOT / "docs" / "private-swarm.md").read_text()
-    for name in set(COMMANDS.findall(text)):
-        assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists() or (ROOT / name.split(".")[1]).is_dir()
-    server = {option for action in build_parser()._actions for option in action.option_strings}
-    for line in re.findall(r"python -m swarm\.server .*", text):
-        assert set(re.findall(r"--[\w-]+", line)) <= server, line
+    parsers = {verb: cli._load(verb).build_parser() for verb in cli.available()}
+    lines = re.findall(r"python -m swarm\.(\w+)([^\n`#]*)", text)
+    assert {verb for verb, _ in lines} == {"server", "client", "health", "api", "top", "keys"}
+    for verb, rest in lines:
+        assert set(re.findall(r"--[\w-]+", rest)) <= _options_of(parsers[verb]), rest
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """All options, those of sub-commands as well."""
+    commands = [it for action in parser._actions if isinstance(action.choices, dict) for it in action.choices.values()]
+    own = {option for action in parser._actions for option in action.option_strings}
+    return own.union(*map(_options_of, commands))

@@ -1,0 +1,1 @@
+"""What our web servers share: the API's and the health page's."""
