@@ -23,7 +23,7 @@ from starlette.types import Lifespan
 
 from swarm.api.config import ApiLimits
 from swarm.api.engine import Engine
-from swarm.api.errors import ApiError, as_api_error
+from swarm.api.errors import ApiError, as_api_error, overloaded
 from swarm.api.generation import Job
 from swarm.api.keys import Keys
 from swarm.api.models import Models, ServedModel
@@ -32,6 +32,7 @@ from swarm.api.replies import ChatForm, Form, Header, TextForm
 from swarm.api.requests import ChatRequest, Options, TextRequest, parse_chat, parse_text
 from swarm.api.streaming import GeneratedResponse
 from swarm.errors import SwarmError
+from swarm.rates import Rates
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Api:
     models: Models
     engine: Engine
     limits: ApiLimits
+    rates: Rates
+    """Requests of each account, or address."""
     keys: Keys | None
     """None: no key is needed."""
     check_health: Callable[[], Awaitable[None]]
@@ -102,8 +105,16 @@ class Api:
         """Who is asking.
 
         Raises:
-            ApiError: nobody whom we know.
+            ApiError: nobody whom we know, or somebody who asks too often.
         """
+        account = self._owner_of_key(request)
+        caller, now = account if self.keys is not None else _address(request), time.monotonic()
+        if not self.rates.charge(caller, now):
+            what = f"over {self.rates.rate.per_s:g} requests per second"
+            raise overloaded(what, self.rates.retry_after_s(caller, now))
+        return account
+
+    def _owner_of_key(self, request: Request) -> str:
         if self.keys is None:
             return ANYBODY
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -203,6 +214,10 @@ class Api:
             include_usage=options.include_usage,
             send_timeout_s=self.limits.send_timeout_s,
         )
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client is not None else ""
 
 
 def _describe(model: ServedModel) -> dict[str, str | int]:

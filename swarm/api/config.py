@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from swarm.rates import Rate
+
+REQUESTS = Rate(burst=1024, per_s=64)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiLimits:
@@ -17,6 +21,8 @@ class ApiLimits:
     """How long a request waits for its turn."""
     max_tokens: int = 4096
     """Longest answer, in tokens."""
+    request_rate: Rate = REQUESTS
+    """Requests of one account, or of one address where no keys are asked for; beyond, they get 429."""
     max_body_bytes: int = 1 << 20
     """Largest body of a request."""
     body_timeout_s: float = 30.0

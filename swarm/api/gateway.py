@@ -20,6 +20,7 @@ from swarm.api.identities import Identities
 from swarm.api.keys import Keys
 from swarm.api.models import Models
 from swarm.client.cache import BlockService
+from swarm.rates import Rates
 
 
 def make_app(
@@ -61,4 +62,12 @@ def make_app(
 
     admission = Admission(max_rows=limits.max_rows, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
     engine = Engine(admission, identities.use if identities is not None else everybody)
-    return Api(models=models, engine=engine, limits=limits, keys=keys, check_health=check).app(lifespan)
+    api = Api(
+        models=models,
+        engine=engine,
+        limits=limits,
+        rates=Rates(limits.request_rate),
+        keys=keys,
+        check_health=check,
+    )
+    return api.app(lifespan)

@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarm.api.config import ApiLimits
+from swarm.api.keys import Keys, add_key
+from swarm.rates import Rate
 from swarm.web import impatient
 from tests.api.conftest import RunningApi
 from tests.api.test_requests import bodies
@@ -172,6 +175,31 @@ def test_a_second_slow_head_is_hung_up_on(serve: Callable[..., RunningApi], monk
         assert read(raw).read() == b'{"status":"ok"}'
         raw.sendall(b"GET")
         assert raw.recv(100) == b""
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_who_asks_too_often_is_told_when_to_come_back(
+    serve: Callable[..., RunningApi], tmp_path: Path, has_keys: bool
+) -> None:
+    """429 with Retry-After, for one account, or for one address where there are no keys; others are served."""
+    keys = [add_key(tmp_path / "keys", name) for name in ("ann", "bob")]
+    limits = ApiLimits(request_rate=Rate(burst=2, per_s=0.1))
+    api = serve(limits=limits, keys=Keys([tmp_path / "keys"]) if has_keys else None)
+
+    def ask(key: str, source: str) -> tuple[int, str | None]:
+        connection = HTTPConnection("127.0.0.1", api.port, timeout=TIMEOUT_S, source_address=(source, 0))
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        with connection.getresponse() as response:
+            response.read()
+            status = response.status, response.headers["retry-after"]
+        connection.close()
+        return status
+
+    assert [ask(keys[0], "127.0.0.1")[0] for _ in range(2)] == [200, 200]
+    status, retry_after = ask(keys[0], "127.0.0.1")
+    assert status == 429 and 1 <= int(retry_after or 0) <= 10
+    assert ask(keys[0], "127.0.0.2")[0] == (429 if has_keys else 200)
+    assert ask(keys[1], "127.0.0.1")[0] == (200 if has_keys else 429)
 
 
 def test_a_slow_body_gets_an_answer(serve: Callable[..., RunningApi]) -> None:
