@@ -358,8 +358,11 @@ class RemoteTraining:
     def _checked(self, number: int, spec: TensorSpec, body: memoryview) -> memoryview:
         """The body of a tensor that must be like the micro-batch's inputs."""
         micro = self.pipeline.micro(number)
-        if micro is not None and spec.shape != micro.inputs[0].shape:
-            raise PeerMisbehaved(f"a tensor of shape {spec.shape}, expected {micro.inputs[0].shape}")
+        if micro is not None and (spec.shape, spec.dtype) != (micro.inputs[0].shape, micro.inputs[0].dtype):
+            expected = micro.inputs[0]
+            raise PeerMisbehaved(
+                f"a tensor of {spec.dtype.name} {spec.shape}, expected {expected.dtype.name} {expected.shape}"
+            )
         if len(body) != spec.num_bytes:
             raise PeerMisbehaved(f"tensor body of {len(body)} bytes, {spec.num_bytes} declared")
         return body
