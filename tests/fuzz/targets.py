@@ -3,6 +3,7 @@
 A target gets bytes and returns, or raises what its caller expects of it (`expected`); everything else is a bug, and so
 is a result that breaks an invariant. `seeds` are valid inputs: what mutation starts from. What mutations have found
 worth keeping lies in corpus/TARGET/, one input per file. All keys are fixed, so signatures in the corpus stay good.
+Adapters, training and HTTP have files of their own.
 
     TARGETS ──► test_decoders.py (corpus, and hypothesis)      campaign.py (atheris, coverage-guided, for hours)
 """
@@ -12,9 +13,8 @@ import ssl
 import struct
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -30,14 +30,16 @@ from swarm import catalog, codec, protocol, registry
 from swarm.checkpoint import content, hub
 from swarm.errors import SwarmError
 from swarm.identity import Identity
+from swarm.leases import Claim
 from swarm.link import Intake, Link, StepChunk
+from swarm.network import roll
 from swarm.network.addresses import AddressBook, Card
 from swarm.network.calls import Answer, Call, Cancel, Failure, Known, Statements, decode_link_message
 from swarm.network.greeting import CALLS, VERSION, FrameReader, Hello, Refused, Welcome, decode_greeting
 from swarm.network.hive import DHTRecord, P2PDaemonError, p2pd_pb2
 from swarm.network.records import MemberRecords, SignedRecords
 from swarm.network.wire import DelimitedReader, varint
-from swarm.private.certificates import Passport, Role, read_passport, to_der
+from swarm.private.certificates import Passport, Role, read_invitation, read_passport, to_der
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import Revocations, decode_revocations, encode_revocations, revoke
@@ -47,21 +49,15 @@ from swarm.transport.limits import Limits
 from swarm.transport.mux import Mux
 from swarm.transport.offers import decode_offer
 from swarm.types import BlockRange, ServerState
+from tests.fuzz.adapter_targets import ADAPTER_TARGETS
 from tests.fuzz.dht import DhtHandlers
+from tests.fuzz.http_targets import HTTP_TARGETS
+from tests.fuzz.target import MSGPACK, Target, framed, pieces
 from tests.swarm.private.labs import Lab
 from tests.swarm.test_protocol import MESSAGES, STEP
 
 PEER = Identity(Ed25519PrivateKey.from_private_bytes(b"\1" * 32))
 NOW = time.time()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One reader of hostile bytes."""
-
-    run: Callable[[bytes], object]
-    seeds: Callable[[], list[bytes]]
-    expected: tuple[type[BaseException], ...] = (SwarmError,)
 
 
 # --- the transport ---
@@ -188,7 +184,7 @@ def handshake_seeds() -> list[bytes]:
 def session(data: bytes) -> None:
     """A series of messages to one session: both ends of its link keep their books, or refuse."""
     intake, link = Intake(2, max_length=64), Link(2, to_client=False)
-    for piece in _pieces(data):
+    for piece in pieces(data):
         found = protocol.decode(piece)
         if isinstance(found, protocol.Forward):
             link.connect(held=found.held, as_of=found.as_of, max_step_tokens=found.max_step_tokens)
@@ -219,7 +215,7 @@ def session_seeds() -> list[bytes]:
     beam = step(2, (4, 4), (1, 1), order=(1, 1), base=(4, 4))
     again = msgspec.structs.replace(forward, held=(2, 2), as_of=1)
     sequences: list[list[protocol.Message]] = [[prompt, decode], [forward, prompt, decode, beam, again], [decode]]
-    return [b"".join(_framed(protocol.encode(it)) for it in sequence) for sequence in sequences]
+    return [framed(protocol.encode(it) for it in sequence) for sequence in sequences]
 
 
 # --- records and the DHT ---
@@ -276,6 +272,15 @@ def server_record_seeds() -> list[bytes]:
         expires_at=NOW,
     )
     return [found.encode()]
+
+
+def claim(data: bytes) -> None:
+    """A claim to move: what was read is written as it was."""
+    assert Claim.decode(data, peer_id=PEER.peer_id).encode() == data
+
+
+def claim_seeds() -> list[bytes]:
+    return [Claim(peer_id=PEER.peer_id, leaves=BlockRange(0, 4), takes=BlockRange(2, 6), expires_at=NOW).encode()]
 
 
 def model_entry(data: bytes) -> None:
@@ -369,6 +374,16 @@ def card_seeds() -> list[bytes]:
     return [msgspec.msgpack.encode(Card.make(PEER, [("10.0.0.1", 31337), ("::1", 1)], NOW))]
 
 
+def members(data: bytes) -> None:
+    """Whom another member says that it has met: invitations that the authority has signed."""
+    for invitation in roll._decoder.decode(data):
+        assert read_invitation(invitation, _lab().der).name == "gpu1", "a signature was forged"
+
+
+def members_seeds() -> list[bytes]:
+    return [msgspec.msgpack.encode([to_der(_lab().invite().invitation)])]
+
+
 def passport(data: bytes) -> None:
     """Two certificates."""
     size = int.from_bytes(data[:2], "big")
@@ -448,20 +463,6 @@ def hub_seeds() -> list[bytes]:
     return [b'{"commit":"' + b"a" * 40 + b'","small":["config.json"],"weights":["x.safetensors"],"sha256":{}}']
 
 
-def _pieces(data: bytes) -> list[bytes]:
-    pieces = []
-    while len(data) > 2:
-        size = int.from_bytes(data[:2], "big")
-        pieces.append(data[2 : 2 + size])
-        data = data[2 + size :]
-    return pieces
-
-
-def _framed(data: bytes) -> bytes:
-    return len(data).to_bytes(2, "big") + data
-
-
-_MSGPACK = (msgspec.MsgspecError, UnicodeDecodeError)
 TARGETS: dict[str, Target] = {
     "frames": Target(run=frames, seeds=frame_seeds),
     "mux": Target(run=mux, seeds=frame_seeds),
@@ -473,16 +474,20 @@ TARGETS: dict[str, Target] = {
     "session": Target(run=session, seeds=session_seeds),
     "record": Target(run=record, seeds=record_seeds, expected=()),
     "server_record": Target(run=server_record, seeds=server_record_seeds),
-    "model_entry": Target(run=model_entry, seeds=model_entry_seeds, expected=_MSGPACK),
+    "claim": Target(run=claim, seeds=claim_seeds),
+    "model_entry": Target(run=model_entry, seeds=model_entry_seeds, expected=MSGPACK),
     "dht_request": Target(run=dht_request, seeds=dht_seeds, expected=()),
     "daemon_wire": Target(run=daemon_wire, seeds=daemon_seeds, expected=(P2PDaemonError, DecodeError)),
     "greeting": Target(run=greeting, seeds=greeting_seeds),
     "link_message": Target(run=link_message, seeds=link_seeds),
-    "card": Target(run=card, seeds=card_seeds, expected=(SwarmError, *_MSGPACK)),
+    "card": Target(run=card, seeds=card_seeds, expected=(SwarmError, *MSGPACK)),
+    "members": Target(run=members, seeds=members_seeds, expected=(SwarmError, *MSGPACK)),
     "passport": Target(run=passport, seeds=passport_seeds),
     "revocations": Target(run=revocations, seeds=lambda: [_revoked()[1]]),
     "credentials": Target(run=credentials, seeds=lambda: [_lab().invite(peers=("10.0.0.1:1",)).to_bytes()]),
     "identity": Target(run=identity, seeds=lambda: [PEER.to_bytes()]),
     "checkpoint": Target(run=checkpoint, seeds=checkpoint_seeds),
     "hub_note": Target(run=hub_note, seeds=hub_seeds, expected=()),
+    **ADAPTER_TARGETS,
+    **HTTP_TARGETS,
 }
