@@ -25,6 +25,7 @@ from swarm.client.training import Call, Parameters, RemoteTraining
 from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig
+from swarm.network.tasks import TaskSet
 from swarm.private.credentials import Credentials
 from swarm.session import Hop
 from swarm.transport import Transport
@@ -57,17 +58,6 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine on the loop without waiting for it; what goes wrong with the swarm is only logged."""
-
-        async def supervised() -> None:
-            try:
-                await coroutine
-            except SwarmError as error:
-                logger.info("%s: %s", coroutine, error)
-
-        asyncio.run_coroutine_threadsafe(supervised(), self._loop)
 
     def post(self, function: Callable[[], object]) -> None:
         """Call a function on the loop, without waiting; nothing happens when the loop has ended."""
@@ -206,6 +196,7 @@ class SwarmService:
         self.num_blocks, self.hidden_size = peers.num_blocks, hidden
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
         self._trainings: list[SwarmTraining] = []
+        self._tasks = TaskSet()
         atexit.register(self.close)
 
     def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> SwarmSession:
@@ -246,7 +237,18 @@ class SwarmService:
             await self._node.denied.wait()
             then()
 
-        self._loop.start(wait())
+        self.start(wait(), name="wait for the end of our membership")
+
+    def start(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Run a coroutine on the loop until this is closed; what goes wrong with the swarm is only logged."""
+
+        async def supervised() -> None:
+            try:
+                await coroutine
+            except SwarmError as error:
+                logger.info("%s: %s", name, error)
+
+        self._loop.post(lambda: self._tasks.spawn(supervised(), name=name))
 
     def open_training(self, blocks: BlockRange) -> SwarmTraining:
         """A new training run through some blocks; servers are contacted at its first use."""
@@ -265,10 +267,15 @@ class SwarmService:
         for training in self._trainings:
             training.close()
         try:
-            self._loop.run(leave(self._transport, self._node), CLOSE_TIMEOUT_S)
+            self._loop.run(self._leave(), CLOSE_TIMEOUT_S)
         except TimeoutError:
             logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
         self._loop.stop()
+
+    async def _leave(self) -> None:
+        """In this order: a connection that somebody still makes would outlive the transport."""
+        await self._tasks.close()
+        await leave(self._transport, self._node)
 
 
 def connect(
@@ -304,8 +311,9 @@ def connect(
         loop.stop()
         raise
     peers = Peers(node, transport, model=checkpoint.digest, model_name=checkpoint.name, num_blocks=num_blocks)
-    loop.start(peers.get_acquainted())
-    return SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
+    service = SwarmService(loop, node, transport, peers, config or SessionConfig(), hidden_size)
+    service.start(peers.get_acquainted(), name="get acquainted")
+    return service
 
 
 async def join(

@@ -162,6 +162,7 @@ async def dial(
     finally:
         for attempt in pending:
             attempt.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)  # so that nothing comes to be when nobody wants it
     raise PeerUnreachable(f"no direct way to {peer_id}, port {offer.port}: {'; '.join(failures)}", peer_id=peer_id)
 
 

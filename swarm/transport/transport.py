@@ -299,6 +299,10 @@ class Transport:
 
     async def _greet(self, connection: Connection) -> Connection:
         """Exchange HELLOs on a connection that we made."""
+        if self._is_closed:  # while it was being made
+            error = PeerDisconnected(f"{self.node.peer_id} is shutting down")
+            connection.close(error)
+            raise error
         self._add(connection)
         connection.start()
         try:

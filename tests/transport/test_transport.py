@@ -489,6 +489,28 @@ async def test_a_peer_that_is_not_there_is_unreachable(nodes: tuple[Node, Node])
             await pair.client.open(nodes[1].peer_id, "echo", timeout_s=1)
 
 
+async def test_a_connection_that_was_being_made_when_the_transport_closed_is_dropped(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody would close it later."""
+    is_dialling, may_go_on, dial = asyncio.Event(), asyncio.Event(), transport_module.dial
+
+    async def slow_dial(*args: Any, **options: Any) -> Any:
+        is_dialling.set()
+        await may_go_on.wait()
+        return await dial(*args, **options)
+
+    monkeypatch.setattr(transport_module, "dial", slow_dial)
+    async with connected(nodes) as pair:
+        opening = asyncio.create_task(pair.open("echo", "direct"))
+        await is_dialling.wait()
+        await pair.client.close()
+        may_go_on.set()
+        with pytest.raises(PeerDisconnected, match="is shutting down"):
+            await opening
+        assert pair.client.num_connections == 0
+
+
 async def test_an_idle_connection_is_closed(nodes: tuple[Node, Node]):
     """A connection without streams does not stay, and the next stream makes another."""
     limits = Limits(ping_period_s=0.1, idle_timeout_s=0.2)
