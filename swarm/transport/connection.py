@@ -14,6 +14,7 @@ from typing import Protocol
 from swarm.errors import (
     AccessDenied,
     InvalidRequest,
+    PeerBusy,
     PeerDisconnected,
     PeerError,
     PeerMisbehaved,
@@ -34,6 +35,8 @@ WRITE_BUFFER_BYTES = 1 << 19
 """Senders wait while more than this is queued at the carrier."""
 GOODBYE_S = 1.0
 """How long a peer may take to let go of a connection that we close."""
+MAX_REST_S = 0.5
+"""How long a peer is not read at most, far below what it takes for silence."""
 _JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
 
 
@@ -88,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._corked: list[bytes] = []
         self._is_corked = False
+        self._rest_s = 0.0  # how long the peer is not to be read, since it asks for too much
         self._is_full = False  # the carrier takes no more for now
         self._turns: deque[asyncio.Future[None]] = deque()  # senders that wait for the carrier, first come first served
         self._timer = self._loop.call_later(limits.ping_period_s / 2, self._tick)
@@ -280,6 +284,7 @@ class Connection(asyncio.Protocol):
             self.close(error)
         else:
             self._flush()
+            self._rest()
 
     def eof_received(self) -> None:
         """The peer has closed: nothing can be told to it, so the transport closes too."""
@@ -330,7 +335,20 @@ class Connection(asyncio.Protocol):
             self.num_refused += 1
             if self.num_refused >= self._limits.max_refused_opens:
                 raise PeerMisbehaved(f"{self.num_refused} streams in a row had to be refused: {error}") from error
+            if isinstance(error, PeerBusy):
+                self._rest_s += 1 / self._limits.open_rate.per_s
             self.fail(event.stream_id, error)
+
+    def _rest(self) -> None:
+        """Leave a peer unread for as long as the streams that it was refused would have taken: refusing costs, too."""
+        if self._rest_s and not self.transport.is_closing():
+            self.transport.pause_reading()
+            self._loop.call_later(min(self._rest_s, MAX_REST_S), self._read_on)
+        self._rest_s = 0.0
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _on_failed(self, event: Failed | Refused) -> None:
         error = error_from_wire(event.error, peer_id=self.peer_id)

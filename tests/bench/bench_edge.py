@@ -23,6 +23,7 @@ import socket
 import statistics
 import sys
 import time
+from asyncio.subprocess import DEVNULL, PIPE
 from collections import Counter
 from contextlib import AsyncExitStack, suppress
 from typing import Any
@@ -34,6 +35,11 @@ SPAN = (0, 8)
 HIDDEN = 576
 CONTEXT = 512
 MUTATIONS = 3
+STREAMS = 32
+"""That each attacker has open at a time."""
+POLL_S = 2.0
+RIGHT_SIZE = 0.05
+"""Share of bodies as large as a step's: more would be use of the server, by which batches grow, rather than abuse."""
 SETTLE_S = 20.0
 KINDS = ("half-open", "plain text", "no HELLO", "trickle", "wrong ticket", "PING flood", "OPEN flood", "silent p2p")
 
@@ -43,6 +49,8 @@ KINDS = ("half-open", "plain text", "no HELLO", "trickle", "wrong ticket", "PING
 
 async def serve() -> None:
     """A real server that answers questions about itself on stdin, one per line."""
+    import torch
+
     from swarm import protocol
     from swarm.server.config import CacheSize, ServerConfig
     from swarm.server.server import Server, make_plan
@@ -64,6 +72,7 @@ async def serve() -> None:
         device="cpu",
         cache_size=CacheSize(tokens=16384),
     )
+    torch.set_num_threads(1)  # of two cores: the other one is for everything else
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda loop, context: counts.update(["loop errors"]))
     async with Server(config, await asyncio.to_thread(make_plan, config)) as server:
@@ -102,8 +111,7 @@ class Served:
     @classmethod
     async def start(cls) -> "Served":
         """Start it; returns when it serves."""
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(sys.executable, __file__, "--serve", stdin=pipe, stdout=pipe)
+        process = await asyncio.create_subprocess_exec(sys.executable, __file__, "--serve", stdin=PIPE, stdout=PIPE)
         assert process.stdout is not None
         return cls(process, json.loads(await process.stdout.readline()))
 
@@ -126,30 +134,34 @@ class Served:
 # --- the attackers' processes ---
 
 
-async def attack(address: str, model: str, *, messages: int, connections: int, seed: int) -> None:
-    """One hostile peer: both kinds of attack at the same time. Prints what it did."""
+async def attack(address: str, model: str, *, connections: int, seed: int) -> None:
+    """One hostile peer: both kinds of attack at once, from the first line on stdin to its end. Prints what it did."""
     from swarm.network import Node, NodeConfig
     from swarm.transport import Transport
 
-    os.nice(19)
     rng, done = random.Random(seed), Counter[str]()
     node_config = NodeConfig(client_mode=True, initial_peers=(address,))
     async with await Node.start(node_config) as node, Transport(node) as transport:
-        peer_id = address.rpartition("/")[2]
+        peer_id, over = address.rpartition("/")[2], asyncio.Event()
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
         async with asyncio.TaskGroup() as group:
-            group.create_task(_send_fuzzed(transport, peer_id, model, messages, rng, done))
+            for _ in range(STREAMS):
+                group.create_task(_send_fuzzed(transport, peer_id, model, over, rng, done))
             group.create_task(_connect_hostile(node, peer_id, connections, rng, done, source=f"127.0.1.{seed + 1}"))
+            await asyncio.to_thread(sys.stdin.readline)
+            over.set()
     print(json.dumps(done), flush=True)
 
 
 async def _send_fuzzed(
-    transport: Any, peer_id: str, model: str, count: int, rng: random.Random, done: "Counter[str]"
+    transport: Any, peer_id: str, model: str, over: asyncio.Event, rng: random.Random, done: "Counter[str]"
 ) -> None:
     """Mutated messages on streams that any peer may open; refusals set the pace."""
     from swarm.errors import PeerBusy, SwarmError
 
     seeds = _seeds(model)
-    while done["messages"] < count:
+    while not over.is_set():
         service = rng.choice(("session", "push", "info"))
         try:
             carrier = "direct" if rng.random() < 0.7 else "p2p"
@@ -176,7 +188,8 @@ async def _talk_nonsense(stream: Any, seeds: list[bytes], rng: random.Random, do
         if index or rng.random() < 0.5:
             for _ in range(rng.randrange(1, MUTATIONS)):
                 data = mutate(data, seeds, rng)
-        body = rng.randbytes(rng.choice((0, 4, HIDDEN * 4, HIDDEN * 8)))
+        sizes = (HIDDEN * 4, HIDDEN * 8) if rng.random() < RIGHT_SIZE else (0, 4, HIDDEN * 4 - 4, HIDDEN * 8 + 4)
+        body = rng.randbytes(rng.choice(sizes))
         if stream.is_over or not connection.send_now(stream._id, data[: 1 << 17], body):
             return
         done["messages"] += 1
@@ -360,22 +373,33 @@ async def _for_seconds(client: Client, seconds: float) -> list[float]:
 
 
 async def _under_attack(client: Client, served: Served, args: argparse.Namespace) -> tuple[list[float], "Counter[str]"]:
+    """Attack until the server has read as many fuzzed messages as are wanted; the client's times, and what was done."""
     over, total = asyncio.Event(), Counter[str]()
-    decoding = asyncio.create_task(client.decode_until(over))
     processes = []
     for index in range(args.attackers):
-        command = [sys.executable, __file__, "--attack", served.address, "--model", served.model, "--seed", str(index)]
-        command += ["--messages", str(-(-args.messages // args.attackers))]
-        command += ["--connections", str(-(-args.connections // args.attackers))]
-        processes.append(await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE))
+        command = ["nice", "-n", "19", sys.executable, __file__, "--attack", served.address, "--model", served.model]
+        command += ["--seed", str(index), "--connections", str(-(-args.connections // args.attackers))]
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        assert process.stdout is not None
+        await process.stdout.readline()
+        processes.append(process)
+    decoding = asyncio.create_task(client.decode_until(over))
+    goal = (await served.state())["messages"] + args.messages
     for process in processes:
-        output, _ = await process.communicate()
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+    while (state := await served.state()) and state["messages"] - len(client.times) < goal:  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S)
+    for process in processes:
+        output, _ = await process.communicate(b"\n")
         if process.returncode == 0:
             total.update(json.loads(output.splitlines()[-1]))
         else:
             total["attackers that failed"] += 1
     over.set()
-    return await decoding, total
+    times = await decoding
+    total["messages read"] = state.get("messages", 0) - goal + args.messages - len(times)
+    return times, total
 
 
 async def _settled(served: Served) -> dict[str, Any]:
@@ -389,8 +413,8 @@ async def _settled(served: Served) -> dict[str, Any]:
 
 
 def _summary(times: list[float]) -> str:
-    median, p99 = statistics.median(times) * 1e3, percentile(times, 0.99) * 1e3
-    return f"{len(times)} tokens, median {median:.1f} ms, p99 {p99:.1f} ms"
+    shown = ", ".join(f"p{share * 100:g} {percentile(times, share) * 1e3:.1f} ms" for share in (0.5, 0.9, 0.95, 0.99))
+    return f"{len(times)} tokens, {shown}"
 
 
 def _report(
@@ -406,7 +430,7 @@ def _report(
     crashes = int(not after) + after.get("restarts", 1) + after.get("loop_errors", 1) + int(after.get("died", True))
     leaked = {key: after.get(key, -1) for key in ("pages", "sessions", "streams")}
     targets = {
-        "messages": judged(attackers["messages"], ">=", args.messages),
+        "fuzzed messages that the server has read": judged(attackers["messages read"], ">=", args.messages),
         "hostile connections": judged(sum(attackers[kind] for kind in KINDS), ">=", args.connections),
         "crashes": judged(crashes, "==", 0),
         "leaked pages": judged(leaked["pages"], "==", 0),
@@ -444,9 +468,7 @@ def main() -> None:
     if args.serve:
         uvloop.run(serve())
     elif args.attack:
-        uvloop.run(
-            attack(args.attack, args.model, messages=args.messages, connections=args.connections, seed=args.seed)
-        )
+        uvloop.run(attack(args.attack, args.model, connections=args.connections, seed=args.seed))
     else:
         uvloop.run(run(args))
 

@@ -140,6 +140,24 @@ async def test_new_streams_have_a_rate_for_each_peer(nodes: Nodes):
 
 
 @both
+async def test_who_is_refused_streams_is_left_unread_for_a_while(nodes: Nodes, carrier: str):
+    """A flood of refusals would cost the server as much as it costs the flooder; others are read meanwhile."""
+    limits = replace(CALM, max_streams_per_peer=2, open_rate=Rate(burst=50, per_s=4))
+    async with connected(nodes[:2], server={"limits": limits}) as pair:
+        attack = await Attack.begin(nodes, carrier)
+        attack.send(b"".join(encode_frame(Kind.OPEN, 2 * index + 1, b"echo") for index in range(20)))
+
+        def its_transport() -> asyncio.Transport:
+            return next(it.transport for it in pair.server._connections if it.peer_id == nodes[2].peer_id)
+
+        await settled(lambda: pair.server._handling[nodes[2].peer_id] == 2 and not its_transport().is_reading())
+        await served(pair)
+        await settled(lambda: its_transport().is_reading())
+        attack.send(b"\xff" * 16)
+        await attack.ended()
+
+
+@both
 async def test_a_frame_that_never_ends_is_not_waited_for(nodes: Nodes, carrier: str, caplog: pytest.LogCaptureFixture):
     """A byte now and then keeps a connection alive, but not one frame for ever."""
     caplog.set_level(logging.INFO, logger="swarm.transport")
