@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from swarm.rates import Rate
 
 PING_RATE = Rate(burst=64, per_s=8)
-OPEN_RATE = Rate(burst=1024, per_s=128)
+OPEN_RATE = Rate(burst=512, per_s=64)
+"""Twice the rate of new sessions, each of which takes a stream of its client and one of a server."""
 OFFER_RATE = Rate(burst=16, per_s=1)
 
 
