@@ -290,6 +290,7 @@ class Server:
             dtype=str(plan.dtype).removeprefix("torch."),
             public_name=config.public_name,
             version=__version__,
+            period_s=config.announce_period_s,
             expires_at=time.time() + ttl_s,
             adapters=handler.adapters.notes() if handler is not None and handler.adapters is not None else (),
         )
