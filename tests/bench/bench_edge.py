@@ -384,11 +384,12 @@ async def _under_attack(client: Client, served: Served, args: argparse.Namespace
         await process.stdout.readline()
         processes.append(process)
     decoding = asyncio.create_task(client.decode_until(over))
-    goal = (await served.state())["messages"] + args.messages
+    start, num_read = (await served.state())["messages"], 0
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(b"\n")
-    while (state := await served.state()) and state["messages"] - len(client.times) < goal:  # noqa: ASYNC110
+    while num_read < args.messages and (state := await served.state()):
+        num_read = state["messages"] - start - len(client.times)
         await asyncio.sleep(POLL_S)
     for process in processes:
         output, _ = await process.communicate(b"\n")
@@ -397,9 +398,8 @@ async def _under_attack(client: Client, served: Served, args: argparse.Namespace
         else:
             total["attackers that failed"] += 1
     over.set()
-    times = await decoding
-    total["messages read"] = state.get("messages", 0) - goal + args.messages - len(times)
-    return times, total
+    total["messages read"] = num_read
+    return await decoding, total
 
 
 async def _settled(served: Served) -> dict[str, Any]:
