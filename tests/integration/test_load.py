@@ -1,5 +1,6 @@
 """Many sessions on few pages: all are served, each gets its own, and nothing stays behind."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,7 +111,8 @@ def test_a_killed_client_frees_its_pages_within_two_seconds(make_swarm, tmp_path
     """SIGKILL in the middle of an answer: the servers notice by themselves."""
     swarm = make_swarm("0:3", "3:6")
     (tmp_path / "endless.py").write_text(CLIENT)
-    client = PeerProcess("endless", [str(swarm.model), swarm.address], env={"PYTHONPATH": str(tmp_path)})
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    client = PeerProcess("endless", [str(swarm.model), swarm.address], env={"PYTHONPATH": path})
     try:
         client.wait_for("token", 60)
         wait_until(swarm, lambda pages: pages > 0)
