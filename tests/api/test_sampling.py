@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -49,6 +49,7 @@ def test_without_a_seed_answers_differ() -> None:
     assert choose(logits, temperature=1.0) != choose(logits, temperature=1.0)
 
 
+@example(seed=0, temperature=0.5, top_p=1 - 2**-53, top_k=0)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.floats(0.05, 2),
@@ -56,7 +57,7 @@ def test_without_a_seed_answers_differ() -> None:
     top_k=st.integers(0, VOCABULARY + 2),
 )
 def test_the_distribution_is_that_of_transformers(seed: int, temperature: float, top_p: float, top_k: int) -> None:
-    """Its warpers, in its order, give the same probabilities; at a bound of top_p, rounding may decide."""
+    """Its warpers, in its order, give the same probabilities; rounding may decide about one at top_p, or crumbs."""
     logits = random_logits(seed)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
@@ -66,12 +67,12 @@ def test_the_distribution_is_that_of_transformers(seed: int, temperature: float,
     expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits).softmax(-1)
     found = distribution(logits, Sampling(temperature=temperature, top_p=top_p, top_k=top_k))
     found = found / found.sum()
-    kept, sums = found > 0, found.sort(descending=True).values.cumsum(-1)
+    kept = found > 0
     if (kept == (expected > 0)).all():
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     else:
-        assert bool(((sums * (1 - top_p)).abs() >= 0).all())
-        assert abs(int(kept.sum()) - int((expected > 0).sum())) == 1
+        differs = kept != (expected > 0)
+        assert int(differs.sum()) == 1 or float(torch.maximum(found, expected)[differs].sum()) < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-6, 2.0])
