@@ -49,7 +49,7 @@ ROOM_TOKENS = 64
 BATCH_TOKENS = 1024
 """What a micro-batch of training has, about."""
 NUM_ACQUAINTANCES = 8
-"""Servers that a new client measures, to find its place."""
+"""Servers that a client measures now and then, to know its place and the ways to those that it uses."""
 
 
 class Peers:
@@ -108,12 +108,18 @@ class Peers:
     async def get_acquainted(self) -> None:
         """Read the records and measure the ways to a few servers, so that the first route knows where we are."""
         await self.refresh()
+        await self._get_to_know()
+
+    async def _get_to_know(self) -> None:
+        """Measure the ways to the servers that were used, and to some others."""
         records = self.records
         if self._pinger is None or not records:
             return
-        count = min(NUM_ACQUAINTANCES, len(records))
-        chosen = self._generator.choice(len(records), count, replace=False)
-        await self._pinger.ping([records[index] for index in chosen])
+        used = [record for record in records if record.peer_id in self._behaviour]
+        others = [record for record in records if record.peer_id not in self._behaviour]
+        count = min(NUM_ACQUAINTANCES - min(len(used), NUM_ACQUAINTANCES // 2), len(others))
+        chosen = self._generator.choice(len(others), count, replace=False) if count else ()
+        await self._pinger.ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
         self._router = None
 
     async def route(
@@ -183,6 +189,7 @@ class Peers:
     async def _refresh_quietly(self) -> None:
         try:
             await self.refresh()
+            await self._get_to_know()
         except SwarmError as error:
             logger.info("can't read who serves the model: %s", error)
 
@@ -190,7 +197,7 @@ class Peers:
         """A step of one token per row took so long on its hops.
 
         What it took beyond the ways and visits that were expected is shared by them all: who is to blame shows over
-        many routes.
+        many routes. Ways that nobody has measured count as long ones.
         """
         router = self._table()
         hops = [Hop(peer_id=timing.peer_id, blocks=timing.blocks) for timing in timings]
@@ -256,7 +263,8 @@ class Peers:
         seen = self._behaviour.get(record.peer_id)
         block_s = None if seen is None else seen.block_s(now)
         if block_s is None:
-            block_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
+            idle_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
+            block_s = idle_s * (1.0 + record.load)
         capacity_tps = record.prefill_tps or record.batch_tps or record.decode_tps
         return Offer(
             peer_id=record.peer_id,
@@ -265,7 +273,7 @@ class Peers:
             visit_s=VISIT_S + record.queue_s + (0.0 if seen is None else seen.excess_s(now)),
             free_tps=capacity_tps * (1.0 - record.load),
             location=Location(
-                place=record.place,
+                place=record.place if record.place is not None and record.place.error < 1.0 else None,
                 tag=peer_tag(record.peer_id),
                 pings=[(ping.tag, ping.rtt_s) for ping in record.pings],
                 client_rtt_s=None if self._pinger is None else self._pinger.rtt_s(record.peer_id),

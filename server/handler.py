@@ -93,6 +93,11 @@ class Handler:
         return min(1.0, max(self.meter.load.waiting_share(now), num_running / FULL_LOAD_SESSIONS))
 
     @property
+    def queue_s(self) -> float:
+        """How long a step has waited here for its batch, lately."""
+        return self.meter.load.mean_s(time.monotonic())[0]
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens of all sessions together that ran through the blocks lately."""
         return self.meter.load.tokens_per_s(time.monotonic())

@@ -11,16 +11,19 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from swarm import __version__
 from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.checkpoint.source import Checkpoint, resolve
+from swarm.directory import Directory
 from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
+from swarm.pings import Pinger
 from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, TRAIN_SERVICE
-from swarm.registry import Registry, ServerRecord
+from swarm.registry import MAX_TIME_S, Registry, ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
 from swarm.server.blocks.span import BlockSpan
@@ -30,6 +33,7 @@ from swarm.server.executor import Executor
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
+from swarm.server.scout import Scout
 from swarm.server.training import TrainingDesk
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
@@ -105,6 +109,7 @@ class Server:
         """Digests of the adapters that it was told to have."""
         self.metrics_url: str | None = None
         self._registry: Registry
+        self._scout: Scout
         self._decode_tps = 0.0
         self._stack = AsyncExitStack()
 
@@ -137,6 +142,14 @@ class Server:
         await self.transport.start()
         self._stack.push_async_callback(self.transport.close)
         self._registry = Registry(self.node)
+        generator = np.random.default_rng()
+        self._scout = Scout(
+            Pinger(self.transport, generator),
+            Directory(self._registry, model=self.plan.checkpoint.digest, num_blocks=self.plan.num_blocks),
+            own_id=self.node.peer_id,
+            blocks=self.plan.blocks,
+            generator=generator,
+        )
         await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
         await self._announce()
 
@@ -237,10 +250,12 @@ class Server:
             PeerError: the device thread failed.
             AccessDenied: we are no member of this private swarm any more.
         """
-        while not await self._stopped_within(stop, self.config.announce_period_s):
-            announcing = asyncio.create_task(self._announce())
-            await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
+        while True:
+            announcing = asyncio.create_task(self.renew())
+            is_over = await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
             announcing.cancel()
+            if is_over or await self._stopped_within(stop, self.config.announce_period_s):
+                break
         await self.leave()
         self.node.check_access()
         if self.executor.died.is_set():
@@ -274,6 +289,11 @@ class Server:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
+    async def renew(self) -> None:
+        """Look where the other servers are, and announce ourselves again."""
+        await self._scout.look()
+        await self._announce()
+
     async def _announce(self) -> None:
         config, plan = self.config, self.plan
         ttl_s = 3 * config.announce_period_s
@@ -285,11 +305,14 @@ class Server:
             state=self.state,
             decode_tps=self._decode_tps,
             load=handler.load if handler is not None else 0.0,
+            queue_s=min(handler.queue_s, MAX_TIME_S) if handler is not None else 0.0,
             kv_free_tokens=executor.free_tokens if executor is not None else 0,
             quantization=plan.quantization,
             dtype=str(plan.dtype).removeprefix("torch."),
             public_name=config.public_name,
             version=__version__,
+            place=self._scout.place,
+            pings=self._scout.pings,
             period_s=config.announce_period_s,
             expires_at=time.time() + ttl_s,
             adapters=handler.adapters.notes() if handler is not None and handler.adapters is not None else (),

@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
-from swarm.coordinates import Place, moved, round_trip_s
+from swarm.coordinates import Place, located, moved, round_trip_s
 from swarm.errors import PeerError, SwarmError
 from swarm.protocol import INFO_SERVICE, InfoRequest
 from swarm.registry import MAX_TIME_S, ServerRecord
 from swarm.transport import Transport
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ STALE_S = 300.0
 PING_TIMEOUT_S = 3.0
 NUM_NEAR = 5
 """Likely successors that a server measures each time: the nearest ones ..."""
+NUM_SETTLING = 8
+"""Times that a newcomer goes over its first measurements."""
 NUM_RANDOM = 3
 """... and others at random, so that places settle and new neighbours are found."""
 
@@ -81,8 +84,21 @@ class Pinger:
     async def ping(self, records: Iterable[ServerRecord]) -> set[str]:
         """Measure the round trips to some servers at once; the ids of those that did not answer."""
         records = list(records)
+        is_new = self.place.error >= 1.0
         answers = await asyncio.gather(*(self._ping(record) for record in records))
+        if is_new:
+            self._settle(records)
         return {record.peer_id for record, answer in zip(records, answers, strict=True) if not answer}
+
+    def _settle(self, records: Sequence[ServerRecord]) -> None:
+        """Go over the first measurements again and again: a newcomer's place is of use at once."""
+        samples = [
+            (it.place, rtt_s)
+            for it in records
+            if it.place is not None and (rtt_s := self.rtt_s(it.peer_id)) is not None
+        ]
+        directions = self._generator.normal(size=(NUM_SETTLING * len(samples), 3))
+        self.place = located(self.place, samples, directions.tolist())
 
     async def _ping(self, record: ServerRecord) -> bool:
         try:
@@ -111,18 +127,17 @@ class Pinger:
 
 
 def neighbours(
-    own: ServerRecord, records: Sequence[ServerRecord], place: Place, generator: np.random.Generator
+    blocks: BlockRange, others: Sequence[ServerRecord], place: Place, generator: np.random.Generator
 ) -> list[ServerRecord]:
     """Whom a server measures: the nearest ones that could follow it in a chain, and some others at random. Pure.
 
     Args:
-        own: what the server announces.
-        records: of all servers.
+        blocks: of the server.
+        others: records of the other servers.
         place: where the server is.
         generator: for the others.
     """
-    others = [record for record in records if record.peer_id != own.peer_id]
-    following = [record for record in others if record.blocks.start <= own.blocks.end < record.blocks.end]
+    following = [record for record in others if record.blocks.start <= blocks.end < record.blocks.end]
     near = sorted(following, key=lambda record: _distance_s(record, place))[:NUM_NEAR]
     chosen = {record.peer_id for record in near}
     rest = [record for record in others if record.peer_id not in chosen]

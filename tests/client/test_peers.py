@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from swarm.client import peers as peers_module
-from swarm.client.peers import PUSH_RETRY_S, REFRESH_S, Peers
+from swarm.client.peers import NUM_ACQUAINTANCES, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected
@@ -188,3 +188,45 @@ class FakePinger:
 
     def rtt_s(self, peer_id):
         return None
+
+
+async def test_a_busy_server_costs_more_than_an_idle_one(peers, monkeypatch):
+    """By the share of its capacity that is in use, and by how long steps wait there."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    await read(peers, record("busy", load=0.6), record("idle"))
+    assert await chosen(peers) == "idle"
+    await read(peers, record("idle", load=0.6), record("queue", queue_s=0.05))
+    assert await chosen(peers) == "idle"
+
+
+async def test_a_place_that_nothing_was_measured_of_is_not_believed(peers, monkeypatch):
+    """A newcomer announces one, so that others can find theirs."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    await read(peers, record("new", place=Place()), record("old", place=Place(error=0.5)))
+    locations = {offer.peer_id: offer.location for offer in (peers._offer(it, now) for it in peers.records)}
+    assert locations["new"].place is None and locations["old"].place is not None
+
+
+async def test_ways_are_measured_again_with_the_records_and_first_to_those_that_are_used(peers, monkeypatch):
+    """Else all are forgotten after some minutes."""
+    now, asked = 1000.0, []
+
+    class FakePinger:
+        place = Place()
+
+        def rtt_s(self, peer_id: str) -> float | None:
+            return None
+
+        async def ping(self, records):
+            asked.append({it.peer_id for it in records})
+
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    peers._pinger = FakePinger()
+    await read(peers, *(record(f"p{index}") for index in range(30)))
+    peers.measured([timing("p7", compute_s=0.01, overhead_s=0.0)])
+    now += REFRESH_S
+    peers.keep_fresh()
+    await peers._reader
+    assert len(asked) == 1 and "p7" in asked[0] and len(asked[0]) == NUM_ACQUAINTANCES

@@ -21,7 +21,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE, Info, InfoRequest, OpenSession, SessionOpened, Step
-from swarm.registry import Registry
+from swarm.registry import Registry, peer_tag
 from swarm.server.config import ServerConfig
 from swarm.server.server import LoadingStopped, Server, make_plan
 from swarm.types import ServerState
@@ -153,6 +153,24 @@ def test_a_server_announces_joining_then_online_then_offline(make_swarm):
             service._loop.run(service.peers.refresh(max_age_s=0))
             assert len(service.peers.records) == (step == server.load)
     assert states == [[("JOINING", "0:6")], [("ONLINE", "0:6")], []]
+
+
+def test_servers_tell_where_they_are_and_how_far_from_each_other(make_swarm):
+    """After two rounds everybody has a place, and the ways are known from both sides."""
+    swarm = make_swarm("0:3", "3:6")
+    ids = [server.node.peer_id for server in swarm.servers]
+    for _ in range(2):
+        for server in swarm.servers:
+            swarm.loop.run(server.renew(), 30)
+    with closing(swarm.connect()) as service:
+        service._loop.run(service.peers.get_acquainted())
+        records = {record.peer_id: record for record in service.peers.records}
+        for own, other in (ids, reversed(ids)):
+            assert records[own].place.error < 1.0
+            assert [ping.tag for ping in records[own].pings] == [peer_tag(other)]
+            assert 0.0 < records[own].pings[0].rtt_s < 5.0
+        assert service.peers._place is not None
+        assert all(service.peers._pinger.rtt_s(peer_id) is not None for peer_id in ids)
 
 
 def test_a_server_told_to_stop_while_it_loads_never_says_online(make_swarm, monkeypatch):
