@@ -394,7 +394,7 @@ def report(
         targets["overhead_of_history"] = judged(statistics.median(overheads) - 1, "<=", TARGETS["overhead"])
         error = median_error(overheads)
         print(f"overhead of history: {statistics.median(overheads) - 1:+.1%} ± {error:.1%} (standard error)")
-        print(f"one of each kind over the other of each: {statistics.median(alike) - 1:+.1%}, by where they lie in memory")
+        print(f"one of each kind over the other of each: {statistics.median(alike) - 1:+.1%}")
         details["alike"] = round(statistics.median(alike), 4)
         details["overhead_standard_error"] = round(error, 4)
     print_report("failover", targets, runs=len(runs), overhead_rounds=args.overhead_rounds, **details)
