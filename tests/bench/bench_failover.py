@@ -364,9 +364,7 @@ def start_server(factory: ServerFactory, model: str, span: str, address: str, *o
 # --- report ---
 
 
-def report(
-    runs: Sequence[Run], overheads: Sequence[float], alike: Sequence[float], args: argparse.Namespace
-) -> None:
+def report(runs: Sequence[Run], overheads: Sequence[float], alike: Sequence[float], args: argparse.Namespace) -> None:
     """Tables and JSON."""
     targets, rows = {}, []
     details = {"seed": args.seed, "push": not args.star, "model": args.model or "random", "rows": rows}
