@@ -59,9 +59,9 @@ def main() -> None:
         "health",
         {
             "servers_found": judged(few["found"], "==", args.servers),
-            "refresh_64_servers_s": judged(few["worst_s"], "<=", 1.0),
+            "refresh_64_servers_median_s": judged(few["median_s"], "<=", 1.0),
             "records_found": judged(many["found"], "==", args.records),
-            "refresh_2000_records_s": judged(many["worst_s"], "<=", 3.0),
+            "refresh_2000_records_worst_s": judged(many["worst_s"], "<=", 3.0),
             "page_kb": judged(max(few["page_kb"], many["page_kb"]), "<=", 200.0),
         },
         servers=few,
