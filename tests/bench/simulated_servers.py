@@ -82,7 +82,9 @@ async def _serve(stack: AsyncExitStack, node: Node, number: int) -> None:
 def _record(peer_id: str, number: int) -> ServerRecord:
     start = number * 5 % (NUM_BLOCKS - SPAN + 1)
     name = f"server-{number}"
-    return make_record(peer_id, f"{start}:{start + SPAN}", public_name=name, expires_at=time.time() + 600)
+    return make_record(
+        peer_id, f"{start}:{start + SPAN}", public_name=name, period_s=200.0, expires_at=time.time() + 600
+    )
 
 
 def _put(storage: Any, identity: Identity, key: str, payload: bytes) -> None:
