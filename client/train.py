@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from swarm.client.peft_model import DistributedPeftModel
 
 METHODS = ("lora", "ia3", "prompt", "prefix")
+_PACKED = ("lora", "ia3")
+"""Methods without virtual positions, which stand before a row and not before each sequence in it."""
 
 
 def main(argv: Sequence[str] | None = None, *, block_service: "BlockService | None" = None) -> int:
@@ -75,7 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4, metavar="N", help="rows of a micro-batch (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default: %(default)s)")
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a row, the rest is cut (default: 512)")
-    add("--packing", action="store_true", help="put several short rows into one; they don't see each other")
+    add(
+        "--packing",
+        action="store_true",
+        help="put several short rows into one; they don't see each other; with lora or ia3",
+    )
     add("--streaming", action="store_true", help="read the data as it is used; needs --max-steps")
     add("--learning-rate", type=float, metavar="X", help="default: 2e-4 for lora, 5e-3 for the others")
     add("--schedule", choices=("linear", "cosine", "constant"), default="cosine", help="default: %(default)s")
@@ -103,6 +109,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InvalidRequest(f"--{name.replace('_', '-')} is {value}, need more than 0")
     if args.threads is not None and args.threads < 1:
         raise InvalidRequest(f"--threads is {args.threads}, need at least 1")
+    if args.packing and args.method not in _PACKED:
+        raise InvalidRequest(f"--packing can't be had with --method {args.method}, only with {' and '.join(_PACKED)}")
     if args.streaming and args.max_steps < 1:
         raise InvalidRequest("--streaming needs --max-steps: nobody knows how long the data is")
     if args.resume != bool(last_checkpoint(Path(args.output))):

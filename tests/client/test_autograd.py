@@ -6,7 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from swarm.client.remote_blocks import run_trained
 from swarm.errors import InvalidRequest
+from swarm.types import BlockRange
 from tests.client.conftest import Pair
 
 FAMILIES = ("llama", "gemma2", "gpt2", "bloom", "falcon-7b", "opt", "qwen3_moe", "gpt_oss")
@@ -109,6 +111,13 @@ def test_what_does_not_fit_is_refused(pair: Pair):
         blocks(hidden, prompts=torch.zeros(1, 2, width))
     with pytest.raises(InvalidRequest, match="row 0 has 4 tokens, need 5"):
         blocks(hidden, prompts=torch.zeros(count, 5, width))
+
+
+def test_virtual_positions_and_several_sequences_in_a_row_exclude_each_other(pair: Pair):
+    """They would stand at the wrong place of all sequences but the first."""
+    trained, positions = pair.distributed.blocks._remote.trained(BlockRange(0, 3)), torch.arange(2).repeat(2)[None]
+    with pytest.raises(InvalidRequest, match="several sequences can't begin with 2 virtual positions"):
+        run_trained(trained, embedded(pair), num_virtual=2, positions=positions)
 
 
 def test_slices_count_like_lists(pair: Pair):

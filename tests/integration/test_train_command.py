@@ -148,6 +148,7 @@ SETTINGS = [
     (["--rank", "0"], "--rank is 0, need at least 1"),
     (["--learning-rate", "-1"], "--learning-rate is -1.0, need more than 0"),
     (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
+    (["--method", "prefix", "--packing"], "--packing can't be had with --method prefix, only with lora and ia3"),
     (["--resume"], "has no checkpoint to resume from"),
     (["--streaming", "--max-steps", "-1"], "--streaming needs --max-steps"),
     (["--target-modules", "nowhere"], "target_modules: "),
