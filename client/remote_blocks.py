@@ -10,7 +10,7 @@ model's own __call__. Knows nothing of tokens, logits or networks.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -191,6 +191,11 @@ class BlockSlice:
             }
         trained = self._remote.trained(self.blocks)
         return run_trained(trained, hidden_states, mask=attention_mask, deltas=deltas, num_virtual=num_virtual)
+
+    @property
+    def route(self) -> Sequence[Any]:
+        """The hops that training goes through, in order, with .peer_id and .blocks; none before its first use."""
+        return self._remote.trained(self.blocks).training.route
 
     def __repr__(self) -> str:
         return f"<BlockSlice {self.blocks}>"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from swarm.client.peft_model import DistributedPeftModel
 
 METHODS = ("lora", "ia3", "prompt", "prefix")
+UNTIL_THE_END = -1
+"""Of --max-steps: as many as the epochs take."""
 _PACKED = ("lora", "ia3")
 """Methods without virtual positions, which stand before a row and not before each sequence in it."""
 
@@ -73,7 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target-modules", nargs="+", metavar="NAME", help="linears that lora changes (default: all-linear)")
     add("--virtual-tokens", type=int, default=16, metavar="N", help="of prompt and prefix (default: %(default)s)")
     add("--epochs", type=float, default=1.0, help="times through the data (default: %(default)s)")
-    add("--max-steps", type=int, default=-1, metavar="N", help="stop after so many steps (default: after the epochs)")
+    add(
+        "--max-steps",
+        type=int,
+        default=UNTIL_THE_END,
+        metavar="N",
+        help="steps to take (default: all of the epochs)",
+    )
     add("--batch-size", type=int, default=4, metavar="N", help="rows of a micro-batch (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default: %(default)s)")
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a row, the rest is cut (default: 512)")
@@ -103,6 +111,11 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("rank", "virtual_tokens", "batch_size", "accumulate", "max_length", "eval_steps", "save_steps"):
         if getattr(args, name) < 1:
             raise InvalidRequest(f"--{name.replace('_', '-')} is {getattr(args, name)}, need at least 1")
+    for name in ("eval_rows", "warmup_steps"):
+        if getattr(args, name) < 0:
+            raise InvalidRequest(f"--{name.replace('_', '-')} is {getattr(args, name)}, need at least 0")
+    if args.max_steps < 1 and args.max_steps != UNTIL_THE_END:
+        raise InvalidRequest(f"--max-steps is {args.max_steps}, need at least 1")
     for name in ("epochs", "clip", "learning_rate", "alpha"):
         value = getattr(args, name)
         if value is not None and not value > 0:
