@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = _add_command(commands, "list", where, "who is invited, as what, until when")
     show.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
 
-    out = _add_command(commands, "revoke", where, "take an invitation back, within a minute")
+    out = _add_command(commands, "revoke", where, "take an invitation back, within seconds")
     out.add_argument("name", metavar="NAME", help="name or id of the member")
     out.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
     out.add_argument("--credentials", type=Path, metavar="FILE", help="revoke as this admin, without the authority")
