@@ -7,15 +7,17 @@ Exit status: 0 answered, 2 an error (one line on stderr), 130 interrupted.
 """
 
 import argparse
+import importlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swarm import logs
 from swarm.checkpoint.source import DEFAULT_MODEL
-from swarm.command import program
-from swarm.errors import InvalidRequest, SwarmError
+from swarm.command import exit_status, program
+from swarm.errors import InvalidRequest
+from swarm.options import MODEL, add_checkpoint, add_initial_peers, add_threads, require_at_least
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
@@ -23,28 +25,19 @@ if TYPE_CHECKING:
     from swarm.client.generation import DistributedModel
 
 DEFAULT_NEW_TOKENS = 256
+COMMANDS = {"train": "swarm.client.train"}
+"""First words that are commands of their own, and their modules."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["train"]:
-        from swarm.client import train
-
-        return train.main(given[1:])
+    if given and given[0] in COMMANDS:
+        status: int = importlib.import_module(COMMANDS[given[0]]).main(given[1:])
+        return status
     args = build_parser().parse_args(given)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    try:
-        _check(args)
-        return _run(args)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    logs.configure(args)
+    return exit_status(lambda: _run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,14 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("question", nargs="?", help="what to ask; may be left out with --chat")
-    add("--model", default=DEFAULT_MODEL, help="embedded name, checkpoint directory or hub id (default: %(default)s)")
-    add(
-        "--initial-peers",
-        nargs="+",
-        metavar="ADDR",
-        default=[],
-        help="full addresses of any peers of the swarm (required, unless the credentials name some)",
-    )
+    add("--model", default=DEFAULT_MODEL, help=MODEL)
+    add_initial_peers(parser)
     add_credentials(parser)
     add(
         "--chat",
@@ -99,10 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--show-route", action="store_true", help="print which peer ran which blocks, and how fast the answer came")
     add("--json", action="store_true", help="print one JSON object per answer instead of streaming the text")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
-    add("--cache-dir", metavar="DIR", help="where converted and downloaded files are kept (default: ~/.cache/swarm)")
-    add("--threads", type=int, metavar="N", help="CPU threads for the local part (default: torch's choice)")
-    add("--verbose", action="store_true", help="log what happens to stderr")
+    add_checkpoint(parser)
+    add_threads(parser)
+    logs.add_arguments(parser)
     return parser
 
 
@@ -110,17 +96,15 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
     if not args.question and not args.chat:
         raise InvalidRequest("nothing to ask: give a question, or --chat")
-    if args.max_new_tokens < 1:
-        raise InvalidRequest(f"--max-new-tokens is {args.max_new_tokens}, need at least 1")
+    require_at_least(args, 1, "max_new_tokens", "threads")
     if args.temperature is not None and not args.temperature > 0:
         raise InvalidRequest(f"--temperature is {args.temperature}, need more than 0")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise InvalidRequest(f"--top-p is {args.top_p}, need more than 0 and at most 1")
-    if args.threads is not None and args.threads < 1:
-        raise InvalidRequest(f"--threads is {args.threads}, need at least 1")
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check(args)
     credentials = load_credentials(args)
     initial_peers = require_peers(args, credentials)
 

@@ -4,20 +4,21 @@
                                      shards   ◄~~ those that serve their blocks ─► names, shapes, NaN ─► LoadedAdapter
 
 Those who announce the adapter are asked first, the others after them, since announcements are bounded. What comes is
-believed only with its hash; a server that sends anything else is left for the next. The client keeps all shards, so
-that sessions outlive the servers that it had them from.
+believed only with its hash; a server that sends anything else, or hardly anything, is left for the next. The client
+keeps all shards, so that sessions outlive the servers that it had them from.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from swarm.adapters.format import HashMismatch, Manifest, decode_shard
 from swarm.adapters.layout import ModelLayout
 from swarm.adapters.peft import LoadedAdapter
 from swarm.adapters.peft_files import MAX_ADAPTER_BYTES
-from swarm.adapters.transfer import Assembly
-from swarm.errors import AdapterError, InvalidRequest, PeerMisbehaved, SwarmError
+from swarm.adapters.transfer import Assembly, is_too_slow
+from swarm.errors import AdapterError, InvalidRequest, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.protocol import AdapterPart, AdapterRequest
 from swarm.registry import ServerRecord
 from swarm.transport import EndOfStream, Stream
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 PART_TIMEOUT_S = 10.0
 """Longest silence of a server that sends."""
+MAX_FETCH_S = 1800.0
+"""Longest that all of an adapter may take, whoever sends it."""
 
 
 async def fetch_adapter(
@@ -36,6 +39,8 @@ async def fetch_adapter(
     layout: ModelLayout,
     *,
     max_bytes: int = MAX_ADAPTER_BYTES,
+    timeout_s: float = MAX_FETCH_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> LoadedAdapter:
     """All of an adapter.
 
@@ -45,11 +50,24 @@ async def fetch_adapter(
         open_stream: opens a stream to a server's `adapter` service.
         layout: of the model that it must fit.
         max_bytes: of all its shards.
+        timeout_s: longest that all of it may take.
+        clock: seconds, by which it is looked how fast a server sends.
 
     Raises:
-        AdapterError: nobody has it, or some of it; or it is not for this model, or larger than that.
+        AdapterError: nobody has it, or some of it, or it did not come in time; or it is not for this model, or larger
+            than that.
     """
-    fetch = _Fetch(digest, layout, max_bytes)
+    fetch = _Fetch(digest, layout, max_bytes, clock)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _ask_all(fetch, digest, records, open_stream)
+    except TimeoutError as error:
+        raise AdapterError(f"{fetch.name} did not come within {timeout_s:g} s: {fetch.progress}") from error
+
+
+async def _ask_all(
+    fetch: "_Fetch", digest: str, records: Sequence[ServerRecord], open_stream: Callable[[str], Awaitable[Stream]]
+) -> LoadedAdapter:
     asked = sorted(records, key=lambda record: not any(note.is_about(digest) for note in record.adapters))
     for record in asked:
         if (request := fetch.wanted_from(record)) is None:
@@ -72,14 +90,22 @@ class _Unfit(Exception):
 class _Fetch:
     """What has come of an adapter so far."""
 
-    def __init__(self, digest: str, layout: ModelLayout, max_bytes: int):
-        self._digest, self._layout, self._max_bytes = digest, layout, max_bytes
+    def __init__(self, digest: str, layout: ModelLayout, max_bytes: int, clock: Callable[[], float]):
+        self._digest, self._layout, self._max_bytes, self._clock = digest, layout, max_bytes, clock
         self._manifest: Manifest | None = None
         self._shards: dict[int, bytes] = {}
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """For messages."""
         return f"adapter sha256:{self._digest[:12]}…"
+
+    @property
+    def progress(self) -> str:
+        """How much is here."""
+        if self._manifest is None:
+            return "nothing is here"
+        return f"{len(self._shards)} of {len(self._manifest.shards)} blocks are here"
 
     def wanted_from(self, record: ServerRecord) -> AdapterRequest | None:
         """What to ask a server for; None where it can have nothing that is missing."""
@@ -97,6 +123,7 @@ class _Fetch:
         """
         assembly = Assembly(with_manifest=request.with_manifest)
         self._expect(assembly, request)
+        started = self._clock()
         while not assembly.is_done:
             try:
                 part, body = await stream.receive(PART_TIMEOUT_S)
@@ -108,6 +135,9 @@ class _Fetch:
                 await self._take(*whole)
                 if whole[0] is None:
                     self._expect(assembly, request)
+            elapsed_s = self._clock() - started
+            if is_too_slow(assembly.num_bytes, elapsed_s):
+                raise PeerTimeout(f"{assembly.num_bytes} bytes in {elapsed_s:.0f} s", peer_id=stream.peer_id)
 
     def result(self, num_asked: int) -> LoadedAdapter:
         """The adapter, when all who could have it were asked.
@@ -116,10 +146,10 @@ class _Fetch:
             AdapterError: something is missing.
         """
         if self._manifest is None:
-            raise AdapterError(f"no server has {self._name}; {num_asked} were asked")
+            raise AdapterError(f"no server has {self.name}; {num_asked} were asked")
         missing = [info.block for info in self._manifest.shards if info.block not in self._shards]
         if missing:
-            raise AdapterError(f"no server has what {self._name} does to blocks {name_ranges(missing)}")
+            raise AdapterError(f"no server has what {self.name} does to blocks {name_ranges(missing)}")
         return LoadedAdapter(manifest=self._manifest, shards=dict(sorted(self._shards.items())), embeddings_PH=None)
 
     def _is_missing(self, block: int) -> bool:
@@ -149,9 +179,9 @@ class _Fetch:
     def _check(self, manifest: Manifest) -> Manifest:
         ours = (len(self._layout.blocks), self._layout.hidden_size)
         if (theirs := (manifest.num_blocks, manifest.hidden_size)) != ours:
-            raise _Unfit(f"{self._name} is for {manifest.base}, (blocks, width) {theirs}; this model has {ours}")
+            raise _Unfit(f"{self.name} is for {manifest.base}, (blocks, width) {theirs}; this model has {ours}")
         if manifest.num_bytes > self._max_bytes:
-            raise _Unfit(f"{self._name} has {manifest.num_bytes} bytes, limit {self._max_bytes}")
+            raise _Unfit(f"{self.name} has {manifest.num_bytes} bytes, limit {self._max_bytes}")
         if manifest.embeddings is not None:
-            raise _Unfit(f"{self._name} has embeddings, which servers don't keep: load it from its files")
+            raise _Unfit(f"{self.name} has embeddings, which servers don't keep: load it from its files")
         return manifest

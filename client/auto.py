@@ -1,12 +1,13 @@
 """`from swarm import AutoDistributedModelForCausalLM`: one call from a model's name to a model that generates.
 
-    from_pretrained ─► swarm.checkpoint.resolve ─► swarm.client.runtime.connect ─► swarm.client.model.distribute
+    from_pretrained ─► swarm.checkpoint.resolve ─► connect_to ─► swarm.client.model.distribute
 
 Knows nothing of how any of the three does its work.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,11 @@ from swarm.client.generation import DistributedModel
 from swarm.client.head import HeadFormat
 from swarm.client.model import distribute
 from swarm.errors import InvalidRequest
+from swarm.identity import Identity
 from swarm.private.credentials import Credentials
+
+if TYPE_CHECKING:
+    from swarm.client.runtime import SwarmService
 
 
 class AutoDistributedModelForCausalLM:
@@ -156,15 +161,20 @@ def _open(
     if isinstance(initial_peers, str):
         raise InvalidRequest(f"initial_peers must be a list of addresses, got the string {initial_peers!r}")
     checkpoint = resolve(model, revision=revision, cache_dir=cache_dir, token=token, is_offline=credentials is not None)
-    return checkpoint, block_service or _connect(checkpoint, initial_peers, session_config, credentials)
+    if block_service is None:
+        block_service = connect_to(checkpoint, initial_peers, config=session_config, credentials=credentials)
+    return checkpoint, block_service
 
 
-def _connect(
+def connect_to(
     checkpoint: Checkpoint,
     initial_peers: Sequence[str],
-    session_config: SessionConfig | None,
-    credentials: Credentials | None,
-) -> BlockService:
+    identity: Identity | None = None,
+    *,
+    config: SessionConfig | None = None,
+    credentials: Credentials | None = None,
+) -> "SwarmService":
+    """Join a swarm as a client of a checkpoint's blocks; arguments and errors as `swarm.client.runtime.connect`."""
     from swarm.client.runtime import connect
 
     text = checkpoint.config().get_text_config(decoder=True)
@@ -173,7 +183,8 @@ def _connect(
         num_blocks=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         initial_peers=initial_peers,
-        config=session_config,
+        config=config,
+        identity=identity,
         credentials=credentials,
     )
 

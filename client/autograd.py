@@ -42,6 +42,11 @@ class BlockTraining(Protocol):
         """No call uses this version of the parameters any more; may be called on any thread."""
         ...
 
+    @property
+    def route(self) -> Sequence[Any]:
+        """The hops in use, in order, each with .peer_id and .blocks."""
+        ...
+
 
 class TrainedBlocks:
     """Remote blocks that may be differentiated.

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, start_server
-from swarm.command import HelpFormatter, program
-from swarm.errors import SwarmError
+from swarm.command import HelpFormatter, exit_status, program
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = "Why is the sky blue? Answer in two sentences."
@@ -32,15 +31,9 @@ class Answer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 only if the swarm's text equals that of plain transformers."""
+    """Run the demo; 0 only if the swarm's text equals that of plain transformers, 2 an error, 130 interrupted."""
     args = build_parser().parse_args(argv)
-    try:
-        return _demo(args.question or QUESTION, args.max_new_tokens)
-    except SwarmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _demo(args.question or QUESTION, args.max_new_tokens))
 
 
 def build_parser() -> argparse.ArgumentParser:

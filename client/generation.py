@@ -10,7 +10,7 @@ nothing of networks. Hooks used, in transformers 5.17 to 5.23: generate, forward
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
@@ -58,6 +58,11 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
     is_gradient_checkpointing = is_activation_checkpointing = False
     last_route: tuple[tuple[str, Any], ...] = ()
     """(name, hop) of each server that the last `generate` went through, in order."""
+
+    @property
+    def training_route(self) -> tuple[tuple[str, Any], ...]:
+        """(name, hop) of each server that training goes through now, in order; none before its first use."""
+        return self._named(self.blocks.route)
 
     @property
     def blocks(self) -> BlockSlice:
@@ -354,8 +359,11 @@ class DistributedModel(AdapterMethods, _Model):  # type: ignore[misc,no-untyped-
 
     def _remember_route(self, cache: RemoteCache | None) -> None:
         if cache is not None:
-            peers = getattr(self.block_service, "peers", None)
-            self.last_route = tuple((peers.name_of(it.peer_id) if peers else it.peer_id, it) for it in cache.route)
+            self.last_route = self._named(cache.route)
+
+    def _named(self, hops: Sequence[Any]) -> tuple[tuple[str, Any], ...]:
+        peers = getattr(self.block_service, "peers", None)
+        return tuple((peers.name_of(hop.peer_id) if peers else hop.peer_id, hop) for hop in hops)
 
     def _check_length(self, length: int) -> None:
         limit = max_positions(self)

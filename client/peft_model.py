@@ -22,6 +22,7 @@ from swarm.adapters.delta import BlockDelta
 from swarm.client.adapters import Choice
 from swarm.client.cache import RemoteCache
 from swarm.client.generation import DistributedModel
+from swarm.client.remote_blocks import has_packed_rows
 from swarm.client.trained import Trained, adapted, prompted
 from swarm.errors import InvalidRequest
 
@@ -137,13 +138,21 @@ class DistributedPeftModel(peft.PeftModel):  # type: ignore[misc,unused-ignore]
         return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's; where a prefix is trained, servers put it before each row."""
+        """As PEFT's; where a prefix is trained, servers put it before each row.
+
+        Raises:
+            InvalidRequest: adapter_names; or rows that hold several sequences, where virtual positions are trained.
+        """
         if kwargs.get("adapter_names") is not None:
             raise InvalidRequest("adapter_names can't be used here; use adapter_name with served adapters")
         config = self.active_peft_config
+        if config.is_prompt_learning:
+            _refuse_packed_rows({**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs})
         is_classifier = config.is_prompt_learning and config.task_type == TaskType.SEQ_CLS  # pools by the tokens' ids
         if config.peft_type not in _PREFIX and not is_classifier:
             return super().forward(*args, **kwargs)
+        if len(args) > 1:
+            raise InvalidRequest("only input_ids can be given by position, all else by keyword")
         kwargs |= {"input_ids": args[0]} if args else {}
         with self._prompted():
             return cast(Any, self.base_model)(**{name: value for name, value in kwargs.items() if name != "task_ids"})
@@ -263,6 +272,18 @@ def _fill_prompt(
         raise InvalidRequest(f"{name} is set: what its encoder computes was saved, not the encoder, so it can't go on")
     weights = peft.utils.load_peft_weights(model_id, device="cpu", **options)
     return peft.set_peft_model_state_dict(model, weights, adapter_name)
+
+
+def _refuse_packed_rows(given: Mapping[str, Any]) -> None:
+    """Virtual positions stand before a row, so a second sequence in it would have none, and see the first."""
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return
+    rows, columns = tokens.shape[:2]
+    before = 0 if mask is None else max(0, mask.shape[-1] - columns)
+    if has_packed_rows(given.get("position_ids"), mask, rows, columns, before=before):
+        raise InvalidRequest("position_ids start anew within a row: packed rows can't be had with virtual positions")
 
 
 def _check_loaded(config: PeftConfig) -> None:

@@ -10,7 +10,7 @@ model's own __call__. Knows nothing of tokens, logits or networks.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -97,7 +97,8 @@ class RemoteBlocks(nn.Module):
         values = _current.get() or Pass()
         rows, columns, _ = hidden_states.shape
         wants_gradients = torch.is_grad_enabled() and hidden_states.requires_grad
-        is_packed = _is_packed(values, rows, columns)
+        before = values.cache.num_columns if values.cache is not None else 0
+        is_packed = has_packed_rows(values.positions, values.mask, rows, columns, before=before)
         if values.cache is not None:
             if wants_gradients:
                 raise InvalidRequest("gradients don't go through a session; call without one, or under torch.no_grad()")
@@ -191,6 +192,11 @@ class BlockSlice:
         trained = self._remote.trained(self.blocks)
         return run_trained(trained, hidden_states, mask=attention_mask, deltas=deltas, num_virtual=num_virtual)
 
+    @property
+    def route(self) -> Sequence[Any]:
+        """The hops that training goes through, in order, with .peer_id and .blocks; none before its first use."""
+        return self._remote.trained(self.blocks).training.route
+
     def __repr__(self) -> str:
         return f"<BlockSlice {self.blocks}>"
 
@@ -218,8 +224,11 @@ def run_trained(
         [B, T, H] with zeros where there is no token.
 
     Raises:
-        InvalidRequest: a sequence is shorter than what stands at its beginning.
+        InvalidRequest: a sequence is shorter than what stands at its beginning, or something stands at the beginning of
+            rows that hold several.
     """
+    if positions is not None and num_virtual:
+        raise InvalidRequest(f"rows that hold several sequences can't begin with {num_virtual} virtual positions")
     rows, columns, width = hidden_states.shape
     new = _new_columns(mask, 0, rows, columns)
     lengths = [columns] * rows if new is None else [int(count) for count in new.sum(1).tolist()]
@@ -231,12 +240,18 @@ def run_trained(
     return _scatter(trained(picked, lengths, deltas, num_virtual), hidden_states.shape, new, 0)
 
 
-def _is_packed(values: Pass, rows: int, columns: int) -> bool:
-    """Whether a row holds several sequences."""
-    positions = values.positions
+def has_packed_rows(
+    positions: torch.Tensor | None, mask: torch.Tensor | None, rows: int, columns: int, *, before: int = 0
+) -> bool:
+    """Whether a row holds several sequences: positions [B or 1, T] start anew within it, padding aside.
+
+    Args:
+        mask: [B, before + T], nonzero where there is a token; None where all are.
+        before: columns that went before these.
+    """
     if positions is None or positions.ndim != 2 or columns < 2 or positions.shape[1] != columns:
         return False
-    new = _new_columns(values.mask, values.cache.num_columns if values.cache is not None else 0, rows, columns)
+    new = _new_columns(mask, before, rows, columns)
     return len(_sequences(positions.expand(rows, columns), new)) > rows
 
 

@@ -159,6 +159,11 @@ class SwarmTraining:
     def __init__(self, loop: LoopThread, remote: RemoteTraining):
         self._loop, self.remote = loop, remote
 
+    @property
+    def route(self) -> tuple[Hop, ...]:
+        """The hops in use, in order."""
+        return self.remote.route
+
     def forth(
         self,
         hidden_states: torch.Tensor,
@@ -285,19 +290,24 @@ class SwarmService:
         if not self._loop.is_running:
             return
         for session in list(self._sessions):
-            session.close()
+            _close("a session", session.close)
         for training in self._trainings:
-            training.close()
-        try:
-            self._loop.run(self._leave(), CLOSE_TIMEOUT_S)
-        except TimeoutError:
-            logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
+            _close("a training run", training.close)
+        _close("the network", lambda: self._loop.run(self._leave(), CLOSE_TIMEOUT_S))
         self._loop.stop()
 
     async def _leave(self) -> None:
         """In this order: a connection that somebody still makes would outlive the transport."""
         await self._tasks.close()
         await leave(self._transport, self._node)
+
+
+def _close(what: str, close: Callable[[], None]) -> None:
+    """Close one thing; what takes too long must not keep the rest open."""
+    try:
+        close()
+    except TimeoutError:
+        logger.warning("%s did not close within %g s", what, CLOSE_TIMEOUT_S)
 
 
 def connect(

@@ -10,16 +10,17 @@ done, 2 an error (one line on stderr), 130 interrupted (what was learnt is saved
 
 import argparse
 import importlib.util
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swarm import logs
 from swarm.checkpoint.source import DEFAULT_MODEL
-from swarm.command import program
-from swarm.errors import ConfigError, InvalidRequest, SwarmError
+from swarm.command import INTERRUPTED, exit_status, program
+from swarm.errors import ConfigError, InvalidRequest
+from swarm.options import MODEL, add_checkpoint, add_initial_peers, add_threads, require_at_least
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from swarm.client.peft_model import DistributedPeftModel
 
 METHODS = ("lora", "ia3", "prompt", "prefix")
+UNTIL_THE_END = -1
+"""Of --max-steps: as many as the epochs take."""
+_PACKED = ("lora", "ia3")
+"""Methods without virtual positions, which stand before a row and not before each sequence in it."""
 
 
 def main(argv: Sequence[str] | None = None, *, block_service: "BlockService | None" = None) -> int:
@@ -37,16 +42,8 @@ def main(argv: Sequence[str] | None = None, *, block_service: "BlockService | No
         block_service: use these blocks instead of a swarm's.
     """
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        _check(args)
-        return _run(args, block_service)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    logs.configure(args)
+    return exit_status(lambda: _run(args, block_service))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,9 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
              " or text")  # fmt: skip
     add("--split", default="train", help="of a named data set (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="where the adapter, its checkpoints, log.csv and loss.png go")
-    add("--model", default=DEFAULT_MODEL, help="embedded name, checkpoint directory or hub id (default: %(default)s)")
-    add("--initial-peers", nargs="+", metavar="ADDR", default=[],
-        help="full addresses of any peers (required, unless the credentials name some)")  # fmt: skip
+    add("--model", default=DEFAULT_MODEL, help=MODEL)
+    add_initial_peers(parser)
     add_credentials(parser)
     add("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     add("--rank", type=int, default=8, metavar="R", help="of lora (default: %(default)s)")
@@ -71,11 +67,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target-modules", nargs="+", metavar="NAME", help="linears that lora changes (default: all-linear)")
     add("--virtual-tokens", type=int, default=16, metavar="N", help="of prompt and prefix (default: %(default)s)")
     add("--epochs", type=float, default=1.0, help="times through the data (default: %(default)s)")
-    add("--max-steps", type=int, default=-1, metavar="N", help="stop after so many steps (default: after the epochs)")
+    add(
+        "--max-steps",
+        type=int,
+        default=UNTIL_THE_END,
+        metavar="N",
+        help="steps to take (default: all of the epochs)",
+    )
     add("--batch-size", type=int, default=4, metavar="N", help="rows of a micro-batch (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default: %(default)s)")
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a row, the rest is cut (default: 512)")
-    add("--packing", action="store_true", help="put several short rows into one; they don't see each other")
+    add(
+        "--packing",
+        action="store_true",
+        help="put several short rows into one; they don't see each other; with lora or ia3",
+    )
     add("--streaming", action="store_true", help="read the data as it is used; needs --max-steps")
     add("--learning-rate", type=float, metavar="X", help="default: 2e-4 for lora, 5e-3 for the others")
     add("--schedule", choices=("linear", "cosine", "constant"), default="cosine", help="default: %(default)s")
@@ -86,23 +92,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-steps", type=int, default=50, metavar="N", help="steps between checkpoints (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--seed", type=int, default=0, metavar="N", help="of the parameters and the order (default: %(default)s)")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
-    add("--cache-dir", metavar="DIR", help="where converted and downloaded files are kept (default: ~/.cache/swarm)")
-    add("--threads", type=int, metavar="N", help="CPU threads for the local part (default: torch's choice)")
+    add_checkpoint(parser)
+    add_threads(parser)
+    logs.add_arguments(parser)
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is loaded."""
-    for name in ("rank", "virtual_tokens", "batch_size", "accumulate", "max_length", "eval_steps", "save_steps"):
-        if getattr(args, name) < 1:
-            raise InvalidRequest(f"--{name.replace('_', '-')} is {getattr(args, name)}, need at least 1")
+    sizes = ("rank", "virtual_tokens", "batch_size", "accumulate", "max_length", "eval_steps", "save_steps", "threads")
+    require_at_least(args, 1, *sizes)
+    require_at_least(args, 0, "eval_rows", "warmup_steps")
+    if args.max_steps != UNTIL_THE_END:
+        require_at_least(args, 1, "max_steps")
     for name in ("epochs", "clip", "learning_rate", "alpha"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InvalidRequest(f"--{name.replace('_', '-')} is {value}, need more than 0")
-    if args.threads is not None and args.threads < 1:
-        raise InvalidRequest(f"--threads is {args.threads}, need at least 1")
+    if args.packing and args.method not in _PACKED:
+        raise InvalidRequest(f"--packing can't be had with --method {args.method}, only with {' and '.join(_PACKED)}")
     if args.streaming and args.max_steps < 1:
         raise InvalidRequest("--streaming needs --max-steps: nobody knows how long the data is")
     if args.resume != bool(last_checkpoint(Path(args.output))):
@@ -120,6 +128,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _run(args: argparse.Namespace, block_service: "BlockService | None") -> int:
+    _check(args)
     credentials = load_credentials(args)
     initial_peers = require_peers(args, credentials) if block_service is None else ()
     try:
@@ -198,7 +207,7 @@ def _train(
     tokenizer.save_pretrained(args.output)
     state = "interrupted, saved" if log.is_interrupted else "saved"
     print(f"{state}: {args.output} after {trainer.state.global_step} steps", file=sys.stderr)
-    return 130 if log.is_interrupted else 0
+    return INTERRUPTED if log.is_interrupted else 0
 
 
 def _settings(args: argparse.Namespace, *, has_eval: bool) -> Any:

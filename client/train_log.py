@@ -95,12 +95,8 @@ class RunLog(TrainerCallback):
 
 def route_of(model: Any) -> str:
     """The servers that the latest step went through, by name."""
-    base = model.get_base_model()
-    blocks = base.blocks
-    remote = getattr(blocks._remote.trained(blocks.blocks).training, "remote", None)
-    peers = getattr(base.block_service, "peers", None)
-    hops = remote.route if remote is not None else ()
-    return " > ".join(f"{peers.name_of(hop.peer_id) if peers else hop.peer_id} {hop.blocks}" for hop in hops) or "?"
+    route = model.get_base_model().training_route
+    return " > ".join(f"{name} {hop.blocks}" for name, hop in route) or "?"
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:

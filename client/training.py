@@ -53,9 +53,6 @@ from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-OnWire = tuple[TensorSpec, bytes | memoryview]
-"""Hidden states or their gradients as they travel."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Parameters:

@@ -96,7 +96,7 @@ class TrainingClient:
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str | Loss = "cross_entropy", **settings: float
     ) -> Future[ForwardBackward]:
-        """Add the gradients of a loss to those that are there.
+        """Add the gradients of a loss to those that are there; where that fails half way, all of them are forgotten.
 
         Args:
             data: sequences; they travel together.
@@ -180,7 +180,11 @@ class TrainingClient:
             for row, length in enumerate(lengths)
         ]
         loss, metrics = loss_fn(logprobs, data, **settings)
-        loss.backward()
+        try:
+            loss.backward()
+        except BaseException:
+            self._forget_gradients()  # some of them have this call's share, others not
+            raise
         self._has_gradients = True
         return ForwardBackward(loss=loss.item(), logprobs=[it.detach().cpu() for it in logprobs], metrics=dict(metrics))
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm import __version__, logs
-from swarm.command import HelpFormatter, on_signals, program
-from swarm.errors import ConfigError, SwarmError
+from swarm.command import HelpFormatter, exit_status, on_signals, program
+from swarm.errors import ConfigError
+from swarm.options import add_checkpoint, add_initial_peers, add_threads, require_at_least
 from swarm.private.arguments import add_credentials, load_credentials
 from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
@@ -27,18 +28,10 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a server; returns the exit status: 0 after a clean stop, 2 after an error, which is printed in one line."""
+    """Run a server; returns the exit status: 0 after a clean stop, 2 after an error, 130 when interrupted before."""
     args = build_parser().parse_args(argv)
     logs.configure(args)
-    try:
-        config = _config(args)
-        _run(config)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: _run(_config(args)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
     add("--blocks", metavar="START:END", help="half-open range of blocks, 0:24 is 24 blocks; all blocks if not given")
-    add("--initial-peers", nargs="+", default=(), metavar="ADDR", help="addresses of peers of the swarm to join")
+    add_initial_peers(parser, without="none: a new swarm begins")
     add(
         "--quantization",
         choices=("auto", "none", "int8", "nf4"),
@@ -76,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapters", nargs="+", default=(), metavar="ADAPTER", help="PEFT adapters to have from the start: directories"
         " or hub ids; clients may bring others")  # fmt: skip
     add("--max-adapter-memory", default="1GiB", metavar="SIZE", help="host memory for adapters; 0 takes none")
-    add("--threads", type=int, metavar="N", help="CPU threads for the blocks; torch's choice if not given")
+    add_threads(parser, what="the blocks")
     add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
     add("--data-port", type=int, default=0, metavar="PORT", help="TCP port for direct connections; 0 picks a free one")
@@ -89,13 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="file with this peer's key, made when missing; a new identity if not given",
     )
     add_credentials(parser)
-    add("--revision", metavar="REV", help="revision of a hub model")
-    add(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="where checkpoints are kept; ~/.cache/swarm or $SWARM_CACHE if not given",
-    )
+    add_checkpoint(parser)
     add("--token", metavar="TOKEN", help="access token for the hub")
     add("--metrics-port", type=int, metavar="PORT", help="TCP port of metrics for Prometheus; none if not given")
     add("--metrics-host", default="127.0.0.1", metavar="IP", help="address on which the metrics can be read")
@@ -105,8 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> ServerConfig:
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"--threads is {args.threads}, need at least 1")
+    require_at_least(args, 1, "threads")
     if args.adapters and not parse_bytes(args.max_adapter_memory):
         raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(

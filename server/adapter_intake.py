@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from swarm.adapters.format import HashMismatch, Manifest, ShardInfo, decode_shard
 from swarm.adapters.layout import BlockShape
-from swarm.adapters.transfer import Assembly
+from swarm.adapters.transfer import Assembly, is_too_slow
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.protocol import AdapterPart, AdapterRequest
 from swarm.server.adapter_store import OWNER, AdapterStore, HeldAdapter, HeldShard
@@ -30,8 +30,6 @@ T = TypeVar("T")
 
 PART_TIMEOUT_S = 10.0
 """Longest silence of whoever sends."""
-GRACE_S = 10.0
-"""After so long it is looked how fast a server sends."""
 
 
 class Unfit(Exception):
@@ -130,7 +128,7 @@ class AdapterIntake:
                 if whole[0] is None:
                     self._expect(assembly, held, clients())
             elapsed_s = time.monotonic() - started
-            if elapsed_s > GRACE_S and assembly.num_bytes < min_bytes_per_s * elapsed_s:
+            if is_too_slow(assembly.num_bytes, elapsed_s, min_bytes_per_s=min_bytes_per_s):
                 raise PeerTimeout(f"{assembly.num_bytes} bytes in {elapsed_s:.0f} s", peer_id=stream.peer_id)
 
     async def keep(self, manifest: Manifest, shards: Mapping[int, bytes]) -> HeldAdapter:

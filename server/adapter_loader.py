@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from swarm.adapters.format import HashMismatch, Manifest
-from swarm.adapters.transfer import send_parts
+from swarm.adapters.transfer import MIN_BYTES_PER_S, send_parts
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy, PeerTimeout, SwarmError
 from swarm.network.tasks import TaskSet
 from swarm.protocol import AdapterOffer, AdapterRequest
@@ -26,8 +26,6 @@ from swarm.transport import Stream
 
 logger = logging.getLogger(__name__)
 
-MIN_BYTES_PER_S = 64 << 10
-"""A server that sends more slowly is left for another source."""
 MAX_ASKS = 3
 """How often a client is asked while nothing comes."""
 

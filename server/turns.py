@@ -44,13 +44,12 @@ class Turns:
         try:
             await ticket[1]
         except asyncio.CancelledError:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            else:
+            if not ticket[1].cancelled():
                 self._pass_on()  # it was this one's turn already
             raise
 
     def _pass_on(self) -> None:
+        self._waiting = [ticket for ticket in self._waiting if not ticket[1].done()]  # who was cancelled comes no more
         self._counters.settle({client for client, _ in self._waiting})
         self._is_taken = bool(self._waiting)
         if self._waiting:

@@ -9,31 +9,29 @@ import sys
 from collections.abc import Sequence
 
 from swarm import logs
-from swarm.command import HelpFormatter, on_signals, program
-from swarm.errors import SwarmError
+from swarm.command import HelpFormatter, exit_status, on_signals, program
 from swarm.network import Node, NodeConfig
+from swarm.options import add_initial_peers
 from swarm.private.arguments import add_credentials, load_credentials
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 after a clean stop, 2 for an error."""
+    """Run the command line; returns the exit status: 0 after a clean stop, 2 an error, 130 interrupted before."""
     args = build_parser().parse_args(argv)
     logs.configure(args)
-    try:
-        config = NodeConfig(
-            identity_path=args.identity,
-            initial_peers=tuple(args.initial_peers),
-            host=args.host,
-            port=args.port,
-            announce=tuple(args.announce),
-            nat_port_map=args.nat_port_map,
-            credentials=load_credentials(args),
-        )
-        _run(config)
-    except SwarmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _run(_config(args)))
+
+
+def _config(args: argparse.Namespace) -> NodeConfig:
+    return NodeConfig(
+        identity_path=args.identity,
+        initial_peers=tuple(args.initial_peers),
+        host=args.host,
+        port=args.port,
+        announce=tuple(args.announce),
+        nat_port_map=args.nat_port_map,
+        credentials=load_credentials(args),
+    )
 
 
 async def serve(config: NodeConfig) -> None:
@@ -98,9 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="HOST",
         help="hosts or multiaddrs to announce in place of those found",
     )
-    parser.add_argument(
-        "--initial-peers", nargs="+", default=[], metavar="ADDR", help="peers to join; none starts a new swarm"
-    )
+    add_initial_peers(parser, without="none: a new swarm begins")
     add_credentials(parser)
     parser.add_argument("--nat-port-map", action="store_true", help="ask the router for a port (UPnP, NAT-PMP)")
     logs.add_arguments(parser)

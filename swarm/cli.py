@@ -11,7 +11,7 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -83,15 +83,37 @@ def whole_parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog=SCRIPT)
     verbs = whole.add_subparsers(dest="verb", metavar="VERB")
     for verb in available():
-        verbs.add_parser(verb, parents=[_load(verb).build_parser()], add_help=False, help=VERBS[verb][1])
+        module = _load(verb)
+        commands, alone = getattr(module, "COMMANDS", {}), module.build_parser()
+        if commands:  # stand where free words stand, which nobody can complete
+            alone._actions[:] = [action for action in alone._actions if action.option_strings]
+        parser = verbs.add_parser(verb, parents=[alone], add_help=False, help=VERBS[verb][1])
+        _add_commands(parser, commands)
     completion = verbs.add_parser(COMPLETION[0], help=COMPLETION[1])
     completion.add_argument("shell", choices=SHELLS)
     kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
-    for parser in verbs.choices.values():
+    for parser in _all_parsers(whole):
         for action in parser._actions:
             if action.metavar in kinds:
                 action.complete = kinds[action.metavar]  # type: ignore[attr-defined]
     return whole
+
+
+def _add_commands(parser: argparse.ArgumentParser, modules: Mapping[str, str]) -> None:
+    """The first words that a verb takes for commands of their own."""
+    if modules:
+        commands = parser.add_subparsers(metavar="COMMAND")
+        for name, module in modules.items():
+            alone = importlib.import_module(module).build_parser()
+            commands.add_parser(name, parents=[alone], add_help=False, help=alone.description)
+
+
+def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _all_parsers(below)
 
 
 def _module(verb: str) -> str | None:

@@ -1,4 +1,6 @@
-"""What the commands have in common: how they call themselves, how their help looks, and that signals end them.
+"""What the commands have in common: names, how help looks, what signals and errors do, and the exit status.
+
+    main(argv) ─► exit_status(work) ─► 0 done | 2 an error, in one line | 130 Ctrl-C     else what `work` has returned
 
 Whoever typed `swarm server` is told of `swarm client`; whoever typed `python -m swarm.server`, of `python -m
 swarm.client`. Light: commands import this before anything else. It doesn't know what they do.
@@ -14,6 +16,8 @@ from pathlib import Path
 
 SCRIPT = "swarm"
 """Name of the console script, see `swarm.cli`."""
+ERROR = 2
+INTERRUPTED = 130
 _MODULES = {"demo": "client.demo"}
 
 
@@ -22,6 +26,24 @@ def program(verb: str) -> str:
     if Path(sys.argv[0]).stem == SCRIPT:
         return f"{SCRIPT} {verb}"
     return f"python -m swarm.{_MODULES.get(verb, verb)}"
+
+
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Do a command's work; what goes wrong is told in one line on stderr.
+
+    Returns:
+        What the work returns, 0 for None; ERROR for an error of the swarm's or the system's, INTERRUPTED after Ctrl-C.
+    """
+    from swarm.errors import SwarmError
+
+    try:
+        return work() or 0
+    except (SwarmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -20,8 +20,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm.command import HelpFormatter, program
-from swarm.errors import AccessDenied, ConfigError, InvalidRequest, SwarmError
+from swarm.command import HelpFormatter, exit_status, program
+from swarm.errors import AccessDenied, ConfigError, InvalidRequest
 from swarm.private.authority import Authority, utc_now
 from swarm.private.certificates import NAME, Member, Role, to_der
 from swarm.private.credentials import Credentials
@@ -36,16 +36,10 @@ _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 when it is done, 1 when nobody was told, 2 for an error."""
+    """Run the command line; returns the exit status: 0 done, 1 nobody was told, 2 an error, 130 interrupted."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        return _COMMANDS[args.command](args)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _COMMANDS[args.command](args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = _add_command(commands, "list", where, "who is invited, as what, until when")
     show.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
 
-    out = _add_command(commands, "revoke", where, "take an invitation back, within a minute")
+    out = _add_command(commands, "revoke", where, "take an invitation back, within seconds")
     out.add_argument("name", metavar="NAME", help="name or id of the member")
     out.add_argument("--swarm", metavar="NAME", help="which swarm, if there are several")
     out.add_argument("--credentials", type=Path, metavar="FILE", help="revoke as this admin, without the authority")

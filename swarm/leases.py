@@ -6,7 +6,7 @@
 A claim names the blocks that a server leaves and those that it goes to. Two claims are rivals when these touch, so that
 at any time one server moves per region, and many in different regions of a large swarm. Every server writes its own
 claim under one key per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again
-after the lease was got, with fresh records.
+after the lease was got, with fresh records. No server uses it yet.
 """
 
 import asyncio

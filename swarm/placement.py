@@ -6,7 +6,8 @@
 
 The *value* of a swarm is a soft minimum of the shares of its blocks (`swarm.shares`): nearly its throughput, but it
 also grows when one of two equally weak places is helped. It is measured in tokens per second. Pure: no clock, no
-randomness; who may move when, so that not everybody does at once, is the business of `swarm.leases`.
+randomness; who may move when, so that not everybody does at once, is the business of `swarm.leases`. No server
+uses it yet.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,8 @@ largest shares, whose smallest is the throughput of the swarm (its max-flow).
 
 The lowest share is the smallest quotient, over all sets of blocks, of the capacity that reaches the set and its size.
 Servers that don't reach a set lie inside its gaps, so the best set for a guess of the quotient is found by dynamic
-programming over gaps, and the guess improves until it stays (Dinkelbach). Pure.
+programming over gaps, and the guess improves until it stays (Dinkelbach). Pure. Nothing but
+`swarm.placement` uses it yet.
 """
 
 from collections.abc import Sequence

@@ -44,12 +44,6 @@ class _Wanted(NamedTuple):
     """1 where blocks have scales of their own: these are multiplied into B then."""
 
 
-class _Placed(NamedTuple):
-    path: str
-    shape: LinearShape
-    ranks: AdapterRanks
-
-
 class RankPool:
     """See the module docstring.
 

@@ -17,6 +17,10 @@ PART_BYTES = 256 << 10
 """Most bytes in one part: steps of sessions on the same connection come in between."""
 SEND_TIMEOUT_S = 30.0
 """How long a receiver may make no room."""
+MIN_BYTES_PER_S = 64 << 10
+"""A server that sends more slowly is left for another."""
+GRACE_S = 10.0
+"""After so long it is looked how fast one sends."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -56,6 +60,11 @@ async def send_parts(
             part = AdapterPart(block=block, offset=offset, num_bytes=len(data))
             await stream.send(part, piece, timeout_s=SEND_TIMEOUT_S)
             on_sent(len(piece))
+
+
+def is_too_slow(num_bytes: int, elapsed_s: float, *, min_bytes_per_s: int = MIN_BYTES_PER_S) -> bool:
+    """Whether one who has sent so much in so long should be given up."""
+    return elapsed_s > GRACE_S and num_bytes < min_bytes_per_s * elapsed_s
 
 
 class Assembly:

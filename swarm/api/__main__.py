@@ -2,31 +2,31 @@
 
     main ─► listen ─► join the swarm, load the local part ─► Api.app ─► uvicorn, until SIGTERM or Ctrl-C
 
-Exit status: 0 stopped, 2 an error (one line on stderr).
+Exit status: 0 after a clean stop, 2 an error (one line on stderr), 130 interrupted before it served.
 """
 
 import argparse
-import logging
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swarm import logs
 from swarm.api.config import ApiLimits
 from swarm.api.keys import Keys
 from swarm.api.serving import listen, make_server, url
-from swarm.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve
-from swarm.command import program
-from swarm.errors import InvalidRequest, SwarmError
+from swarm.checkpoint.source import DEFAULT_MODEL, resolve
+from swarm.command import exit_status, program
+from swarm.errors import InvalidRequest
 from swarm.identity import Identity
+from swarm.options import MODEL, add_checkpoint, add_initial_peers, add_threads, require_at_least
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
-from swarm.private.credentials import Credentials
 
 if TYPE_CHECKING:
     from swarm.api.models import ServedModel
-    from swarm.client.runtime import SwarmService
 
 DEFAULT_PORT = 8000
 
@@ -34,18 +34,8 @@ DEFAULT_PORT = 8000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    try:
-        _check(args)
-        _run(args)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
+    logs.configure(args)
+    return exit_status(lambda: _run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,19 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="e.g. python -m swarm.api --initial-peers /ip4/10.0.0.5/tcp/31337/p2p/12D3... --port 8000",
     )
     add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        help="embedded name, checkpoint directory or hub id (default: %(default)s)",
-    )
-    add(
-        "--initial-peers",
-        nargs="+",
-        metavar="ADDR",
-        default=[],
-        help="full addresses of any peers of the swarm (required, unless the credentials name some)",
-    )
+    add("model", nargs="?", default=DEFAULT_MODEL, help=MODEL)
+    add_initial_peers(parser)
     add_credentials(parser)
     add(
         "--adapters",
@@ -113,10 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="answers generated at once; more wait, then get 429 (default: %(default)s)",
     )
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
-    add("--cache-dir", metavar="DIR", help="where converted and downloaded files are kept (default: ~/.cache/swarm)")
-    add("--threads", type=int, metavar="N", help="CPU threads for the local part (default: torch's choice)")
-    add("--verbose", action="store_true", help="log what happens to stderr")
+    add_checkpoint(parser)
+    add_threads(parser)
+    logs.add_arguments(parser)
     return parser
 
 
@@ -126,13 +104,11 @@ def _check(args: argparse.Namespace) -> None:
         name, _, path = text.partition("=")
         if not name or not path:
             raise InvalidRequest(f"--adapters: {text!r} is not NAME=PATH")
-    for name in ("max_tokens", "max_answers", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InvalidRequest(f"--{name.replace('_', '-')} is {value}, need at least 1")
+    require_at_least(args, 1, "max_tokens", "max_answers", "threads")
 
 
 def _run(args: argparse.Namespace) -> None:
+    _check(args)
     credentials = load_credentials(args)
     initial_peers = require_peers(args, credentials)
 
@@ -142,6 +118,7 @@ def _run(args: argparse.Namespace) -> None:
     from swarm.api.gateway import make_app
     from swarm.api.identities import Identities
     from swarm.api.models import Models, serve_model
+    from swarm.client.auto import connect_to
     from swarm.client.model import distribute
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -155,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
         checkpoint = resolve(
             args.model, revision=args.revision, cache_dir=args.cache_dir, is_offline=credentials is not None
         )
-        join = partial(_join, checkpoint, initial_peers, credentials)
+        join = partial(connect_to, checkpoint, initial_peers, credentials=credentials)
         with closing(join(identity)) as service:
             base = serve_model(distribute(checkpoint, service))
             models = Models([base, *_adapters(base, args.adapters, args.cache_dir)])
@@ -167,27 +144,12 @@ def _run(args: argparse.Namespace) -> None:
             print(f"serving {checkpoint.name}: chat at {url(sock)}/, API at {url(sock)}/v1", flush=True)
             server = make_server(app)
             service.when_denied(lambda: setattr(server, "should_exit", True))
-            server.run(sockets=[sock])
+            with suppress(KeyboardInterrupt):  # it has stopped by then, and lets the signal do what it did before
+                server.run(sockets=[sock])
             service.check_access()
 
 
-def _join(
-    checkpoint: Checkpoint, initial_peers: Sequence[str], credentials: Credentials | None, identity: Identity
-) -> "SwarmService":
-    from swarm.client.runtime import connect
-
-    text = checkpoint.config().get_text_config(decoder=True)
-    return connect(
-        checkpoint,
-        num_blocks=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        initial_peers=initial_peers,
-        identity=identity,
-        credentials=credentials,
-    )
-
-
-def _adapters(base: "ServedModel", named: Sequence[str], cache_dir: str | None) -> "list[ServedModel]":
+def _adapters(base: "ServedModel", named: Sequence[str], cache_dir: Path | None) -> "list[ServedModel]":
     """The base model with each of the adapters."""
     found = []
     for text in named:

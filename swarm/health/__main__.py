@@ -2,7 +2,7 @@
 
     arguments ─► Page.start ─► ONLINE and its address ─► until SIGTERM, SIGINT ─► Page.close
 
-Exit status: 0 after a clean stop, 2 an error (one line on stderr).
+Exit status: 0 after a clean stop, 2 an error (one line on stderr), 130 interrupted before it could stop so.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from swarm import logs
 from swarm.checkpoint.cache import default_cache_dir
 from swarm.checkpoint.embedded import DEFAULT_MODEL
-from swarm.command import HelpFormatter, on_signals, program
-from swarm.errors import InvalidRequest, SwarmError
+from swarm.command import HelpFormatter, exit_status, on_signals, program
+from swarm.errors import InvalidRequest
+from swarm.options import add_initial_peers
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
@@ -29,14 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
     logs.configure(args)
-    try:
-        _run(args)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: _run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--initial-peers", nargs="+", default=[], metavar="ADDR", help="full addresses of any peers of the swarm")
+    add_initial_peers(parser)
     add_credentials(parser)
     add("--host", default="127.0.0.1", metavar="IP", help="address to listen on; 0.0.0.0 shows the page to others")
     add("--port", type=int, default=8080, metavar="PORT", help="TCP port of the page; 0 picks a free one")

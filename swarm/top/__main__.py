@@ -3,7 +3,7 @@
     Census.look ─────► models ─► view.draw_swarm  ─┐
     scrape.fetch(URL) ─► Sample ─► view.draw_server ┴─► rich.Live, again and again; once with --once
 
-Exit status: 0 after Ctrl-C or --once, 2 an error (one line on stderr).
+Exit status: 0 after Ctrl-C or --once, 2 an error (one line on stderr), 130 interrupted before there was anything.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from swarm import logs
-from swarm.command import HelpFormatter, on_signals, program
-from swarm.errors import InvalidRequest, SwarmError
+from swarm.command import HelpFormatter, exit_status, on_signals, program
+from swarm.errors import InvalidRequest
+from swarm.options import add_initial_peers
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
@@ -28,14 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
     logs.configure(args)
-    try:
-        _run(args)
-    except (SwarmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
+    return exit_status(lambda: _run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--initial-peers", nargs="+", default=[], metavar="ADDR", help="watch the swarm of these peers")
+    add_initial_peers(parser, without="required for a swarm, unless the credentials name some")
     add_credentials(parser)
     add("--metrics", metavar="URL", help="watch one server: what it printed for --metrics-port")
     add("--period", type=float, default=2.0, metavar="S", help="how often to look, in seconds")

@@ -152,6 +152,7 @@ class LocalTraining:
         assert blocks == BlockRange(0, service.num_blocks)
         self.service = service
         self.num_calls = 0
+        self.route: tuple[Hop, ...] = ()
         self.dropped: list[Any] = []
         self.forgotten: list[int] = []
 

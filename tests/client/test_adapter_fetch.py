@@ -1,5 +1,6 @@
 """An adapter by its digest alone: who is asked in which order, and what is made of bad answers."""
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -54,7 +55,12 @@ class Server:
     async def receive(self, timeout_s=None):
         if not self.parts:
             raise EndOfStream
+        await self.spoiled.get("before_part", nothing)()
         return self.parts.pop(0)
+
+
+async def nothing():
+    """Is done before a part is sent."""
 
 
 async def fetch(*servers: Server, adapter: MadeAdapter = ADAPTER, **options):
@@ -100,6 +106,35 @@ async def test_what_nobody_has_is_said():
         await fetch(Server("a", "0:8", None))
     with pytest.raises(AdapterError, match="no server has what adapter .* does to blocks 4:7"):
         await fetch(Server("a", "0:4", ADAPTER), Server("b", "4:8", None))
+
+
+class Clock:
+    """Time that passes with every part."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def wait(self) -> None:
+        self.now += 9.0
+
+
+async def test_a_server_that_sends_hardly_anything_is_left_for_another():
+    """After ten seconds: nobody is silent for that long, and what came is kept."""
+    clock = Clock()
+    servers = [Server("a", "0:8", ADAPTER, before_part=clock.wait), Server("b", "0:8", ADAPTER)]
+    found = await fetch(*servers, clock=clock)
+    assert found.shards == ADAPTER.shards
+    assert clock.now == 18.0 and len(servers[0].parts) == 5
+    assert [(it.with_manifest, it.blocks) for it in servers[1].requests] == [(False, (2, 3, 4, 5, 6))]
+
+
+async def test_all_of_it_has_a_deadline():
+    """However many servers there are to ask."""
+    hanging = Server("a", "0:8", ADAPTER, before_part=asyncio.Event().wait)
+    with pytest.raises(AdapterError, match=r"did not come within 0.05 s: 3 of 6 blocks are here"):
+        await fetch(Server("b", "0:4", ADAPTER, says_so=True), hanging, timeout_s=0.05)
 
 
 def nan_adapter() -> MadeAdapter:

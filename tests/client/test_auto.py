@@ -46,6 +46,7 @@ def test_a_swarm_is_joined_with_what_the_config_says(pair: Pair, monkeypatch: py
             "hidden_size": 32,
             "initial_peers": ["/ip4/10.0.0.5/tcp/1/p2p/Qm"],
             "config": None,
+            "identity": None,
             "credentials": None,
         }
     ]

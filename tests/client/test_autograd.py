@@ -2,11 +2,16 @@
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from swarm.client.remote_blocks import run_trained
+from swarm.client.train_log import route_of
 from swarm.errors import InvalidRequest
+from swarm.session import Hop
+from swarm.types import BlockRange
 from tests.client.conftest import Pair
 
 FAMILIES = ("llama", "gemma2", "gpt2", "bloom", "falcon-7b", "opt", "qwen3_moe", "gpt_oss")
@@ -109,6 +114,23 @@ def test_what_does_not_fit_is_refused(pair: Pair):
         blocks(hidden, prompts=torch.zeros(1, 2, width))
     with pytest.raises(InvalidRequest, match="row 0 has 4 tokens, need 5"):
         blocks(hidden, prompts=torch.zeros(count, 5, width))
+
+
+def test_virtual_positions_and_several_sequences_in_a_row_exclude_each_other(pair: Pair):
+    """They would stand at the wrong place of all sequences but the first."""
+    trained, positions = pair.distributed.blocks._remote.trained(BlockRange(0, 3)), torch.arange(2).repeat(2)[None]
+    with pytest.raises(InvalidRequest, match="several sequences can't begin with 2 virtual positions"):
+        run_trained(trained, embedded(pair), num_virtual=2, positions=positions)
+
+
+def test_the_route_of_training_has_the_names_of_its_servers(pair: Pair):
+    """Nobody before the first use; peer ids where the service knows no names."""
+    assert pair.distributed.training_route == ()
+    hops = (Hop(peer_id="ann", blocks=BlockRange(0, 2)), Hop(peer_id="bob", blocks=BlockRange(2, 3)))
+    training_of(pair).route = hops
+    assert pair.distributed.training_route == (("ann", hops[0]), ("bob", hops[1]))
+    assert route_of(SimpleNamespace(get_base_model=lambda: pair.distributed)) == "ann 0:2 > bob 2:3"
+    training_of(pair).route = ()
 
 
 def test_slices_count_like_lists(pair: Pair):

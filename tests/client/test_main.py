@@ -23,7 +23,7 @@ def command(
 ) -> list[str]:
     """Arguments that ask the tiny model through local blocks."""
     tokenizer.save_pretrained(pair.path)
-    monkeypatch.setattr(auto, "_connect", lambda *_: pair.service)
+    monkeypatch.setattr(auto, "connect_to", lambda *_, **__: pair.service)
     return [
         "--model",
         str(pair.path),
@@ -118,10 +118,10 @@ def test_network_errors_are_one_line_too(
 ) -> None:
     """An unreachable peer is no reason for a traceback."""
 
-    def connect(*_: Any) -> LocalBlockService:
+    def connect(*_: Any, **__: Any) -> LocalBlockService:
         raise PeerUnreachable(f"no peer answers at {ADDRESS}")
 
-    monkeypatch.setattr(auto, "_connect", connect)
+    monkeypatch.setattr(auto, "connect_to", connect)
     assert main(["w3", *command]) == 2
     assert capsys.readouterr().err == f"error: no peer answers at {ADDRESS}\n"
 

@@ -175,6 +175,27 @@ def test_sequences_packed_into_a_row_are_kept_apart(make_base):
     assert not torch.allclose(model(input_ids=ids.view(1, 12)).logits.view_as(apart), apart, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["prompt", "p-tuning", "prefix"])
+def test_packed_rows_are_refused_where_virtual_positions_are_trained(name, make_base):
+    """A second sequence would have none and see the first; padded rows hold one sequence each, and pass."""
+    model = get_peft_model(make_base(), CONFIGS[name]())
+    ids, restarting = PROMPT.repeat(1, 2), torch.arange(5).repeat(2)[None]
+    for given in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        with pytest.raises(InvalidRequest, match="packed rows can't be had with virtual positions"):
+            model(position_ids=restarting, **given)
+    mask = torch.tensor([[0] * 5 + [1] * 5])
+    assert model(input_ids=ids, attention_mask=mask, position_ids=restarting).logits.isfinite().all()
+
+
+def test_a_mask_given_by_position_is_not_dropped(make_base):
+    """It is refused where only input_ids may be, and used elsewhere."""
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    with pytest.raises(InvalidRequest, match="only input_ids can be given by position"):
+        get_peft_model(make_base(), CONFIGS["prefix"]())(PROMPT, mask)
+    model = get_peft_model(make_base(), CONFIGS["prompt"]())
+    assert torch.equal(model(PROMPT, mask).logits, model(input_ids=PROMPT, attention_mask=mask).logits)
+
+
 FAMILIES_TOO = {
     "gpt2": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
     "bloom": {"target_modules": ["query_key_value", "dense"]},

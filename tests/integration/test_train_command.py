@@ -146,8 +146,12 @@ def test_bad_data_is_refused_in_one_line(text, reason, run, tmp_path, capsys):
 
 SETTINGS = [
     (["--rank", "0"], "--rank is 0, need at least 1"),
+    (["--eval-rows", "-1"], "--eval-rows is -1, need at least 0"),
+    (["--warmup-steps", "-3"], "--warmup-steps is -3, need at least 0"),
+    (["--max-steps", "0"], "--max-steps is 0, need at least 1"),
     (["--learning-rate", "-1"], "--learning-rate is -1.0, need more than 0"),
     (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
+    (["--method", "prefix", "--packing"], "--packing can't be had with --method prefix, only with lora and ia3"),
     (["--resume"], "has no checkpoint to resume from"),
     (["--streaming", "--max-steps", "-1"], "--streaming needs --max-steps"),
     (["--target-modules", "nowhere"], "target_modules: "),

@@ -83,6 +83,31 @@ def test_a_policy_follows_its_reward(make_client):
     assert later.logprobs[0][2:].sum() > first.logprobs[0][2:].sum() and later.metrics["clipped"] > 0
 
 
+class Fails(torch.autograd.Function):
+    """A way back that is lost."""
+
+    @staticmethod
+    def forward(ctx, numbers):
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx, gradients):
+        raise RuntimeError("lost on the way back")
+
+
+def test_a_way_back_that_fails_leaves_no_gradients(make_client):
+    """Half of them would be of one call and half of two; the next step says that there are none."""
+    client = make_client()
+    client.forward_backward(DATA).result()
+    with pytest.raises(RuntimeError, match="lost on the way back"):
+        client.forward_backward(DATA, lambda logprobs, data: (Fails.apply(logprobs[0]).sum(), {})).result()
+    assert all(it.grad is None for it in client._parameters)
+    with pytest.raises(InvalidRequest, match="there are no gradients"):
+        client.optim_step(STEP).result()
+    client.forward_backward(DATA).result()
+    assert client.optim_step(STEP).result() > 0
+
+
 def test_a_state_goes_on_exactly(make_client, tmp_path):
     """Saved after two steps, and loaded into another client: the third is the same to the bit."""
     first, second = make_client(), make_client()

@@ -48,6 +48,22 @@ async def test_time_counts_and_not_turns():
     assert done.index("quick") <= 1 and done[:9].count("quick") == 6
 
 
+async def test_who_was_cancelled_just_now_is_passed_over():
+    """Its future is cancelled at once, and it hears of it only when the loop comes round."""
+    clock, done = Clock(), []
+    clock.is_busy = False
+    turns = Turns(clock)
+    async with asyncio.timeout(5):
+        async with turns.turn("a"):
+            tasks = [asyncio.create_task(work(turns, clock, done, client)) for client in "bc"]
+            await asyncio.sleep(0)
+            tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert done == ["c"] and tasks[0].cancelled()
+        async with turns.turn("d"):
+            pass
+
+
 async def test_who_gives_up_leaves_no_gap():
     """Waiting or at the very moment when its turn comes."""
     clock, done = Clock(), []

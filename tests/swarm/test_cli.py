@@ -97,10 +97,13 @@ def test_bash_completes_a_verb_and_an_option(capsys: pytest.CaptureFixture[str])
             'complete_for() { COMP_WORDS=(swarm "$@"); COMP_CWORD=$#; COMPREPLY=(); _shtab_swarm; }',
             'complete_for boot; echo "${COMPREPLY[@]}"',
             'complete_for server --quant; echo "${COMPREPLY[@]}"',
+            'complete_for client --top; echo "${COMPREPLY[@]}"',
+            'complete_for client tr; echo "${COMPREPLY[@]}"',
+            'complete_for client train --pack; echo "${COMPREPLY[@]}"',
         ]
     )
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["bootstrap", "--quantization"]
+    assert done.stdout.split() == ["bootstrap", "--quantization", "--top-p", "train", "--packing"]
 
 
 def test_completion_wants_a_shell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ import sys
 import pytest
 import uvloop
 
-from swarm.command import HelpFormatter, on_signals, program
+from swarm.command import HelpFormatter, exit_status, on_signals, program
+from swarm.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,34 @@ def test_help_shows_defaults_that_say_something() -> None:
     text = parser.format_help()
     assert "how long (default: 3.5)" in text
     assert text.count("default:") == 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (InvalidRequest("--rank is 0"), 2, "error: --rank is 0\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
+)
+def test_every_command_ends_with_the_same_statuses(outcome, status, said, capsys) -> None:
+    """Done, whatever the work says, an error in one line, Ctrl-C; anything else is a bug and shows."""
+
+    def work() -> int | None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    assert exit_status(work) == status
+    assert capsys.readouterr().err == said
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        exit_status(fail)
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
