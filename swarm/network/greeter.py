@@ -69,8 +69,14 @@ class _Greeting(asyncio.Protocol):
             raise PeerMisbehaved("a TLS connection without a certificate")
         return bytes(certificate)
 
+    @property
+    def remote_host(self) -> str:
+        """The address from where the connection comes."""
+        return str(self._peer_name[0])
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._peer_name = transport.get_extra_info("peername") or ("",)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)

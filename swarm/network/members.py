@@ -12,6 +12,7 @@ models or sessions.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -56,6 +57,7 @@ MAX_CONNECTIONS = 4096
 MAX_CONNECTIONS_PER_MEMBER = 256
 """Links and streams; a member may have several processes."""
 MAX_GREETINGS = 64
+"""Connections that have not said Hello; beyond them the oldest one of the host that has most is given up."""
 HANDSHAKE_TIMEOUT_S = 5.0
 DIAL_TIMEOUT_S = 5.0
 SWEEP_PERIOD_S = 1.0
@@ -98,7 +100,8 @@ class MemberNetwork:
         self._found: dict[str, str] = {}
         """Of each initial address: who was there last."""
         self._connections: dict[asyncio.Transport, Proven] = {}
-        self._greetings: set[IncomingGreeting] = set()
+        self._greetings: dict[IncomingGreeting, None] = {}
+        """Connections that have not said Hello yet, the oldest first."""
         self._listener: TlsListener | None = None
         self._expelled: list[Expelled] = []
         self._news = asyncio.Event()
@@ -119,7 +122,7 @@ class MemberNetwork:
         listener = TlsListener(
             self._server_context,
             self._make_greeting,
-            may_accept=lambda: len(self._greetings) < MAX_GREETINGS and len(self._connections) < MAX_CONNECTIONS,
+            may_accept=lambda: len(self._connections) < MAX_CONNECTIONS,
             handshake_timeout_s=HANDSHAKE_TIMEOUT_S,
             max_handshakes=MAX_GREETINGS,
         )
@@ -295,13 +298,21 @@ class MemberNetwork:
     # --- connections that others make ---
 
     def _make_greeting(self) -> IncomingGreeting:
+        if len(self._greetings) >= MAX_GREETINGS:
+            self._oldest_greeting().fail(PeerBusy("no room for a connection that says nothing"))
         greeting = IncomingGreeting(self)
-        self._greetings.add(greeting)
+        self._greetings[greeting] = None
         return greeting
+
+    def _oldest_greeting(self) -> IncomingGreeting:
+        """Of the host that has most of them: an honest one takes milliseconds, so it is those that dawdle that go."""
+        num_of = Counter(greeting.remote_host for greeting in self._greetings)
+        host = max(num_of, key=num_of.__getitem__)
+        return next(greeting for greeting in self._greetings if greeting.remote_host == host)
 
     def on_greeting_over(self, greeting: IncomingGreeting) -> None:
         """A greeting has come to an end."""
-        self._greetings.discard(greeting)
+        self._greetings.pop(greeting, None)
 
     def on_hello(self, process: bytes, hello: Hello) -> tuple[Proven, asyncio.Protocol, Welcome]:
         """Let a peer in, or not.

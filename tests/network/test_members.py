@@ -26,7 +26,7 @@ from swarm.errors import (
     SwarmIsPrivate,
 )
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, node
+from swarm.network import Node, NodeConfig, members, node
 from swarm.network.addresses import Card
 from swarm.network.greeter import OutgoingGreeting
 from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome, encode_greeting
@@ -234,6 +234,29 @@ async def test_a_member_that_greets_with_garbage_is_refused(start: Start, data: 
             assert b.num_peers == 1
 
 
+async def test_silent_connections_keep_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """A member's TLS connections that don't greet have all places; of them the oldest of that host makes room."""
+    monkeypatch.setattr(members, "MAX_GREETINGS", 4)
+    lab, identity = lab_now(), Identity.generate()
+    context = member_contexts(Gate(lab.invite(), identity), identity)[1]
+    async with await start(lab.invite("gpu1")) as a:
+        silent = []
+        for count in range(1, 5):
+            silent.append(
+                await asyncio.open_connection(
+                    "127.0.0.1", port_of(a), ssl=context, server_hostname="swarm", local_addr=("127.0.0.2", 0)
+                )
+            )
+            await until(lambda count=count: len(members_of(a)._greetings) == count)
+        first, *others = members_of(a)._greetings
+        async with await start(lab.invite("gpu2"), *a.addresses) as b:
+            assert b.num_peers == 1
+            assert b"no room" in await silent[0][0].read(), "the oldest one is told"
+            assert list(members_of(a)._greetings)[:3] == others and first not in members_of(a)._greetings
+        for _, writer in silent:
+            writer.transport.abort()
+
+
 # --- roles ---
 
 
@@ -399,6 +422,21 @@ async def test_an_admin_sees_the_members_and_others_do_not(start: Start):
 
 
 # --- failures ---
+
+
+async def test_a_card_with_an_address_of_ours_is_no_obstacle(start: Start):
+    """127.0.0.1 and a port that both have is ourselves for each; the other address on the card leads there."""
+    lab = lab_now()
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu2"), host="127.0.0.2") as b:
+        await b.add_stream_handler("/test/echo", echo)
+        ours, theirs = ("127.0.0.1", port_of(a)), ("127.0.0.2", port_of(b))
+        card = Card.make(b.identity, [ours, theirs], time.time() + 1)
+        members_of(a)._whereabouts._book.add(card, time.time())
+        assert await ask_echo(a, b.peer_id) == a.peer_id
+        alone = Card.make(b.identity, [ours], time.time() + 2)
+        members_of(a)._whereabouts._book.add(alone, time.time())
+        with pytest.raises(PeerUnreachable):
+            await a.open_stream(b.peer_id, "/test/echo", 5)
 
 
 async def test_a_peer_that_restarts_elsewhere_is_found_again(start: Start):
