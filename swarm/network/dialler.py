@@ -110,10 +110,10 @@ class Dialler:
     def _check_certificate(self, process: bytes, peer_id: str | None) -> None:
         """Whether it is who we want; that TLS has checked the chain is not said twice."""
         found = peer_id_in(process)
+        if peer_id is not None and found != peer_id:  # it may be us: every machine calls itself 127.0.0.1
+            raise PeerError(f"another peer is there, {found}")
         if found == peer_id_in(self._gate.passport.process):
             raise ReachedOurselves
-        if peer_id is not None and found != peer_id:
-            raise PeerError(f"another peer is there, {found}")
 
     def _judge(self, greeting: OutgoingGreeting, answer: Welcome | Refused) -> Dialled:
         """What the listener's answer means.
