@@ -85,6 +85,8 @@ class MemberNetwork:
         self.gate = Gate(credentials, identity)
         self.endpoints: tuple[str, ...] = ()
         self.denied = asyncio.Event()
+        self.has_news = asyncio.Event()
+        """Set when somebody was revoked: what that member has stored is to be forgotten."""
         self._config = config
         self._identity = identity
         self._server_context, client_context = member_contexts(self.gate, identity)
@@ -391,6 +393,7 @@ class MemberNetwork:
         if not new:
             return
         log.warning("%d invitations were revoked", len(new))
+        self.has_news.set()
         self._store.save(self.gate.revocations)
         for link in self._links:
             if link is not source:

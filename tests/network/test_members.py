@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import msgspec
 import pytest
+from hivemind.utils.timed_storage import ValueWithExpiration
 
 from swarm.errors import (
     AccessDenied,
@@ -358,8 +359,30 @@ async def test_a_revocation_reaches_everybody_and_ends_everything(start: Start):
             await b.open_stream(a.peer_id, "/test/echo", 5)
         with pytest.raises(InvitationRevoked):
             await start(gpu2, *c.addresses)
-        a._dht.drop_invalid()
-        assert await a.dht_get("key") == {}
+        await until(lambda: not stored_at(a, "key"), 3.0)
+
+
+async def test_one_bad_record_hides_no_others(start: Start):
+    """A revoked member's, and one that nobody has signed, are left out of an answer that holds both."""
+    lab = lab_now()
+    gpu2 = lab.invite("gpu2")
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(gpu2, *a.addresses) as b,
+        await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
+    ):
+        for peer in (a, b):
+            assert await peer.dht_store("key", peer.peer_id, b"hello", time.time() + 60)
+        stored_at(a, "key")["12D3KooW" + "x" * 44] = ValueWithExpiration(b"unsigned", time.time() + 60)
+        assert set(await c.dht_get("key")) == {a.peer_id, b.peer_id}
+        members_of(c).gate.learn([revoke(gpu2.member, lab.der, lab.key, time.time())], time.time())
+        assert await c.dht_get("key") == {a.peer_id: b"hello"}
+
+
+def stored_at(peer: Node, key: str) -> dict[str, Any]:
+    """The records of a key that a node holds for others."""
+    found = peer._dht._node.protocol.storage.get(DHTID.generate(source=key))
+    return {} if found is None else found.value.data
 
 
 async def test_a_peer_that_was_off_hears_of_revocations_when_it_comes_back(start: Start, tmp_path: Path):
