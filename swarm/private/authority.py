@@ -159,20 +159,28 @@ class Authority:
             raise ConfigError(f"{self.directory / 'members.json'} is damaged: {error}") from error
 
     def revoke(self, name: str, now: datetime) -> list[Revocation]:
-        """Take back every invitation of this name or id that is still good.
+        """Take back every invitation of this name or id that is still good, or with which one could revoke others.
+
+        An admin's statements outlive its invitation, so one that has expired is revoked to make them void.
 
         Raises:
-            InvalidRequest: nobody of this name was invited.
+            InvalidRequest: nobody of this name was invited, or all of them have expired anyway, or there is no room.
         """
         members = [entry.member for entry in self.invited() if name in (entry.name, entry.id)]
         if not members:
             known = ", ".join(sorted({entry.name for entry in self.invited()})) or "nobody"
             raise InvalidRequest(f"nobody called {name!r} was invited; there are: {known}")
         at, authority = now.timestamp(), to_der(self.certificate)
+        wanted = [it for it in members if it.expires_at > at or it.role.may_revoke]
+        if not wanted:
+            raise InvalidRequest(f"{name} need not be revoked: the invitation has expired")
         revocations = self.revocations(now)
-        revocations.add((revoke(it, authority, self.key, at) for it in members if it.expires_at > at), at)
+        revocations.add((revoke(it, authority, self.key, at) for it in wanted), at)
+        statements = [revocations.find(it) for it in wanted]
+        if None in statements:
+            raise InvalidRequest(f"no room to revoke {name}: {len(revocations)} statements are in force")
         self._write("revoked.bin", encode_revocations(revocations))
-        return [entry for entry in revocations if entry.member in {member.id for member in members}]
+        return [entry for entry in statements if entry is not None]
 
     def revocations(self, now: datetime) -> Revocations:
         """Everybody whom the authority has revoked."""

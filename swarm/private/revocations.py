@@ -4,7 +4,8 @@
 
 What counts is the same in whatever order it came: a statement of the authority always does, one of an admin about a
 client or server does unless the authority has revoked that admin. So admins can't throw each other out, and a rogue one
-leaves nothing behind. A statement is forgotten when the invitation it speaks of has expired.
+leaves nothing behind. A statement is forgotten when the invitation it speaks of has expired; when that of the admin who
+made it has, it stays, and is void if it says that it was made later.
 Pure: no files, no network; the time comes in.
 """
 
@@ -140,7 +141,7 @@ class Revocations:
     def _add(self, entry: Revocation) -> bool:
         if entry.signer:
             signer = read_invitation(entry.signer, self._authority)
-            if not signer.role.may_revoke:
+            if not signer.role.may_revoke or entry.at >= signer.expires_at:
                 raise PeerMisbehaved(f"a revocation of {entry.member} by {signer}, who may not")
             is_known = (entry.member, signer.id) in self._by_admins or signer.id in self._by_authority
             if is_known or len(self._by_admins) >= MAX_REVOCATIONS // 2:

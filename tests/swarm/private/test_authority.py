@@ -67,6 +67,16 @@ def test_a_revocation_is_kept_and_said_again(authority: Authority):
         authority.revoke("gpu9", NOW)
 
 
+def test_an_expired_admin_can_be_revoked_and_others_need_not(authority: Authority):
+    """What an admin has said counts for longer than its invitation, until the authority takes that back."""
+    root = authority.invite("root", Role.ADMIN, lifetime=DAY, now=NOW).member
+    authority.invite("gpu7", Role.SERVER, lifetime=DAY, now=NOW)
+    (statement,) = authority.revoke("root", NOW + 2 * DAY)
+    assert statement.member == root.id and authority.revocations(NOW + 3 * DAY).find(root) == statement
+    with pytest.raises(InvalidRequest, match="gpu7 need not be revoked: the invitation has expired"):
+        authority.revoke("gpu7", NOW + 2 * DAY)
+
+
 @pytest.mark.parametrize("name", ["authority.crt", "authority.key", "members.json", "revoked.bin"])
 def test_a_damaged_directory_is_named(authority: Authority, name: str):
     """The file that is damaged, in one line."""

@@ -77,6 +77,20 @@ def test_a_revoked_admin_leaves_nothing_behind():
         assert len(known) == 2
 
 
+def test_an_expired_admin_says_nothing_new_and_can_still_be_revoked():
+    """A statement made too late by its own word is refused; one dated back is void when the authority says so."""
+    old = LAB.invite("old", Role.ADMIN, days=1)
+    later = (NOW + timedelta(days=2)).timestamp()
+    late = revoke(SERVER.member, LAB.der, old.key, later, signer=to_der(old.invitation))
+    known = knowing()
+    with pytest.raises(PeerMisbehaved, match="who may not"):
+        known.add([late], later)
+    known.add([by_admin(SERVER, old)], later)
+    assert known.find(SERVER.member)
+    known.add([revoke(old.member, LAB.der, LAB.key, later)], later)
+    assert known.find(SERVER.member) is None and known.find(old.member)
+
+
 @given(
     st.permutations([by_authority(SERVER), by_authority(ROGUE), by_admin(CLIENT), by_admin(SERVER, ROGUE)]), st.data()
 )
