@@ -128,6 +128,8 @@ class CallLink(asyncio.Protocol):
         self.last_used = time.monotonic()
         self.known = b""
         """Digest of the revocations that the peer says it knows."""
+        self.told, self.told_at = b"", 0.0
+        """Digest of those that the owner has told it last, and when."""
         self._owner, self._desk, self._digest = owner, desk, digest
         self._max_bytes = max_bytes
         self._reader = FrameReader(max_bytes + 4096)

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from swarm.errors import (
@@ -64,6 +65,10 @@ SWEEP_PERIOD_S = 1.0
 """How often expired members are looked for."""
 FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
+RETELL_S = 60.0
+"""How long a peer that was told all our revocations, and knows others, is not told them again."""
+PORTION = 512
+"""Revocations in one message."""
 IDLE_S = 60.0
 """A link that nobody has used for so long is closed."""
 
@@ -372,8 +377,10 @@ class MemberNetwork:
     def on_known(self, link: CallLink) -> None:
         """A peer has said which revocations it knows; if they are others than ours, it gets ours."""
         self._news.set()
-        if link.known != self.gate.revocations.digest:
-            link.tell(encode_revocations(self.gate.revocations))
+        ours, now = self.gate.revocations.digest, time.monotonic()
+        if link.known != ours and (link.told != ours or now - link.told_at > RETELL_S):
+            link.told, link.told_at = ours, now  # who can't take all of it must not be told again with every answer
+            self._tell(link, self.gate.revocations)
 
     def on_statements(self, link: CallLink, data: bytes) -> None:
         """Take revocations from a peer, act on those that are new, and pass them on.
@@ -397,8 +404,14 @@ class MemberNetwork:
         self._store.save(self.gate.revocations)
         for link in self._links:
             if link is not source:
-                link.tell(encode_revocations(new))
+                self._tell(link, new)
         self._sweep()
+
+    def _tell(self, link: CallLink, statements: Iterable[Revocation]) -> None:
+        """Pass statements on, in portions between which others have their turn."""
+        remaining = iter(statements)
+        while portion := list(islice(remaining, PORTION)):
+            link.tell(encode_revocations(portion))
 
     def on_link_lost(self, link: CallLink) -> None:
         """A link is over."""

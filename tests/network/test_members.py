@@ -19,6 +19,7 @@ from swarm.errors import (
     InvalidRequest,
     InvitationExpired,
     InvitationRevoked,
+    PeerBusy,
     PeerDisconnected,
     PeerError,
     PeerMisbehaved,
@@ -27,8 +28,9 @@ from swarm.errors import (
     SwarmIsPrivate,
 )
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, members, node
+from swarm.network import Node, NodeConfig, calls, members, node
 from swarm.network.addresses import Card
+from swarm.network.calls import CallLink
 from swarm.network.greeter import OutgoingGreeting
 from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome, encode_greeting
 from swarm.network.hive import DHTID, DHTRecord, PeerID
@@ -258,6 +260,22 @@ async def test_silent_connections_keep_nobody_out(start: Start, monkeypatch: pyt
             writer.transport.abort()
 
 
+async def test_who_was_refused_is_not_heard_any_more(start: Start):
+    """A Hello that comes too late opens nothing, and fills no memory."""
+    lab, identity = lab_now(), Identity.generate()
+    gate = Gate(lab.invite(), identity)
+    context = member_contexts(gate, identity)[1]
+    async with await start(lab.invite()) as a:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(a), ssl=context, server_hostname="swarm")
+        await until(lambda: bool(members_of(a)._greetings))
+        (greeting,) = members_of(a)._greetings
+        greeting.fail(PeerBusy("no room"))
+        greeting.data_received(hello(gate))
+        assert not greeting._reader.buffer and not members_of(a)._connections
+        assert b"no room" in await reader.read()
+        writer.transport.abort()
+
+
 # --- roles ---
 
 
@@ -412,6 +430,29 @@ async def test_a_refusal_is_believed_with_proof_only(start: Start, monkeypatch: 
             await start(lab.invite(), *a.addresses)
 
 
+async def test_peers_that_can_not_agree_tell_each_other_once(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """One that has no room for a statement says so with every answer, and is not told it again each time."""
+    lab, told = lab_now(), 0
+    tell = CallLink.tell
+
+    def count(self: CallLink, statements: bytes) -> None:
+        nonlocal told
+        told += 1
+        tell(self, statements)
+
+    monkeypatch.setattr(CallLink, "tell", count)
+    monkeypatch.setattr(calls, "PERIOD_S", 0.05)
+    gpu9 = lab.invite("gpu9")
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu2"), *a.addresses) as b:
+        monkeypatch.setattr(members_of(a).gate, "learn", lambda statements, now: [])
+        assert await b.revoke([revoke(gpu9.member, lab.der, lab.key, time.time())], 1.0) == 0
+        assert told <= 3
+        (link,) = members_of(b)._links
+        link.told_at -= members.RETELL_S
+        before = told
+        await until(lambda: told > before)
+
+
 async def test_only_who_may_revoke_is_believed(start: Start):
     """A server's statement ends its link, and revokes nobody."""
     lab = lab_now()
@@ -540,6 +581,8 @@ def test_the_greeting_of_a_dialler_is_not_taken_for_an_answer():
             await greeting.answer
         answered = OutgoingGreeting()
         answered.data_received(encode_greeting(Welcome(b"", None)))
+        answered.data_received(rest := b"\0\0\0\2hi")
         assert await answered.answer == Welcome(b"", None)
+        assert bytes(answered._reader.buffer) == rest, "what follows is for who takes over"
 
     asyncio.run(main())
