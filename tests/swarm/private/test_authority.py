@@ -67,6 +67,16 @@ def test_a_revocation_is_kept_and_said_again(authority: Authority):
         authority.revoke("gpu9", NOW)
 
 
+def test_what_there_is_no_room_for_is_not_said_to_be_revoked(authority: Authority, monkeypatch: pytest.MonkeyPatch):
+    """Nobody believes that a member is out who is not."""
+    monkeypatch.setattr("swarm.private.revocations.MAX_BY_AUTHORITY", 1)
+    for name in ("gpu7", "gpu8"):
+        authority.invite(name, Role.SERVER, lifetime=DAY, now=NOW)
+    authority.revoke("gpu7", NOW)
+    with pytest.raises(InvalidRequest, match="no room to revoke gpu8: 1 statements are in force"):
+        authority.revoke("gpu8", NOW)
+
+
 def test_an_expired_admin_can_be_revoked_and_others_need_not(authority: Authority):
     """What an admin has said counts for longer than its invitation, until the authority takes that back."""
     root = authority.invite("root", Role.ADMIN, lifetime=DAY, now=NOW).member

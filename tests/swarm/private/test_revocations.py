@@ -139,11 +139,18 @@ def test_what_is_new_is_told_once():
 
 
 def test_admins_can_not_fill_the_room_of_the_authority(monkeypatch: pytest.MonkeyPatch):
-    """Half is for it alone."""
-    monkeypatch.setattr(module, "MAX_REVOCATIONS", 4)
-    known = knowing(*(by_admin(LAB.invite(f"c{index}", Role.CLIENT)) for index in range(5)))
-    assert len(known) == 2
+    """Nor that of each other: everybody has some of its own, and what there is no room for is not known."""
+    monkeypatch.setattr(module, "MAX_BY_ADMIN", 2)
+    monkeypatch.setattr(module, "MAX_ADMINS", 2)
+    statements = [by_admin(LAB.invite(f"c{index}", Role.CLIENT)) for index in range(5)]
+    known = knowing(*statements)
+    assert [known.has(entry) for entry in statements] == [True, True, False, False, False] and len(known) == 2
     assert known.add([by_authority(SERVER)], NOW_S) and known.find(SERVER.member)
+    assert known.add([by_admin(CLIENT, ROGUE)], NOW_S) and known.has(by_admin(CLIENT, ROGUE))
+    third = LAB.invite("third", Role.ADMIN)
+    assert known.add([by_admin(CLIENT, third)], NOW_S) == []
+    known.add([by_authority(ROGUE)], NOW_S)
+    assert known.find(CLIENT.member) is None and known.add([by_admin(CLIENT, third)], NOW_S)
 
 
 def test_statements_survive_the_wire():
