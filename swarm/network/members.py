@@ -13,13 +13,14 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 from swarm.errors import (
     AccessDenied,
+    InvalidRequest,
     InvitationRevoked,
     PeerBusy,
     PeerError,
@@ -44,10 +45,16 @@ from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
 from swarm.network.whereabouts import WHERE, Whereabouts
-from swarm.private.certificates import Passport, Proven, read_passport
+from swarm.private.certificates import Passport, Proven, read_invitation, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
-from swarm.private.revocations import Revocation, decode_revocations, encode_revocations
+from swarm.private.revocations import (
+    MAX_BY_ADMIN,
+    MAX_BY_AUTHORITY,
+    Revocation,
+    decode_revocations,
+    encode_revocations,
+)
 from swarm.private.store import RevocationStore
 from swarm.protocol import error_to_wire
 
@@ -67,6 +74,8 @@ FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
 RETELL_S = 60.0
 """How long a peer that was told all our revocations, and knows others, is not told them again."""
+MAX_LOGGED = 16
+"""Of revocations that come together, those that are logged one by one."""
 PORTION = 512
 """Revocations in one message."""
 IDLE_S = 60.0
@@ -95,7 +104,7 @@ class MemberNetwork:
         self._config = config
         self._identity = identity
         self._server_context, client_context = member_contexts(self.gate, identity)
-        self._dialler = Dialler(self.gate, client_context)
+        self._dialler = Dialler(self.gate, client_context, self.learn)
         self._desk = UnaryDesk()
         self._factories: dict[str, StreamFactory] = {}
         self._links = Links()
@@ -365,8 +374,19 @@ class MemberNetwork:
     # --- revocations ---
 
     async def revoke(self, statements: Iterable[Revocation], timeout_s: float) -> int:
-        """Tell the swarm; how many of those who have a link with us know it when this returns."""
+        """Tell the swarm; how many of those who have a link with us know it when this returns.
+
+        Raises:
+            PeerMisbehaved: one is not signed by who may. InvalidRequest: one is not taken.
+        """
+        statements = list(statements)
         self.learn(statements)
+        num_missing = sum(not self.gate.revocations.has(entry) for entry in statements)
+        if num_missing:
+            raise InvalidRequest(
+                f"no room for {num_missing} of {len(statements)} revocations: {MAX_BY_ADMIN} of one admin, and"
+                f" {MAX_BY_AUTHORITY} of the authority are kept until the invitations expire"
+            )
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while any(link.known != self.gate.revocations.digest for link in self._links):
@@ -399,13 +419,22 @@ class MemberNetwork:
         new = self.gate.learn(statements, time.time())
         if not new:
             return
-        log.warning("%d invitations were revoked", len(new))
+        with suppress(PeerMisbehaved):  # other processes of this swarm may have the same file
+            new += self.gate.learn(self._store.load(), time.time())
+        self._log_revoked(new)
         self.has_news.set()
         self._store.save(self.gate.revocations)
         for link in self._links:
             if link is not source:
                 self._tell(link, new)
         self._sweep()
+
+    def _log_revoked(self, statements: Sequence[Revocation]) -> None:
+        for entry in statements[:MAX_LOGGED]:
+            by = read_invitation(entry.signer, self.gate.authority) if entry.signer else "the authority"
+            log.warning("%s was revoked by %s", self.roll.name_of(entry.member), by)
+        if len(statements) > MAX_LOGGED:
+            log.warning("%d more were revoked", len(statements) - MAX_LOGGED)
 
     def _tell(self, link: CallLink, statements: Iterable[Revocation]) -> None:
         """Pass statements on, in portions between which others have their turn."""

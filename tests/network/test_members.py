@@ -41,6 +41,7 @@ from swarm.private.certificates import Role, to_der
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import encode_revocations, revoke
+from swarm.private.store import RevocationStore
 from tests.network.test_node import ask_echo, echo, until
 from tests.swarm.private.labs import Lab, lab_now
 
@@ -468,6 +469,68 @@ async def test_only_who_may_revoke_is_believed(start: Start):
         assert members_of(a).gate.revocations.find(ana.member) is None
 
 
+async def test_what_there_is_no_room_for_is_not_said_to_be_revoked(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """An admin that has said too much hears that, and that nobody was told."""
+    monkeypatch.setattr("swarm.private.revocations.MAX_BY_ADMIN", 1)
+    lab = lab_now()
+    root = lab.invite("root", Role.ADMIN)
+    one, two = (
+        revoke(lab.invite(name).member, lab.der, root.key, time.time(), signer=to_der(root.invitation))
+        for name in ("gpu7", "gpu8")
+    )
+    async with await start(lab.invite("gpu1")) as a, await start(root, *a.addresses, client_mode=True) as admin:
+        assert await admin.revoke([one]) == 1
+        with pytest.raises(InvalidRequest, match="no room for 1 of 1 revocations"):
+            await admin.revoke([two])
+
+
+async def test_a_refusal_with_proof_is_kept_and_passed_on(start: Start, tmp_path: Path):
+    """As if it had come over a link: on disk, told to others, and we know that we are out."""
+    lab = lab_now()
+    gpu2 = lab.invite("gpu2")
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(gpu2, state_dir=tmp_path / "two") as b,
+        await start(lab.invite("gpu3"), *b.addresses) as c,
+    ):
+        await a.revoke([revoke(gpu2.member, lab.der, lab.key, time.time())], 0.1)
+        with pytest.raises(InvitationRevoked):
+            await b.connect(a.addresses[0])
+        assert b.denied.is_set()
+        await until(lambda: members_of(c).gate.revocations.find(gpu2.member) is not None)
+    (statement,) = RevocationStore(tmp_path / "two", lab.der).load()
+    assert statement.member == gpu2.member.id
+
+
+async def test_processes_with_one_file_of_revocations_forget_nothing(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """What another one has saved stays there; the log says who is out, and who says so."""
+    lab = lab_now()
+    gpu7, root = lab.invite("gpu7"), lab.invite("root", Role.ADMIN)
+    one = revoke(lab.invite("gpu8").member, lab.der, lab.key, time.time())
+    two = revoke(gpu7.member, lab.der, root.key, time.time(), signer=to_der(root.invitation))
+    shared = tmp_path / "shared"
+    async with await start(lab.invite("gpu1"), state_dir=shared) as a, await start(gpu7, *a.addresses):
+        RevocationStore(shared, lab.der).save([one])
+        await a.revoke([two], 0.1)
+    assert {entry.member for entry in RevocationStore(shared, lab.der).load()} == {one.member, two.member}
+    assert "gpu7 (server) was revoked by root (admin)" in caplog.text
+    assert f"{one.member} was revoked by the authority" in caplog.text
+
+
+async def test_a_client_is_not_asked_where_others_are(start: Start):
+    """It could name any address for a peer that it has made up, and have us dial it."""
+    lab, nobody = lab_now(), Identity.generate()
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
+    ):
+        members_of(c)._whereabouts._book.add(Card.make(nobody, [("127.0.0.1", 1)], time.time()), time.time())
+        with pytest.raises(PeerUnreachable, match="none of 0 peers knows the address"):
+            await a.open_stream(nobody.peer_id, "/test/echo", 5)
+
+
 async def test_an_admin_sees_the_members_and_others_do_not(start: Start):
     """By name and role, those who are there and those who were."""
     lab = lab_now()
@@ -525,7 +588,7 @@ async def test_what_can_not_be_reached_says_why(start: Start):
         await start(lab.invite("gpu1")) as a,
         await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
     ):
-        with pytest.raises(PeerUnreachable, match="none of 1 peers knows the address"):
+        with pytest.raises(PeerUnreachable, match="none of 0 peers knows the address"):
             await a.open_stream(c.peer_id, "/test/echo", 5)
         with pytest.raises(PeerUnreachable, match="'/test/echo' is not served here"):
             await c.open_stream(a.peer_id, "/test/echo", 5)
