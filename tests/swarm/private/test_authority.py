@@ -1,5 +1,6 @@
 """The authority on its owner's disk: what it makes, remembers and refuses."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_a_name_is_given_once_while_it_is_good(authority: Authority):
     authority.invite("gpu7", Role.CLIENT, lifetime=DAY, now=NOW + 2 * DAY)
     authority.revoke("gpu7", NOW + 2 * DAY)
     authority.invite("gpu7", Role.SERVER, lifetime=DAY, now=NOW + 2 * DAY)
+
+
+def test_invitations_made_at_the_same_time_are_all_remembered(authority: Authority):
+    """Two commands write one file: neither forgets what the other has added."""
+    names = [f"gpu{index}" for index in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        made = pool.map(
+            lambda name: Authority.load(authority.directory).invite(name, Role.SERVER, lifetime=DAY, now=NOW), names
+        )
+        ids = {credentials.member.id for credentials in made}
+    assert {entry.id for entry in authority.invited()} == ids and len(ids) == len(names)
 
 
 def test_a_revocation_is_kept_and_said_again(authority: Authority):
