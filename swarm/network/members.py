@@ -64,6 +64,9 @@ MAX_UNARY_BYTES = 4 << 20
 MAX_CONNECTIONS = 4096
 MAX_CONNECTIONS_PER_MEMBER = 256
 """Links and streams; a member may have several processes."""
+MAX_LINKS_PER_PEER = 4
+MAX_LINKS_PER_MEMBER = 32
+"""Links for calls that others made; beyond them the one that idles longest leaves, which costs who needs it a dial."""
 MAX_GREETINGS = 64
 """Connections that have not said Hello; beyond them the oldest one of the host that has most is given up."""
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -346,6 +349,10 @@ class MemberNetwork:
             raise PeerBusy(f"{num_connections} connections of {proven.member}, limit {MAX_CONNECTIONS_PER_MEMBER}")
         welcome = Welcome(self.gate.passport.invitation, self._card)
         if hello.service == CALLS:
+            for link in self._links.surplus(
+                proven, max_per_peer=MAX_LINKS_PER_PEER, max_per_member=MAX_LINKS_PER_MEMBER
+            ):
+                link.close()
             return proven, self._make_link(proven), welcome
         if (factory := self._factories.get(hello.service)) is None:
             raise PeerUnreachable(f"{hello.service!r} is not served here")

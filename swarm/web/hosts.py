@@ -15,6 +15,10 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+REFUSAL = (
+    "the Host of this request is no name of ours: use localhost or an address, start with --host NAME, or with keys\n"
+)
+
 
 class KnownHosts:
     """ASGI middleware.
@@ -30,8 +34,7 @@ class KnownHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._knows(Headers(scope=scope).get("host", "")):
             return await self._app(scope, receive, send)
-        text = "the Host of this request is not ours: use localhost or an address, start with --host NAME, or ask for keys\n"
-        await PlainTextResponse(text, 403)(scope, receive, send)
+        await PlainTextResponse(REFUSAL, 403)(scope, receive, send)
 
     def _knows(self, header: str) -> bool:
         host = host_of(header)

@@ -236,6 +236,6 @@ def test_a_slow_body_gets_an_answer(serve: Callable[..., RunningApi]) -> None:
     """408, and its connection ends."""
     api = serve(limits=ApiLimits(body_timeout_s=0.05))
     with socket.create_connection(("127.0.0.1", api.port), timeout=TIMEOUT_S) as raw:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
-        raw.sendall(head + b"{")
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+        raw.sendall(b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
         assert read(raw).status == 408

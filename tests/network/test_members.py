@@ -277,6 +277,52 @@ async def test_who_was_refused_is_not_heard_any_more(start: Start):
         writer.transport.abort()
 
 
+@pytest.mark.parametrize("per_peer", [True, False])
+async def test_a_member_has_so_many_links(start: Start, monkeypatch: pytest.MonkeyPatch, per_peer: bool):
+    """One more takes the place of the one that has idled longest, of this peer or of all the member's; others stay."""
+    monkeypatch.setattr(members, "MAX_LINKS_PER_PEER" if per_peer else "MAX_LINKS_PER_MEMBER", 2)
+    lab = lab_now()
+    credentials, same = lab.invite("gpu2"), Identity.generate()
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu3"), *a.addresses):
+        opened = []
+        for count in range(1, 5):
+            identity = same if per_peer else Identity.generate()
+            gate = Gate(credentials, identity)
+            context = member_contexts(gate, identity)[1]
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port_of(a), ssl=context, server_hostname="swarm"
+            )
+            writer.write(hello(gate))
+            await reader.readexactly(4)
+            opened.append((reader, writer))
+            await until(lambda count=count: len(members_of(a)._links) == min(count, 2) + 1)
+        for reader, _ in opened[:2]:
+            async with asyncio.timeout(5):
+                await reader.read()
+        assert not opened[3][0].at_eof()
+        for _, writer in opened:
+            writer.transport.abort()
+
+
+async def test_a_message_that_takes_for_ever_ends_the_link(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """However lively the peer is: what has come of it waits in memory."""
+    monkeypatch.setattr(calls, "FRAME_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(calls, "PERIOD_S", 0.05)
+    lab, identity = lab_now(), Identity.generate()
+    gate = Gate(lab.invite("gpu2"), identity)
+    context = member_contexts(gate, identity)[1]
+    async with await start(lab.invite("gpu1")) as a:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(a), ssl=context, server_hostname="swarm")
+        writer.write(hello(gate) + (1 << 20).to_bytes(4, "big"))
+        await reader.readexactly(4)
+        await until(lambda: len(members_of(a)._links) == 1)
+        async with asyncio.timeout(10):
+            while len(members_of(a)._links):
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+
 # --- roles ---
 
 
