@@ -8,10 +8,11 @@ next server leaves the link disconnected: outputs are kept, the client is told, 
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from swarm.codec import encode_tensor, torch_dtype
-from swarm.errors import PeerDisconnected, PeerMisbehaved, PeerTimeout, SwarmError
+from swarm.errors import PeerDisconnected, PeerMisbehaved, PeerTimeout, PeerUnreachable, SwarmError
 from swarm.link import HistoryLost, Link, StepChunk
 from swarm.protocol import (
     MAX_HOPS,
@@ -31,6 +32,8 @@ from swarm.server.limits import HandlerLimits
 from swarm.server.push import PushStream
 from swarm.server.work import Produced, ProducedRow
 from swarm.transport import EndOfStream
+
+log = logging.getLogger(__name__)
 
 BURST = 8
 """Messages that `pump` sends in one go, before others on the loop get their turn."""
@@ -220,7 +223,8 @@ class Sender:
                 answer, _ = await stream.receive()
                 raise PeerMisbehaved(f"{type(answer).__name__} on a push stream", peer_id=stream.peer_id)
         except (SwarmError, EndOfStream) as error:
-            text = str(error) or "the next server ended the stream"
+            text = _for_the_client(error)
+            log.info("can't send to %s: %s", message.peer_id, error)
         self._target = None
         self.link.disconnect()
         self._control.tell(LinkDown(epoch=message.epoch, fault=LinkFault.UNREACHABLE, text=text[:1024]))
@@ -248,3 +252,10 @@ class Sender:
             raise PeerTimeout(f"{message.peer_id} accepted no push stream within {timeout_s:g} s") from None
         except EndOfStream:
             raise PeerDisconnected(f"{message.peer_id} ended the push stream") from None
+
+
+def _for_the_client(error: SwarmError | EndOfStream) -> str:
+    """Why there is no stream. Not what is at which address: the client has chosen the peer, and may not be one."""
+    if isinstance(error, PeerUnreachable | PeerTimeout):
+        return "the next server can't be reached"
+    return str(error) or "the next server ended the stream"

@@ -145,4 +145,7 @@ def _public_key(peer_id: str) -> Ed25519PublicKey | None:
     prefix = _MULTIHASH_PREFIX + _PUBLIC_PREFIX
     if len(raw) != len(prefix) + 32 or not raw.startswith(prefix):
         return None
-    return Ed25519PublicKey.from_public_bytes(raw[len(prefix) :])
+    public_bytes = raw[len(prefix) :]
+    if peer_id_of(public_bytes) != peer_id:  # base58 reads white space behind it, too: one peer has one id
+        return None
+    return Ed25519PublicKey.from_public_bytes(public_bytes)

@@ -139,7 +139,13 @@ def _run(args: argparse.Namespace) -> None:
             secret = identity.key.private_bytes_raw()
             identities = Identities(join, secret=secret, max_clients=limits.max_clients) if keys else None
             app = make_app(
-                models, service, check_health=service.find_route, limits=limits, keys=keys, identities=identities
+                models,
+                service,
+                check_health=service.find_route,
+                limits=limits,
+                keys=keys,
+                identities=identities,
+                hosts=[args.host],
             )
             print(f"serving {checkpoint.name}: chat at {url(sock)}/, API at {url(sock)}/v1", flush=True)
             server = make_server(app)

@@ -41,7 +41,7 @@ class Keys:
         self._paths = tuple(Path(path).expanduser() for path in paths)
         self._stamps: tuple[int, ...] = ()
         self._accounts: dict[str, str] = {}
-        self._read()
+        self._read(is_first=True)
 
     def account(self, key: str) -> str | None:
         """Whose key this is; None for a key that nobody has."""
@@ -57,14 +57,15 @@ class Keys:
             logger.warning("keeping the API keys as they were: %s", error)
 
     def _look(self) -> tuple[int, ...]:
-        return tuple(path.stat().st_mtime_ns for path in self._paths)
+        return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in self._paths)
 
-    def _read(self) -> None:
+    def _read(self, *, is_first: bool = False) -> None:
         accounts: dict[str, str] = {}
         try:
             stamps = self._look()
             for path in self._paths:
-                accounts |= _parse(path, path.read_text(encoding="utf-8"))
+                if is_first or path.exists():  # one that was deleted since locks all of its keys out
+                    accounts |= _parse(path, path.read_text(encoding="utf-8"))
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"API keys: {error}") from error
         self._stamps, self._accounts = stamps, accounts

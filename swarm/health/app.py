@@ -54,6 +54,7 @@ _HEADERS = {
 def make_app(monitor: Monitor) -> Starlette:
     """The ASGI application over a running monitor."""
     pages, api = _Pages(monitor), _Api(monitor)
+    is_open = monitor.settings.credentials is None
     return Starlette(
         routes=[
             Route("/", pages.page),
@@ -66,7 +67,10 @@ def make_app(monitor: Monitor) -> Starlette:
             Route("/metrics", api.metrics),
             Route("/healthz", api.healthz),
         ],
-        middleware=[Middleware(_SafeHeaders), Middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)],
+        middleware=[
+            Middleware(_SafeHeaders, is_open=is_open),
+            Middleware(GZipMiddleware, minimum_size=1000, compresslevel=5),
+        ],
     )
 
 
@@ -185,17 +189,17 @@ class _Api:
 
 
 class _SafeHeaders:
-    """Says with every response what a browser may do with it; the API may be read by pages elsewhere."""
+    """Says with every response what a browser may do with it; an open swarm's API may be read by pages elsewhere."""
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: ASGIApp, *, is_open: bool):
+        self._app, self._is_open = app, is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path, headers = scope["path"], MutableHeaders(scope=message)
                 headers.update(_HEADERS)
-                if path.startswith(("/api/", "/badge.svg")):
+                if self._is_open and path.startswith(("/api/", "/badge.svg")):
                     headers["Access-Control-Allow-Origin"] = "*"
                 elif path.startswith("/static/"):
                     headers["Cache-Control"] = "max-age=86400"

@@ -31,6 +31,9 @@ PERIOD_S = 5.0
 SILENCE_S = 20.0
 """A peer that says nothing for so long is taken for dead."""
 
+FRAME_TIMEOUT_S = 60.0
+"""How long one message may take to come: until then its beginning waits in memory."""
+
 Digest = Annotated[bytes, msgspec.Meta(max_length=16)]
 CallId = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
@@ -128,6 +131,8 @@ class CallLink(asyncio.Protocol):
         self.last_used = time.monotonic()
         self.known = b""
         """Digest of the revocations that the peer says it knows."""
+        self.told, self.told_at = b"", 0.0
+        """Digest of those that the owner has told it last, and when."""
         self._owner, self._desk, self._digest = owner, desk, digest
         self._max_bytes = max_bytes
         self._reader = FrameReader(max_bytes + 4096)
@@ -135,6 +140,8 @@ class CallLink(asyncio.Protocol):
         self._handling: dict[int, asyncio.Task[None]] = {}
         self._next_id = 0
         self._heard = time.monotonic()
+        self._frame_since: float | None = None
+        """Since when a message has been coming that is not there as a whole."""
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
 
@@ -185,11 +192,14 @@ class CallLink(asyncio.Protocol):
         self._tick()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = time.monotonic()
+        self._heard = now = time.monotonic()
         self._reader.feed(data)
         try:
             while not self.is_lost and (piece := self._reader.next()) is not None:
+                self._frame_since = None
                 self._take(decode_link_message(piece))
+            if self._reader.buffer and self._frame_since is None:
+                self._frame_since = now
         except SwarmError as error:
             log.warning("dropping the link with %s: %s", self.proven.member, error)
             self._transport.abort()
@@ -259,7 +269,12 @@ class CallLink(asyncio.Protocol):
         self._transport.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
     def _tick(self) -> None:
-        if time.monotonic() - self._heard > SILENCE_S:
+        now = time.monotonic()
+        if self._frame_since is not None and now - self._frame_since > FRAME_TIMEOUT_S:
+            log.warning("dropping the link with %s: a message takes over %g s", self.proven.member, FRAME_TIMEOUT_S)
+            self._transport.abort()
+            return
+        if now - self._heard > SILENCE_S:
             log.info("%s has been silent for %g s", self.proven.member, SILENCE_S)
             self._transport.abort()
             return

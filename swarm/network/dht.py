@@ -16,7 +16,7 @@ from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError
 from swarm.network.addresses import PeerAddress
 from swarm.network.dht_requests import check_size, store_in_portions
 from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, PeerID
-from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage
+from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, keep_valid
 from swarm.network.underlay import Underlay
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,15 @@ class Dht:
         protocol = node.protocol
         protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
         protocol.cache = BoundedStorage(maxsize=MAX_KEYS)
-        validate = protocol._validate_dictionary
-        protocol._validate_dictionary = lambda key, values: len(values) <= MAX_SUBKEYS and validate(key, values)
+        validate = protocol.record_validator.validate
+
+        def has_valid(key: bytes, values: Any) -> bool:  # hivemind lets one bad record hide all others of its key
+            if len(values) > MAX_SUBKEYS:
+                return False
+            keep_valid(key, values, validate)
+            return len(values) > 0
+
+        protocol._validate_dictionary = has_valid
         return cls(node, underlay)
 
     async def join(self, peers: Sequence[PeerAddress], *, timeout_s: float, strict: bool = False) -> dict[str, str]:

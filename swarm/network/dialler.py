@@ -10,7 +10,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from swarm.errors import AccessDenied, PeerError, PeerMisbehaved, PeerTimeout, PeerUnreachable
@@ -20,7 +20,7 @@ from swarm.network.greeting import Hello, Refused, Welcome
 from swarm.network.tls import PRIVATE_PROTOCOL, trusting_context
 from swarm.private.certificates import Passport, Proven, peer_id_in
 from swarm.private.gate import Gate
-from swarm.private.revocations import decode_revocations
+from swarm.private.revocations import Revocation, decode_revocations
 from swarm.protocol import error_from_wire
 
 
@@ -47,11 +47,13 @@ class Dialler:
     Args:
         gate: says who is one, and that we are.
         context: TLS with our certificates.
+        learn: takes the revocation with which a peer proves that we are out.
     """
 
-    def __init__(self, gate: Gate, context: ssl.SSLContext) -> None:
+    def __init__(self, gate: Gate, context: ssl.SSLContext, learn: Callable[[Iterable[Revocation]], None]) -> None:
         self._gate = gate
         self._context = context
+        self._learn = learn
 
     async def dial(
         self, endpoints: Sequence[Endpoint], hello: Hello, *, peer_id: str | None, timeout_s: float
@@ -110,10 +112,10 @@ class Dialler:
     def _check_certificate(self, process: bytes, peer_id: str | None) -> None:
         """Whether it is who we want; that TLS has checked the chain is not said twice."""
         found = peer_id_in(process)
+        if peer_id is not None and found != peer_id:  # it may be us: every machine calls itself 127.0.0.1
+            raise PeerError(f"another peer is there, {found}")
         if found == peer_id_in(self._gate.passport.process):
             raise ReachedOurselves
-        if peer_id is not None and found != peer_id:
-            raise PeerError(f"another peer is there, {found}")
 
     def _judge(self, greeting: OutgoingGreeting, answer: Welcome | Refused) -> Dialled:
         """What the listener's answer means.
@@ -125,7 +127,7 @@ class Dialler:
         now = time.time()
         if isinstance(answer, Refused):
             if answer.statement:
-                self._gate.learn(decode_revocations(answer.statement), now)
+                self._learn(decode_revocations(answer.statement))
                 self._gate.check_ourselves(now)
             raise PeerRefused(f"refuses us: {error_from_wire(answer.error, peer_id=None)}")
         try:

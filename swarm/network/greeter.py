@@ -69,11 +69,19 @@ class _Greeting(asyncio.Protocol):
             raise PeerMisbehaved("a TLS connection without a certificate")
         return bytes(certificate)
 
+    @property
+    def remote_host(self) -> str:
+        """The address from where the connection comes."""
+        return str(self._peer_name[0])
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._peer_name = transport.get_extra_info("peername") or ("",)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
+        if self.is_over:
+            return  # what comes now is for whoever takes over
         try:
             if (piece := self._reader.next()) is not None:
                 self.take(decode_greeting(piece))
@@ -83,6 +91,11 @@ class _Greeting(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
         self.fail(PeerDisconnected("closed without a word"))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the greeting that was waited for is there, or will not be taken any more."""
+        raise NotImplementedError
 
     def take(self, greeting: Greeting) -> None:
         """A greeting has come."""
@@ -115,10 +128,18 @@ class IncomingGreeting(_Greeting):
         super().__init__()
         self._host = host
         self._hello: Hello | None = None
-        self._is_over = False
+        self._has_ended = False
         self._timer = asyncio.get_running_loop().call_later(
             GREETING_TIMEOUT_S, lambda: self.fail(PeerDisconnected(f"no greeting within {GREETING_TIMEOUT_S:g} s"))
         )
+
+    @property
+    def is_over(self) -> bool:
+        return self._has_ended
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_over:  # who was refused may talk on for as long as it takes to close
+            super().data_received(data)
 
     def take(self, greeting: Greeting) -> None:
         if not isinstance(greeting, Hello):
@@ -131,7 +152,7 @@ class IncomingGreeting(_Greeting):
         self.switch(protocol)
 
     def fail(self, error: SwarmError) -> None:
-        if self._is_over:
+        if self.is_over:
             return
         self._end()
         log.info("refused a connection: %s", error)
@@ -141,7 +162,7 @@ class IncomingGreeting(_Greeting):
             asyncio.get_running_loop().call_later(1.0, self.transport.abort)  # one that does not read must go, too
 
     def _end(self) -> None:
-        self._is_over = True
+        self._has_ended = True
         self._timer.cancel()
         self._host.on_greeting_over(self)
 
@@ -152,6 +173,10 @@ class OutgoingGreeting(_Greeting):
     def __init__(self) -> None:
         super().__init__()
         self.answer: asyncio.Future[Welcome | Refused] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_over(self) -> bool:
+        return self.answer.done()
 
     def send(self, hello: Hello) -> None:
         """Say Hello."""

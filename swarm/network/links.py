@@ -6,6 +6,7 @@ add / remove ──► Links ──► live(peer) ──► CallLink          id
 from collections.abc import Iterator
 
 from swarm.network.calls import CallLink
+from swarm.private.certificates import Proven
 
 
 class Links:
@@ -40,6 +41,15 @@ class Links:
     def live(self, peer_id: str) -> CallLink | None:
         """A link with this peer, the newest."""
         return next((link for link in reversed(self._by_peer.get(peer_id, ())) if link.is_usable), None)
+
+    def surplus(self, proven: Proven, *, max_per_peer: int, max_per_member: int) -> list[CallLink]:
+        """Links that must go before a member gets one more, of its own those that idle longest."""
+        links = [link for link in self if link.is_usable and link.proven.member.id == proven.member.id]
+        links.sort(key=lambda link: link.last_used)
+        of_peer = [link for link in links if link.proven.peer_id == proven.peer_id]
+        going = of_peer[: max(0, len(of_peer) + 1 - max_per_peer)]
+        others = [link for link in links if link not in going]
+        return going + others[: max(0, len(others) + 1 - max_per_member)]
 
     def idle(self, now: float, idle_s: float) -> list[CallLink]:
         """Links over which nothing was asked for so long."""

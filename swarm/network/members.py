@@ -12,12 +12,15 @@ models or sessions.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from swarm.errors import (
     AccessDenied,
+    InvalidRequest,
     InvitationRevoked,
     PeerBusy,
     PeerError,
@@ -42,10 +45,16 @@ from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
 from swarm.network.whereabouts import WHERE, Whereabouts
-from swarm.private.certificates import Passport, Proven, read_passport
+from swarm.private.certificates import Passport, Proven, read_invitation, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
-from swarm.private.revocations import Revocation, decode_revocations, encode_revocations
+from swarm.private.revocations import (
+    MAX_BY_ADMIN,
+    MAX_BY_AUTHORITY,
+    Revocation,
+    decode_revocations,
+    encode_revocations,
+)
 from swarm.private.store import RevocationStore
 from swarm.protocol import error_to_wire
 
@@ -55,13 +64,23 @@ MAX_UNARY_BYTES = 4 << 20
 MAX_CONNECTIONS = 4096
 MAX_CONNECTIONS_PER_MEMBER = 256
 """Links and streams; a member may have several processes."""
+MAX_LINKS_PER_PEER = 4
+MAX_LINKS_PER_MEMBER = 32
+"""Links for calls that others made; beyond them the one that idles longest leaves, which costs who needs it a dial."""
 MAX_GREETINGS = 64
+"""Connections that have not said Hello; beyond them the oldest one of the host that has most is given up."""
 HANDSHAKE_TIMEOUT_S = 5.0
 DIAL_TIMEOUT_S = 5.0
 SWEEP_PERIOD_S = 1.0
 """How often expired members are looked for."""
 FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
+RETELL_S = 60.0
+"""How long a peer that was told all our revocations, and knows others, is not told them again."""
+MAX_LOGGED = 16
+"""Of revocations that come together, those that are logged one by one."""
+PORTION = 512
+"""Revocations in one message."""
 IDLE_S = 60.0
 """A link that nobody has used for so long is closed."""
 
@@ -83,10 +102,12 @@ class MemberNetwork:
         self.gate = Gate(credentials, identity)
         self.endpoints: tuple[str, ...] = ()
         self.denied = asyncio.Event()
+        self.has_news = asyncio.Event()
+        """Set when somebody was revoked: what that member has stored is to be forgotten."""
         self._config = config
         self._identity = identity
         self._server_context, client_context = member_contexts(self.gate, identity)
-        self._dialler = Dialler(self.gate, client_context)
+        self._dialler = Dialler(self.gate, client_context, self.learn)
         self._desk = UnaryDesk()
         self._factories: dict[str, StreamFactory] = {}
         self._links = Links()
@@ -98,7 +119,8 @@ class MemberNetwork:
         self._found: dict[str, str] = {}
         """Of each initial address: who was there last."""
         self._connections: dict[asyncio.Transport, Proven] = {}
-        self._greetings: set[IncomingGreeting] = set()
+        self._greetings: dict[IncomingGreeting, None] = {}
+        """Connections that have not said Hello yet, the oldest first."""
         self._listener: TlsListener | None = None
         self._expelled: list[Expelled] = []
         self._news = asyncio.Event()
@@ -119,7 +141,7 @@ class MemberNetwork:
         listener = TlsListener(
             self._server_context,
             self._make_greeting,
-            may_accept=lambda: len(self._greetings) < MAX_GREETINGS and len(self._connections) < MAX_CONNECTIONS,
+            may_accept=lambda: len(self._connections) < MAX_CONNECTIONS,
             handshake_timeout_s=HANDSHAKE_TIMEOUT_S,
             max_handshakes=MAX_GREETINGS,
         )
@@ -295,13 +317,21 @@ class MemberNetwork:
     # --- connections that others make ---
 
     def _make_greeting(self) -> IncomingGreeting:
+        if len(self._greetings) >= MAX_GREETINGS:
+            self._oldest_greeting().fail(PeerBusy("no room for a connection that says nothing"))
         greeting = IncomingGreeting(self)
-        self._greetings.add(greeting)
+        self._greetings[greeting] = None
         return greeting
+
+    def _oldest_greeting(self) -> IncomingGreeting:
+        """Of the host that has most of them: an honest one takes milliseconds, so it is those that dawdle that go."""
+        num_of = Counter(greeting.remote_host for greeting in self._greetings)
+        host = max(num_of, key=num_of.__getitem__)
+        return next(greeting for greeting in self._greetings if greeting.remote_host == host)
 
     def on_greeting_over(self, greeting: IncomingGreeting) -> None:
         """A greeting has come to an end."""
-        self._greetings.discard(greeting)
+        self._greetings.pop(greeting, None)
 
     def on_hello(self, process: bytes, hello: Hello) -> tuple[Proven, asyncio.Protocol, Welcome]:
         """Let a peer in, or not.
@@ -319,6 +349,10 @@ class MemberNetwork:
             raise PeerBusy(f"{num_connections} connections of {proven.member}, limit {MAX_CONNECTIONS_PER_MEMBER}")
         welcome = Welcome(self.gate.passport.invitation, self._card)
         if hello.service == CALLS:
+            for link in self._links.surplus(
+                proven, max_per_peer=MAX_LINKS_PER_PEER, max_per_member=MAX_LINKS_PER_MEMBER
+            ):
+                link.close()
             return proven, self._make_link(proven), welcome
         if (factory := self._factories.get(hello.service)) is None:
             raise PeerUnreachable(f"{hello.service!r} is not served here")
@@ -347,8 +381,19 @@ class MemberNetwork:
     # --- revocations ---
 
     async def revoke(self, statements: Iterable[Revocation], timeout_s: float) -> int:
-        """Tell the swarm; how many of those who have a link with us know it when this returns."""
+        """Tell the swarm; how many of those who have a link with us know it when this returns.
+
+        Raises:
+            PeerMisbehaved: one is not signed by who may. InvalidRequest: one is not taken.
+        """
+        statements = list(statements)
         self.learn(statements)
+        num_missing = sum(not self.gate.revocations.has(entry) for entry in statements)
+        if num_missing:
+            raise InvalidRequest(
+                f"no room for {num_missing} of {len(statements)} revocations: {MAX_BY_ADMIN} of one admin, and"
+                f" {MAX_BY_AUTHORITY} of the authority are kept until the invitations expire"
+            )
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while any(link.known != self.gate.revocations.digest for link in self._links):
@@ -359,8 +404,10 @@ class MemberNetwork:
     def on_known(self, link: CallLink) -> None:
         """A peer has said which revocations it knows; if they are others than ours, it gets ours."""
         self._news.set()
-        if link.known != self.gate.revocations.digest:
-            link.tell(encode_revocations(self.gate.revocations))
+        ours, now = self.gate.revocations.digest, time.monotonic()
+        if link.known != ours and (link.told != ours or now - link.told_at > RETELL_S):
+            link.told, link.told_at = ours, now  # who can't take all of it must not be told again with every answer
+            self._tell(link, self.gate.revocations)
 
     def on_statements(self, link: CallLink, data: bytes) -> None:
         """Take revocations from a peer, act on those that are new, and pass them on.
@@ -379,12 +426,28 @@ class MemberNetwork:
         new = self.gate.learn(statements, time.time())
         if not new:
             return
-        log.warning("%d invitations were revoked", len(new))
+        with suppress(PeerMisbehaved):  # other processes of this swarm may have the same file
+            new += self.gate.learn(self._store.load(), time.time())
+        self._log_revoked(new)
+        self.has_news.set()
         self._store.save(self.gate.revocations)
         for link in self._links:
             if link is not source:
-                link.tell(encode_revocations(new))
+                self._tell(link, new)
         self._sweep()
+
+    def _log_revoked(self, statements: Sequence[Revocation]) -> None:
+        for entry in statements[:MAX_LOGGED]:
+            by = read_invitation(entry.signer, self.gate.authority) if entry.signer else "the authority"
+            log.warning("%s was revoked by %s", self.roll.name_of(entry.member), by)
+        if len(statements) > MAX_LOGGED:
+            log.warning("%d more were revoked", len(statements) - MAX_LOGGED)
+
+    def _tell(self, link: CallLink, statements: Iterable[Revocation]) -> None:
+        """Pass statements on, in portions between which others have their turn."""
+        remaining = iter(statements)
+        while portion := list(islice(remaining, PORTION)):
+            link.tell(encode_revocations(portion))
 
     def on_link_lost(self, link: CallLink) -> None:
         """A link is over."""

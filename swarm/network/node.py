@@ -40,6 +40,7 @@ WATCH_PERIOD_S = 2.0
 """How often the supervisor looks at the routing table."""
 GREET_PERIOD_S = 10.0
 """How often the initial peers are pinged, so that they know us again after a restart of theirs."""
+FORGET_PERIOD_S = 0.5
 DHT_TIMEOUT_S = 15.0
 PROBE_TIMEOUT_S = 3.0
 
@@ -283,6 +284,8 @@ class Node:
                 raise PeerUnreachable(f"none of {len(failures)} initial peers answered: {reasons}")
         self._tasks.spawn(self._underlay.supervise(self._rejoin), name="supervisor of the underlay")
         self._tasks.spawn(self._keep_joined(), name="supervisor of the routing table")
+        if isinstance(self._underlay, MemberNetwork):
+            self._tasks.spawn(self._forget_revoked(self._underlay.has_news), name="forget records of revoked members")
 
     async def _refuse_private(self) -> None:
         """Nobody answered: perhaps because the swarm is private, and we have no invitation.
@@ -322,6 +325,14 @@ class Node:
             if is_due:
                 self._dht.drop_invalid()
                 greeted = loop.time()
+
+    async def _forget_revoked(self, has_news: asyncio.Event) -> None:
+        """Drop records of members when they are revoked, at most once in a while, however many that are."""
+        while True:
+            await has_news.wait()
+            has_news.clear()
+            self._dht.drop_invalid()
+            await asyncio.sleep(FORGET_PERIOD_S)
 
     async def _join_anyone(self, initial_peers: list[PeerAddress]) -> None:
         """The routing table is empty: try the initial peers, and whoever still has a connection with us."""

@@ -140,9 +140,14 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
     def drop_invalid(self, validate: Callable[[Any], bool]) -> None:
         """Drop values that don't pass `validate` any more."""
         for key, (values, _) in self.items():
-            for subkey, (value, expiration_time) in list(values.items()):
-                if not validate(DHTRecord(key.to_bytes(), MSGPackSerializer.dumps(subkey), value, expiration_time)):
-                    del values.data[subkey], values.key_to_heap[subkey]
+            keep_valid(key.to_bytes(), values, validate)
+
+
+def keep_valid(key: bytes, values: Any, validate: Callable[[Any], bool]) -> None:
+    """Drop values of a key that don't pass `validate`, and keep all others."""
+    for subkey, (value, expiration_time) in list(values.items()):
+        if not validate(DHTRecord(key, MSGPackSerializer.dumps(subkey), value, expiration_time)):
+            del values.data[subkey], values.key_to_heap[subkey]
 
 
 def _compact(storage: Any) -> None:

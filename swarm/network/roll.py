@@ -8,14 +8,14 @@ What is passed on are invitations, which the authority has signed, so nobody can
 import asyncio
 import logging
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from swarm.errors import AccessDenied, PeerError, PeerMisbehaved
 from swarm.network.calls import CallLink
 from swarm.network.links import Links
-from swarm.private.certificates import Member, Proven, read_invitation
+from swarm.private.certificates import MAX_CERTIFICATE_BYTES, Member, Proven, read_invitation
 from swarm.private.gate import Gate
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,12 @@ MEMBERS = "/swarm/members"
 MAX_MET = 2048
 TIMEOUT_S = 5.0
 
-_decoder = msgspec.msgpack.Decoder(tuple[bytes, ...])
+_decoder: msgspec.msgpack.Decoder[tuple[bytes, ...]] = msgspec.msgpack.Decoder(
+    Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_CERTIFICATE_BYTES)], ...],
+        msgspec.Meta(max_length=MAX_MET + 1),
+    ]
+)
 
 
 class Roll:
@@ -47,6 +52,11 @@ class Roll:
         self._met[proven.member.id] = proven.invitation
         if len(self._met) > MAX_MET:
             del self._met[next(iter(self._met))]
+
+    def name_of(self, member_id: str) -> str:
+        """Name and role of a member, for people; the id of one whom we have not met."""
+        invitation = self._met.get(member_id)
+        return member_id if invitation is None else str(read_invitation(invitation, self._gate.authority))
 
     async def members(self) -> list[Member]:
         """Members whom we or those with a link to us have met, each once."""

@@ -66,10 +66,12 @@ class Whereabouts:
     async def ask(self, peer_id: str) -> Card:
         """The newest card of a peer that some of those with a link to us have.
 
+        Clients are not asked: with a card made up for it, one could make us dial any address.
+
         Raises:
             PeerUnreachable: they have none.
         """
-        links = [link for link in self._links if link.is_usable]
+        links = [link for link in self._links if link.is_usable and link.proven.member.role.may_announce]
         asked = random.sample(links, min(NUM_ASKED, len(links)))
         for card in await asyncio.gather(*(_ask(link, peer_id) for link in asked)):
             if card is not None:

@@ -8,8 +8,10 @@
 No peer ever needs this directory, so it can lie on a machine that is off. It knows nothing of networks.
 """
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -128,16 +130,17 @@ class Authority:
             InvalidRequest: a bad or taken name or lifetime.
             ConfigError: members.json can't be written.
         """
-        invited = self.invited()
-        revoked = self.revocations(now)
-        for other in invited:
-            if other.name == name and other.expires_at > now.timestamp() and revoked.find(other.member) is None:
-                raise InvalidRequest(f"{name} is invited already; revoke that first, or choose another name")
-        peers = self.peers if peers is None else peers
-        credentials = self.credentials(name, role, expires_at=now + lifetime, now=now, peers=peers)
-        member = credentials.member
-        entry = Invited(id=member.id, name=name, role=role, expires_at=member.expires_at)
-        self._write("members.json", msgspec.json.format(msgspec.json.encode([*invited, entry])))
+        with self._locked():
+            invited = self.invited()
+            revoked = self.revocations(now)
+            for other in invited:
+                if other.name == name and other.expires_at > now.timestamp() and revoked.find(other.member) is None:
+                    raise InvalidRequest(f"{name} is invited already; revoke that first, or choose another name")
+            peers = self.peers if peers is None else peers
+            credentials = self.credentials(name, role, expires_at=now + lifetime, now=now, peers=peers)
+            member = credentials.member
+            entry = Invited(id=member.id, name=name, role=role, expires_at=member.expires_at)
+            self._write("members.json", msgspec.json.format(msgspec.json.encode([*invited, entry])))
         return credentials
 
     def credentials(
@@ -159,20 +162,29 @@ class Authority:
             raise ConfigError(f"{self.directory / 'members.json'} is damaged: {error}") from error
 
     def revoke(self, name: str, now: datetime) -> list[Revocation]:
-        """Take back every invitation of this name or id that is still good.
+        """Take back every invitation of this name or id that is still good, or with which one could revoke others.
+
+        An admin's statements outlive its invitation, so one that has expired is revoked to make them void.
 
         Raises:
-            InvalidRequest: nobody of this name was invited.
+            InvalidRequest: nobody of this name was invited, or all of them have expired anyway, or there is no room.
         """
         members = [entry.member for entry in self.invited() if name in (entry.name, entry.id)]
         if not members:
             known = ", ".join(sorted({entry.name for entry in self.invited()})) or "nobody"
             raise InvalidRequest(f"nobody called {name!r} was invited; there are: {known}")
         at, authority = now.timestamp(), to_der(self.certificate)
-        revocations = self.revocations(now)
-        revocations.add((revoke(it, authority, self.key, at) for it in members if it.expires_at > at), at)
-        self._write("revoked.bin", encode_revocations(revocations))
-        return [entry for entry in revocations if entry.member in {member.id for member in members}]
+        wanted = [it for it in members if it.expires_at > at or it.role.may_revoke]
+        if not wanted:
+            raise InvalidRequest(f"{name} need not be revoked: the invitation has expired")
+        with self._locked():
+            revocations = self.revocations(now)
+            revocations.add((revoke(it, authority, self.key, at) for it in wanted), at)
+            statements = [revocations.find(it) for it in wanted]
+            if None in statements:
+                raise InvalidRequest(f"no room to revoke {name}: {len(revocations)} statements are in force")
+            self._write("revoked.bin", encode_revocations(revocations))
+        return [entry for entry in statements if entry is not None]
 
     def revocations(self, now: datetime) -> Revocations:
         """Everybody whom the authority has revoked."""
@@ -183,6 +195,19 @@ class Authority:
         except PeerMisbehaved as error:
             raise ConfigError(f"{self.directory / 'revoked.bin'} is damaged: {error}") from error
         return revocations
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone with the directory: what two commands write at a time would lose one of them."""
+        try:
+            descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise ConfigError(f"{self.directory}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _write(self, name: str, data: bytes) -> None:
         temporary = self.directory / f".{name}.new"

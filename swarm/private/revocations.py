@@ -4,11 +4,13 @@
 
 What counts is the same in whatever order it came: a statement of the authority always does, one of an admin about a
 client or server does unless the authority has revoked that admin. So admins can't throw each other out, and a rogue one
-leaves nothing behind. A statement is forgotten when the invitation it speaks of has expired.
+leaves nothing behind. A statement is forgotten when the invitation it speaks of has expired; when that of the admin who
+made it has, it stays, and is void if it says that it was made later.
 Pure: no files, no network; the time comes in.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Annotated
@@ -21,8 +23,13 @@ from swarm.errors import InvitationRevoked, PeerMisbehaved
 from swarm.identity import MAX_PEER_ID_CHARS, peer_id_of, verify
 from swarm.private.certificates import MAX_CERTIFICATE_BYTES, Member, read_invitation
 
-MAX_REVOCATIONS = 4096
-"""Half of them for the authority, which nobody can fill, and half for all admins."""
+MAX_BY_AUTHORITY = 2048
+"""Statements of the authority that a peer keeps."""
+MAX_BY_ADMIN = 256
+"""Those of one admin."""
+MAX_ADMINS = 24
+"""Admins of whom there are any."""
+MAX_REVOCATIONS = MAX_BY_AUTHORITY + MAX_BY_ADMIN * MAX_ADMINS
 _DOMAIN = b"swarm revocation 1"
 
 Time = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
@@ -90,24 +97,26 @@ class Revocations:
         self._authority = authority
         self._authority_id = peer_id_of(_public_bytes(authority))
         self._by_authority: dict[str, Revocation] = {}
-        self._by_admins: dict[tuple[str, str], Revocation] = {}
-        """By member and admin."""
+        self._by_admins: dict[str, dict[str, Revocation]] = {}
+        """By member, then by admin."""
+        self._num_of: Counter[str] = Counter()
+        """Statements of each admin."""
         self._digest: bytes | None = None
 
     def __iter__(self) -> Iterator[Revocation]:
         yield from self._by_authority.values()
-        yield from self._by_admins.values()
+        for entries in self._by_admins.values():
+            yield from entries.values()
 
     def __len__(self) -> int:
-        return len(self._by_authority) + len(self._by_admins)
+        return len(self._by_authority) + self._num_of.total()
 
     @property
     def digest(self) -> bytes:
         """Equal for peers that know the same."""
         if self._digest is None:
-            known = sorted(
-                f"{member} {admin}" for member, admin in [*((m, "") for m in self._by_authority), *self._by_admins]
-            )
+            by_admins = [f"{member} {admin}" for member, entries in self._by_admins.items() for admin in entries]
+            known = sorted([*(f"{member} " for member in self._by_authority), *by_admins])
             self._digest = blake2b("\n".join(known).encode(), digest_size=16).digest()
         return self._digest
 
@@ -124,7 +133,18 @@ class Revocations:
         """The statement that throws a member out, or None."""
         if (entry := self._by_authority.get(member.id)) is not None or member.role.may_revoke:
             return entry
-        return next((entry for (revoked, _), entry in self._by_admins.items() if revoked == member.id), None)
+        return next(iter(self._by_admins.get(member.id, {}).values()), None)
+
+    def has(self, statement: Revocation) -> bool:
+        """Whether we know that its signer has revoked its member.
+
+        Raises:
+            PeerMisbehaved: it names a signer who is none.
+        """
+        if not statement.signer:
+            return statement.member in self._by_authority
+        signer = read_invitation(statement.signer, self._authority)
+        return signer.id in self._by_admins.get(statement.member, {})
 
     def check(self, member: Member, *, whose: str) -> None:
         """Refuse who was thrown out.
@@ -140,21 +160,37 @@ class Revocations:
     def _add(self, entry: Revocation) -> bool:
         if entry.signer:
             signer = read_invitation(entry.signer, self._authority)
-            if not signer.role.may_revoke:
+            if not signer.role.may_revoke or entry.at >= signer.expires_at:
                 raise PeerMisbehaved(f"a revocation of {entry.member} by {signer}, who may not")
-            is_known = (entry.member, signer.id) in self._by_admins or signer.id in self._by_authority
-            if is_known or len(self._by_admins) >= MAX_REVOCATIONS // 2:
+            is_known = signer.id in self._by_admins.get(entry.member, {}) or signer.id in self._by_authority
+            if is_known or not self._has_room(signer.id):
                 return False
             self._verify(entry, signer.id)
-            self._by_admins[entry.member, signer.id] = entry
+            self._by_admins.setdefault(entry.member, {})[signer.id] = entry
+            self._num_of[signer.id] += 1
         else:
-            if entry.member in self._by_authority or len(self._by_authority) >= MAX_REVOCATIONS // 2:
+            if entry.member in self._by_authority or len(self._by_authority) >= MAX_BY_AUTHORITY:
                 return False
             self._verify(entry, self._authority_id)
             self._by_authority[entry.member] = entry
-            self._by_admins = {key: other for key, other in self._by_admins.items() if key[1] != entry.member}
+            if entry.member in self._num_of:
+                self._keep(lambda admin, _: admin != entry.member)
         self._digest = None
         return True
+
+    def _has_room(self, admin: str) -> bool:
+        """Whether one more statement of an admin may be kept; none can take another's room."""
+        num_made = self._num_of.get(admin)
+        return len(self._num_of) < MAX_ADMINS if num_made is None else num_made < MAX_BY_ADMIN
+
+    def _keep(self, is_kept: Callable[[str, Revocation], bool]) -> None:
+        """Drop the admins' statements of which that can't be said."""
+        kept = {
+            member: {admin: entry for admin, entry in entries.items() if is_kept(admin, entry)}
+            for member, entries in self._by_admins.items()
+        }
+        self._by_admins = {member: entries for member, entries in kept.items() if entries}
+        self._num_of = Counter(admin for entries in self._by_admins.values() for admin in entries)
 
     def _verify(self, entry: Revocation, signer: str) -> None:
         if not verify(signer, _signed_bytes(entry, self._authority), entry.signature):
@@ -163,7 +199,7 @@ class Revocations:
     def _forget_expired(self, now: float) -> None:
         if any(entry.until <= now for entry in self):
             self._by_authority = {key: entry for key, entry in self._by_authority.items() if entry.until > now}
-            self._by_admins = {key: entry for key, entry in self._by_admins.items() if entry.until > now}
+            self._keep(lambda _, entry: entry.until > now)
             self._digest = None
 
 

@@ -54,7 +54,16 @@ def test_a_file_that_is_broken_for_a_moment_changes_nothing(path: Path) -> None:
     keys = Keys([path])
     rewrite(path, "half a line")
     assert keys.account(ann) == "ann"
+
+
+def test_a_file_that_is_deleted_locks_its_keys_out(path: Path) -> None:
+    """Those of other files stay; it may come back."""
+    other = path.with_name("more.txt")
+    ann, eve = add_key(path, "ann"), add_key(other, "eve")
+    keys, text = Keys([path, other]), path.read_text()
     path.unlink()
+    assert [keys.account(key) for key in (ann, eve)] == [None, "eve"]
+    path.write_text(text)
     assert keys.account(ann) == "ann"
 
 

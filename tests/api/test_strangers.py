@@ -7,12 +7,14 @@ from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarm.api.config import ApiLimits
 from swarm.api.keys import Keys, add_key
+from swarm.errors import RouteNotFound
 from swarm.rates import Rate
 from swarm.web import impatient
 from tests.api.conftest import RunningApi
@@ -171,10 +173,38 @@ def test_a_second_slow_head_is_hung_up_on(serve: Callable[..., RunningApi], monk
     """On a connection that behaved before."""
     monkeypatch.setattr(impatient, "HEAD_TIMEOUT_S", 1.0)
     with socket.create_connection(("127.0.0.1", serve().port), timeout=TIMEOUT_S) as raw:
-        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read(raw).read() == b'{"status":"ok"}'
         raw.sendall(b"GET")
         assert raw.recv(100) == b""
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_a_page_elsewhere_that_takes_our_address_for_its_own_is_refused(
+    serve: Callable[..., RunningApi], tmp_path: Path, has_keys: bool
+) -> None:
+    """Where there are no keys that it would need, the name by which it calls us gives it away."""
+    add_key(tmp_path / "keys", "ann")
+    api = serve(keys=Keys([tmp_path / "keys"]) if has_keys else None)
+    answer = httpx2.get(f"{api.url}/healthz", headers={"Host": f"evil.example:{api.port}"})
+    assert answer.status_code == (200 if has_keys else 403)
+    assert httpx2.get(f"{api.url}/healthz").status_code == 200
+
+
+def test_many_who_ask_for_health_cost_one_look_at_the_swarm(
+    serve: Callable[..., RunningApi], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good or bad, it is told again for a second."""
+    monkeypatch.setattr("swarm.api.gateway.HEALTH_VALID_S", 60.0)
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(1)
+        raise RouteNotFound("no server for blocks 0:2")
+
+    api = serve(look)
+    answers = [httpx2.get(f"{api.url}/healthz") for _ in range(3)]
+    assert {answer.status_code for answer in answers} == {503} and len(looks) == 1
 
 
 @pytest.mark.parametrize("has_keys", [False, True])
@@ -206,8 +236,6 @@ def test_a_slow_body_gets_an_answer(serve: Callable[..., RunningApi]) -> None:
     """408, and its connection ends."""
     api = serve(limits=ApiLimits(body_timeout_s=0.05))
     with socket.create_connection(("127.0.0.1", api.port), timeout=TIMEOUT_S) as raw:
-        head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
-        )
-        raw.sendall(head + b"{")
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+        raw.sendall(b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
         assert read(raw).status == 408

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from swarm.health.app import make_app
 from swarm.health.monitor import MAX_WATCHERS
 from swarm.health.state import State
 from tests.health.fakes import FakeMonitor, fresh_monitor, peer_ids
+from tests.swarm.private.labs import Lab
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "health.md"
 
@@ -44,6 +46,18 @@ def monitor() -> FakeMonitor:
 def client(monitor: FakeMonitor) -> Iterator[TestClient]:
     with TestClient(make_app(monitor)) as client:  # type: ignore[arg-type]
         yield client
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_pages_elsewhere_may_read_the_api_of_open_swarms_only(monitor: FakeMonitor, is_private: bool):
+    """What a member's browser can reach in a private swarm is not for any page that it shows."""
+    if is_private:
+        monitor.settings = replace(monitor.settings, credentials=Lab().invite())
+    with TestClient(make_app(monitor)) as client:  # type: ignore[arg-type]
+        for path in ("/api/v1/state", "/api/openapi.json", "/badge.svg"):
+            answer = client.get(path, headers={"Origin": "http://elsewhere"})
+            assert answer.status_code == 200
+            assert ("Access-Control-Allow-Origin" in answer.headers) is not is_private
 
 
 def test_the_page_is_rendered_once_per_state(client: TestClient, monitor: FakeMonitor, monkeypatch):

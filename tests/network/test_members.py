@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import msgspec
 import pytest
+from hivemind.utils.timed_storage import ValueWithExpiration
 
 from swarm.errors import (
     AccessDenied,
@@ -18,6 +19,7 @@ from swarm.errors import (
     InvalidRequest,
     InvitationExpired,
     InvitationRevoked,
+    PeerBusy,
     PeerDisconnected,
     PeerError,
     PeerMisbehaved,
@@ -26,8 +28,9 @@ from swarm.errors import (
     SwarmIsPrivate,
 )
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, node
+from swarm.network import Node, NodeConfig, calls, members, node
 from swarm.network.addresses import Card
+from swarm.network.calls import CallLink
 from swarm.network.greeter import OutgoingGreeting
 from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome, encode_greeting
 from swarm.network.hive import DHTID, DHTRecord, PeerID
@@ -38,6 +41,7 @@ from swarm.private.certificates import Role, to_der
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import encode_revocations, revoke
+from swarm.private.store import RevocationStore
 from tests.network.test_node import ask_echo, echo, until
 from tests.swarm.private.labs import Lab, lab_now
 
@@ -234,6 +238,91 @@ async def test_a_member_that_greets_with_garbage_is_refused(start: Start, data: 
             assert b.num_peers == 1
 
 
+async def test_silent_connections_keep_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """A member's TLS connections that don't greet have all places; of them the oldest of that host makes room."""
+    monkeypatch.setattr(members, "MAX_GREETINGS", 4)
+    lab, identity = lab_now(), Identity.generate()
+    context = member_contexts(Gate(lab.invite(), identity), identity)[1]
+    async with await start(lab.invite("gpu1")) as a:
+        silent = []
+        for count in range(1, 5):
+            silent.append(
+                await asyncio.open_connection(
+                    "127.0.0.1", port_of(a), ssl=context, server_hostname="swarm", local_addr=("127.0.0.2", 0)
+                )
+            )
+            await until(lambda count=count: len(members_of(a)._greetings) == count)
+        first, *others = members_of(a)._greetings
+        async with await start(lab.invite("gpu2"), *a.addresses) as b:
+            assert b.num_peers == 1
+            assert b"no room" in await silent[0][0].read(), "the oldest one is told"
+            assert list(members_of(a)._greetings)[:3] == others and first not in members_of(a)._greetings
+        for _, writer in silent:
+            writer.transport.abort()
+
+
+async def test_who_was_refused_is_not_heard_any_more(start: Start):
+    """A Hello that comes too late opens nothing, and fills no memory."""
+    lab, identity = lab_now(), Identity.generate()
+    gate = Gate(lab.invite(), identity)
+    context = member_contexts(gate, identity)[1]
+    async with await start(lab.invite()) as a:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(a), ssl=context, server_hostname="swarm")
+        await until(lambda: bool(members_of(a)._greetings))
+        (greeting,) = members_of(a)._greetings
+        greeting.fail(PeerBusy("no room"))
+        greeting.data_received(hello(gate))
+        assert not greeting._reader.buffer and not members_of(a)._connections
+        assert b"no room" in await reader.read()
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("per_peer", [True, False])
+async def test_a_member_has_so_many_links(start: Start, monkeypatch: pytest.MonkeyPatch, per_peer: bool):
+    """One more takes the place of the one that has idled longest, of this peer or of all the member's; others stay."""
+    monkeypatch.setattr(members, "MAX_LINKS_PER_PEER" if per_peer else "MAX_LINKS_PER_MEMBER", 2)
+    lab = lab_now()
+    credentials, same = lab.invite("gpu2"), Identity.generate()
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu3"), *a.addresses):
+        opened = []
+        for count in range(1, 5):
+            identity = same if per_peer else Identity.generate()
+            gate = Gate(credentials, identity)
+            context = member_contexts(gate, identity)[1]
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port_of(a), ssl=context, server_hostname="swarm"
+            )
+            writer.write(hello(gate))
+            await reader.readexactly(4)
+            opened.append((reader, writer))
+            await until(lambda count=count: len(members_of(a)._links) == min(count, 2) + 1)
+        for reader, _ in opened[:2]:
+            async with asyncio.timeout(5):
+                await reader.read()
+        assert not opened[3][0].at_eof()
+        for _, writer in opened:
+            writer.transport.abort()
+
+
+async def test_a_message_that_takes_for_ever_ends_the_link(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """However lively the peer is: what has come of it waits in memory."""
+    monkeypatch.setattr(calls, "FRAME_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(calls, "PERIOD_S", 0.05)
+    lab, identity = lab_now(), Identity.generate()
+    gate = Gate(lab.invite("gpu2"), identity)
+    context = member_contexts(gate, identity)[1]
+    async with await start(lab.invite("gpu1")) as a:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(a), ssl=context, server_hostname="swarm")
+        writer.write(hello(gate) + (1 << 20).to_bytes(4, "big"))
+        await reader.readexactly(4)
+        await until(lambda: len(members_of(a)._links) == 1)
+        async with asyncio.timeout(10):
+            while len(members_of(a)._links):
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+
 # --- roles ---
 
 
@@ -335,8 +424,30 @@ async def test_a_revocation_reaches_everybody_and_ends_everything(start: Start):
             await b.open_stream(a.peer_id, "/test/echo", 5)
         with pytest.raises(InvitationRevoked):
             await start(gpu2, *c.addresses)
-        a._dht.drop_invalid()
-        assert await a.dht_get("key") == {}
+        await until(lambda: not stored_at(a, "key"), 3.0)
+
+
+async def test_one_bad_record_hides_no_others(start: Start):
+    """A revoked member's, and one that nobody has signed, are left out of an answer that holds both."""
+    lab = lab_now()
+    gpu2 = lab.invite("gpu2")
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(gpu2, *a.addresses) as b,
+        await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
+    ):
+        for peer in (a, b):
+            assert await peer.dht_store("key", peer.peer_id, b"hello", time.time() + 60)
+        stored_at(a, "key")["12D3KooW" + "x" * 44] = ValueWithExpiration(b"unsigned", time.time() + 60)
+        assert set(await c.dht_get("key")) == {a.peer_id, b.peer_id}
+        members_of(c).gate.learn([revoke(gpu2.member, lab.der, lab.key, time.time())], time.time())
+        assert await c.dht_get("key") == {a.peer_id: b"hello"}
+
+
+def stored_at(peer: Node, key: str) -> dict[str, Any]:
+    """The records of a key that a node holds for others."""
+    found = peer._dht._node.protocol.storage.get(DHTID.generate(source=key))
+    return {} if found is None else found.value.data
 
 
 async def test_a_peer_that_was_off_hears_of_revocations_when_it_comes_back(start: Start, tmp_path: Path):
@@ -366,6 +477,29 @@ async def test_a_refusal_is_believed_with_proof_only(start: Start, monkeypatch: 
             await start(lab.invite(), *a.addresses)
 
 
+async def test_peers_that_can_not_agree_tell_each_other_once(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """One that has no room for a statement says so with every answer, and is not told it again each time."""
+    lab, told = lab_now(), 0
+    tell = CallLink.tell
+
+    def count(self: CallLink, statements: bytes) -> None:
+        nonlocal told
+        told += 1
+        tell(self, statements)
+
+    monkeypatch.setattr(CallLink, "tell", count)
+    monkeypatch.setattr(calls, "PERIOD_S", 0.05)
+    gpu9 = lab.invite("gpu9")
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu2"), *a.addresses) as b:
+        monkeypatch.setattr(members_of(a).gate, "learn", lambda statements, now: [])
+        assert await b.revoke([revoke(gpu9.member, lab.der, lab.key, time.time())], 1.0) == 0
+        assert told <= 3
+        (link,) = members_of(b)._links
+        link.told_at -= members.RETELL_S
+        before = told
+        await until(lambda: told > before)
+
+
 async def test_only_who_may_revoke_is_believed(start: Start):
     """A server's statement ends its link, and revokes nobody."""
     lab = lab_now()
@@ -379,6 +513,68 @@ async def test_only_who_may_revoke_is_believed(start: Start):
         link.tell(encode_revocations([forged]))
         await until(lambda: link.is_lost)
         assert members_of(a).gate.revocations.find(ana.member) is None
+
+
+async def test_what_there_is_no_room_for_is_not_said_to_be_revoked(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """An admin that has said too much hears that, and that nobody was told."""
+    monkeypatch.setattr("swarm.private.revocations.MAX_BY_ADMIN", 1)
+    lab = lab_now()
+    root = lab.invite("root", Role.ADMIN)
+    one, two = (
+        revoke(lab.invite(name).member, lab.der, root.key, time.time(), signer=to_der(root.invitation))
+        for name in ("gpu7", "gpu8")
+    )
+    async with await start(lab.invite("gpu1")) as a, await start(root, *a.addresses, client_mode=True) as admin:
+        assert await admin.revoke([one]) == 1
+        with pytest.raises(InvalidRequest, match="no room for 1 of 1 revocations"):
+            await admin.revoke([two])
+
+
+async def test_a_refusal_with_proof_is_kept_and_passed_on(start: Start, tmp_path: Path):
+    """As if it had come over a link: on disk, told to others, and we know that we are out."""
+    lab = lab_now()
+    gpu2 = lab.invite("gpu2")
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(gpu2, state_dir=tmp_path / "two") as b,
+        await start(lab.invite("gpu3"), *b.addresses) as c,
+    ):
+        await a.revoke([revoke(gpu2.member, lab.der, lab.key, time.time())], 0.1)
+        with pytest.raises(InvitationRevoked):
+            await b.connect(a.addresses[0])
+        assert b.denied.is_set()
+        await until(lambda: members_of(c).gate.revocations.find(gpu2.member) is not None)
+    (statement,) = RevocationStore(tmp_path / "two", lab.der).load()
+    assert statement.member == gpu2.member.id
+
+
+async def test_processes_with_one_file_of_revocations_forget_nothing(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """What another one has saved stays there; the log says who is out, and who says so."""
+    lab = lab_now()
+    gpu7, root = lab.invite("gpu7"), lab.invite("root", Role.ADMIN)
+    one = revoke(lab.invite("gpu8").member, lab.der, lab.key, time.time())
+    two = revoke(gpu7.member, lab.der, root.key, time.time(), signer=to_der(root.invitation))
+    shared = tmp_path / "shared"
+    async with await start(lab.invite("gpu1"), state_dir=shared) as a, await start(gpu7, *a.addresses):
+        RevocationStore(shared, lab.der).save([one])
+        await a.revoke([two], 0.1)
+    assert {entry.member for entry in RevocationStore(shared, lab.der).load()} == {one.member, two.member}
+    assert "gpu7 (server) was revoked by root (admin)" in caplog.text
+    assert f"{one.member} was revoked by the authority" in caplog.text
+
+
+async def test_a_client_is_not_asked_where_others_are(start: Start):
+    """It could name any address for a peer that it has made up, and have us dial it."""
+    lab, nobody = lab_now(), Identity.generate()
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
+    ):
+        members_of(c)._whereabouts._book.add(Card.make(nobody, [("127.0.0.1", 1)], time.time()), time.time())
+        with pytest.raises(PeerUnreachable, match="none of 0 peers knows the address"):
+            await a.open_stream(nobody.peer_id, "/test/echo", 5)
 
 
 async def test_an_admin_sees_the_members_and_others_do_not(start: Start):
@@ -399,6 +595,21 @@ async def test_an_admin_sees_the_members_and_others_do_not(start: Start):
 
 
 # --- failures ---
+
+
+async def test_a_card_with_an_address_of_ours_is_no_obstacle(start: Start):
+    """127.0.0.1 and a port that both have is ourselves for each; the other address on the card leads there."""
+    lab = lab_now()
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu2"), host="127.0.0.2") as b:
+        await b.add_stream_handler("/test/echo", echo)
+        ours, theirs = ("127.0.0.1", port_of(a)), ("127.0.0.2", port_of(b))
+        card = Card.make(b.identity, [ours, theirs], time.time() + 1)
+        members_of(a)._whereabouts._book.add(card, time.time())
+        assert await ask_echo(a, b.peer_id) == a.peer_id
+        alone = Card.make(b.identity, [ours], time.time() + 2)
+        members_of(a)._whereabouts._book.add(alone, time.time())
+        with pytest.raises(PeerUnreachable):
+            await a.open_stream(b.peer_id, "/test/echo", 5)
 
 
 async def test_a_peer_that_restarts_elsewhere_is_found_again(start: Start):
@@ -423,7 +634,7 @@ async def test_what_can_not_be_reached_says_why(start: Start):
         await start(lab.invite("gpu1")) as a,
         await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
     ):
-        with pytest.raises(PeerUnreachable, match="none of 1 peers knows the address"):
+        with pytest.raises(PeerUnreachable, match="none of 0 peers knows the address"):
             await a.open_stream(c.peer_id, "/test/echo", 5)
         with pytest.raises(PeerUnreachable, match="'/test/echo' is not served here"):
             await c.open_stream(a.peer_id, "/test/echo", 5)
@@ -479,6 +690,8 @@ def test_the_greeting_of_a_dialler_is_not_taken_for_an_answer():
             await greeting.answer
         answered = OutgoingGreeting()
         answered.data_received(encode_greeting(Welcome(b"", None)))
+        answered.data_received(rest := b"\0\0\0\2hi")
         assert await answered.answer == Welcome(b"", None)
+        assert bytes(answered._reader.buffer) == rest, "what follows is for who takes over"
 
     asyncio.run(main())

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from swarm.codec import torch_dtype
-from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerMisbehaved, PeerTimeout
+from swarm.errors import (
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerError,
+    PeerMisbehaved,
+    PeerTimeout,
+    PeerUnreachable,
+)
+from swarm.identity import Identity
 from swarm.network import Node
 from swarm.protocol import (
     PUSH_SERVICE,
@@ -332,6 +341,19 @@ async def test_a_push_stream_may_come_before_its_session(nodes: list[Node]):
         assert isinstance((await stream.receive(10))[0], PushAccepted)
         await stream.send(*make_step(0, [tokens(3)], positions=[0]))
         await hop.results(0, [3])
+
+
+async def test_what_is_at_an_address_is_not_for_the_client(nodes: list[Node], monkeypatch: pytest.MonkeyPatch):
+    """It may name a peer of its own making, to learn from the failure what listens inside the server's network."""
+
+    async def fail(*args: object, **kwargs: object) -> None:
+        raise PeerUnreachable("10.0.0.7 port 22: no peer of a private swarm (WRONG_VERSION_NUMBER)")
+
+    async with chain_of(nodes, 1) as chain:
+        hop = await chain.open(0)
+        monkeypatch.setattr("swarm.server.sender.Sender._greet", fail)
+        await hop.forward(5, None, peer_id=Identity.generate().peer_id)
+        assert (await hop.expect(LinkDown)).text == "the next server can't be reached"
 
 
 async def test_a_push_stream_with_a_wrong_key_is_refused_and_the_hop_says_so(nodes: list[Node]):

@@ -99,3 +99,12 @@ def test_no_text_breaks_verification(text: str):
 def test_an_rsa_peer_id_has_no_key_to_verify_with():
     """A hashed (RSA) peer id is well-formed, but signatures of it can't be checked."""
     assert not is_peer_id("QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N")
+
+
+@pytest.mark.parametrize("change", ["{} ", "{}\n", "{}\t", " {}", "{}\x00"])
+def test_a_peer_has_one_id(change: str):
+    """Another spelling of it would be another peer to whoever compares, and the same one to whoever checks."""
+    identity = Identity.generate()
+    assert is_peer_id(identity.peer_id)
+    assert not is_peer_id(change.format(identity.peer_id))
+    assert not verify(change.format(identity.peer_id), b"x", identity.sign(b"x"))

@@ -1,5 +1,6 @@
 """The authority on its owner's disk: what it makes, remembers and refuses."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_a_name_is_given_once_while_it_is_good(authority: Authority):
     authority.invite("gpu7", Role.SERVER, lifetime=DAY, now=NOW + 2 * DAY)
 
 
+def test_invitations_made_at_the_same_time_are_all_remembered(authority: Authority):
+    """Two commands write one file: neither forgets what the other has added."""
+    names = [f"gpu{index}" for index in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        made = pool.map(
+            lambda name: Authority.load(authority.directory).invite(name, Role.SERVER, lifetime=DAY, now=NOW), names
+        )
+        ids = {credentials.member.id for credentials in made}
+    assert {entry.id for entry in authority.invited()} == ids and len(ids) == len(names)
+
+
 def test_a_revocation_is_kept_and_said_again(authority: Authority):
     """By name or id; asking twice gives the same statement, so that it can be told again."""
     member = authority.invite("gpu7", Role.SERVER, lifetime=DAY, now=NOW).member
@@ -65,6 +77,26 @@ def test_a_revocation_is_kept_and_said_again(authority: Authority):
     assert Authority.load(authority.directory).revocations(NOW).find(member) == statement
     with pytest.raises(InvalidRequest, match="nobody called 'gpu9' was invited; there are: gpu7, gpu8"):
         authority.revoke("gpu9", NOW)
+
+
+def test_what_there_is_no_room_for_is_not_said_to_be_revoked(authority: Authority, monkeypatch: pytest.MonkeyPatch):
+    """Nobody believes that a member is out who is not."""
+    monkeypatch.setattr("swarm.private.revocations.MAX_BY_AUTHORITY", 1)
+    for name in ("gpu7", "gpu8"):
+        authority.invite(name, Role.SERVER, lifetime=DAY, now=NOW)
+    authority.revoke("gpu7", NOW)
+    with pytest.raises(InvalidRequest, match="no room to revoke gpu8: 1 statements are in force"):
+        authority.revoke("gpu8", NOW)
+
+
+def test_an_expired_admin_can_be_revoked_and_others_need_not(authority: Authority):
+    """What an admin has said counts for longer than its invitation, until the authority takes that back."""
+    root = authority.invite("root", Role.ADMIN, lifetime=DAY, now=NOW).member
+    authority.invite("gpu7", Role.SERVER, lifetime=DAY, now=NOW)
+    (statement,) = authority.revoke("root", NOW + 2 * DAY)
+    assert statement.member == root.id and authority.revocations(NOW + 3 * DAY).find(root) == statement
+    with pytest.raises(InvalidRequest, match="gpu7 need not be revoked: the invitation has expired"):
+        authority.revoke("gpu7", NOW + 2 * DAY)
 
 
 @pytest.mark.parametrize("name", ["authority.crt", "authority.key", "members.json", "revoked.bin"])

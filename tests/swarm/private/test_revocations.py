@@ -77,6 +77,20 @@ def test_a_revoked_admin_leaves_nothing_behind():
         assert len(known) == 2
 
 
+def test_an_expired_admin_says_nothing_new_and_can_still_be_revoked():
+    """A statement made too late by its own word is refused; one dated back is void when the authority says so."""
+    old = LAB.invite("old", Role.ADMIN, days=1)
+    later = (NOW + timedelta(days=2)).timestamp()
+    late = revoke(SERVER.member, LAB.der, old.key, later, signer=to_der(old.invitation))
+    known = knowing()
+    with pytest.raises(PeerMisbehaved, match="who may not"):
+        known.add([late], later)
+    known.add([by_admin(SERVER, old)], later)
+    assert known.find(SERVER.member)
+    known.add([revoke(old.member, LAB.der, LAB.key, later)], later)
+    assert known.find(SERVER.member) is None and known.find(old.member)
+
+
 @given(
     st.permutations([by_authority(SERVER), by_authority(ROGUE), by_admin(CLIENT), by_admin(SERVER, ROGUE)]), st.data()
 )
@@ -125,11 +139,18 @@ def test_what_is_new_is_told_once():
 
 
 def test_admins_can_not_fill_the_room_of_the_authority(monkeypatch: pytest.MonkeyPatch):
-    """Half is for it alone."""
-    monkeypatch.setattr(module, "MAX_REVOCATIONS", 4)
-    known = knowing(*(by_admin(LAB.invite(f"c{index}", Role.CLIENT)) for index in range(5)))
-    assert len(known) == 2
+    """Nor that of each other: everybody has some of its own, and what there is no room for is not known."""
+    monkeypatch.setattr(module, "MAX_BY_ADMIN", 2)
+    monkeypatch.setattr(module, "MAX_ADMINS", 2)
+    statements = [by_admin(LAB.invite(f"c{index}", Role.CLIENT)) for index in range(5)]
+    known = knowing(*statements)
+    assert [known.has(entry) for entry in statements] == [True, True, False, False, False] and len(known) == 2
     assert known.add([by_authority(SERVER)], NOW_S) and known.find(SERVER.member)
+    assert known.add([by_admin(CLIENT, ROGUE)], NOW_S) and known.has(by_admin(CLIENT, ROGUE))
+    third = LAB.invite("third", Role.ADMIN)
+    assert known.add([by_admin(CLIENT, third)], NOW_S) == []
+    known.add([by_authority(ROGUE)], NOW_S)
+    assert known.find(CLIENT.member) is None and known.add([by_admin(CLIENT, third)], NOW_S)
 
 
 def test_statements_survive_the_wire():
