@@ -17,13 +17,13 @@ from swarm.api.admission import Admission
 from swarm.api.app import Api
 from swarm.api.config import ApiLimits
 from swarm.api.engine import Engine
+from swarm.api.hosts import KnownHosts
 from swarm.api.identities import Identities
 from swarm.api.keys import Keys
 from swarm.api.models import Models
 from swarm.client.cache import BlockService
 from swarm.errors import SwarmError
 from swarm.rates import Rates
-from swarm.web.hosts import KnownHosts
 
 HEALTH_VALID_S = 1.0
 """How long a look at the swarm's health is good for."""

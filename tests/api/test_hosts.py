@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from swarm.web.hosts import KnownHosts
+from swarm.api.hosts import KnownHosts
 
 
 async def hello(request: Request) -> PlainTextResponse:
