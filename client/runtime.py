@@ -298,8 +298,7 @@ class SwarmService:
 
     async def _leave(self) -> None:
         """In this order: a connection that somebody still makes would outlive the transport."""
-        await self._tasks.close()
-        await leave(self._transport, self._node)
+        await leave(self._transport, self._node, self._tasks)
 
 
 def _close(what: str, close: Callable[[], None]) -> None:
@@ -360,10 +359,17 @@ async def join(
     return node, transport
 
 
-async def leave(transport: Transport, node: Node) -> None:
-    """Close what `join` opened."""
-    await transport.close()
-    await node.close()
+async def leave(transport: Transport, node: Node, tasks: TaskSet | None = None) -> None:
+    """Close what `join` opened, and first the tasks that use it; the node's process ends even if the rest hangs."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S / 2):
+            if tasks is not None:
+                await tasks.close()
+            await transport.close()
+    except TimeoutError:
+        logger.warning("connections did not close within %g s", CLOSE_TIMEOUT_S / 2)
+    finally:
+        await node.close()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

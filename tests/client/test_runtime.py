@@ -40,8 +40,8 @@ def test_what_does_not_close_in_time_keeps_nothing_else_open(hangs, monkeypatch,
     service.open_training(BlockRange(0, 3)).remote = parts["run"]
     with caplog.at_level(logging.WARNING):
         service.close()
-    assert closed == [name for name in parts if name != hangs and (hangs, name) != ("transport", "node")]
-    assert "did not close within 0.1 s" in caplog.text
+    assert closed == [name for name in parts if name != hangs]
+    assert "did not close within" in caplog.text
     loop._thread.join(5)
     assert not loop.is_running
     service.close()
