@@ -7,7 +7,7 @@ Knows nothing of how any of the three does its work.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -76,15 +76,10 @@ class AutoDistributedModelForCausalLM:
             PeerUnreachable: no initial peer answers.
             AccessDenied: the swarm is private, and we have no invitation that is good.
         """
-        local_dtype = _dtype(dtype)
-        checkpoint, service = _open(
-            model, initial_peers, credentials, block_service, session_config, revision, cache_dir, token
+        local = {"dtype": _dtype(dtype), "device": device, "head": head_dtype}
+        return _open(
+            model, initial_peers, credentials, block_service, session_config, revision, cache_dir, token, local
         )
-        try:
-            return distribute(checkpoint, service, dtype=local_dtype, device=device, head=head_dtype)
-        except BaseException:
-            service.close()
-            raise
 
 
 class AutoDistributedModelForSequenceClassification:
@@ -130,15 +125,10 @@ class AutoDistributedModelForSequenceClassification:
         if num_labels is not None and num_labels < 1:
             raise InvalidRequest(f"num_labels is {num_labels}, need at least 1")
         labels = {name: value for name, value in given.items() if value is not None}
-        local_dtype = _dtype(dtype)
-        checkpoint, service = _open(
-            model, initial_peers, credentials, block_service, session_config, revision, cache_dir, token
+        local = {"dtype": _dtype(dtype), "device": device, "labels": labels}
+        return _open(
+            model, initial_peers, credentials, block_service, session_config, revision, cache_dir, token, local
         )
-        try:
-            return distribute(checkpoint, service, dtype=local_dtype, device=device, labels=labels)
-        except BaseException:
-            service.close()
-            raise
 
 
 def _open(
@@ -150,8 +140,9 @@ def _open(
     revision: str | None,
     cache_dir: str | Path | None,
     token: str | None,
-) -> tuple[Checkpoint, BlockService]:
-    """Find the checkpoint, and the blocks."""
+    local: Mapping[str, Any],
+) -> DistributedModel:
+    """Find the checkpoint, join the swarm that has its blocks, and load the rest here; `local` is for `distribute`."""
     if credentials is not None and not isinstance(credentials, Credentials):
         credentials = Credentials.load(credentials)
     if credentials is not None and not initial_peers:
@@ -163,7 +154,11 @@ def _open(
     checkpoint = resolve(model, revision=revision, cache_dir=cache_dir, token=token, is_offline=credentials is not None)
     if block_service is None:
         block_service = connect_to(checkpoint, initial_peers, config=session_config, credentials=credentials)
-    return checkpoint, block_service
+    try:
+        return distribute(checkpoint, block_service, **local)
+    except BaseException:
+        block_service.close()
+        raise
 
 
 def connect_to(

@@ -125,16 +125,7 @@ def look_up(
         UnsupportedModel: it has no safetensors.
         CheckpointMismatch: its files contradict each other.
     """
-    listing = _list(repo, revision or "main", token, cache_dir, is_offline)
-    files = HubFiles(
-        repo=repo,
-        commit=listing.commit,
-        sha256=listing.sha256,
-        cache_dir=cache_dir,
-        hub_cache=hub_cache,
-        token=token,
-        is_offline=is_offline,
-    )
+    listing, files = _files(repo, revision, hub_cache, token, cache_dir, is_offline)
     if "config.json" not in listing.small:
         raise UnknownModel(f"{repo} on the hub is no transformers checkpoint: it has no config.json")
     if not {content.INDEX_FILE, content.SINGLE_FILE} & {*listing.small, *listing.weights}:
@@ -186,16 +177,7 @@ def fetch_files(
         UnknownModel: no such repository or revision, no access, or no network and it wasn't used before.
         CheckpointMismatch: a file is too large, or has other content than the hub announced.
     """
-    listing = _list(repo, revision or "main", token, cache_dir, is_offline)
-    files = HubFiles(
-        repo=repo,
-        commit=listing.commit,
-        sha256=listing.sha256,
-        cache_dir=cache_dir,
-        hub_cache=hub_cache,
-        token=token,
-        is_offline=is_offline,
-    )
+    listing, files = _files(repo, revision, hub_cache, token, cache_dir, is_offline)
     names = {*listing.small, *listing.weights}
     paths = {}
     for name, limit in wanted.items():
@@ -220,6 +202,23 @@ class _Listing:
     """Of those weight files that the hub stores outside git."""
     sizes: dict[str, int]
     """Of all files of the top folder, where the hub tells."""
+
+
+def _files(
+    repo: str, revision: str | None, hub_cache: Path | None, token: str | None, cache_dir: Path, is_offline: bool
+) -> tuple[_Listing, HubFiles]:
+    """What a repository has, and what downloads it; arguments and errors as `look_up`."""
+    listing = _list(repo, revision or "main", token, cache_dir, is_offline)
+    files = HubFiles(
+        repo=repo,
+        commit=listing.commit,
+        sha256=listing.sha256,
+        cache_dir=cache_dir,
+        hub_cache=hub_cache,
+        token=token,
+        is_offline=is_offline,
+    )
+    return listing, files
 
 
 def _list(repo: str, revision: str, token: str | None, cache_dir: Path, is_offline: bool) -> _Listing:
