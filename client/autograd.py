@@ -62,7 +62,8 @@ class TrainedBlocks:
         self._latest: Parameters | None = None
         self._numbers: list[Tensor] = []
         self._users: Counter[int] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """A garbage collection while we hold it may end graphs, which call `unuse`."""
 
     def __call__(
         self, rows: Tensor, lengths: Sequence[int], deltas: Mapping[int, BlockDelta] | None = None, num_virtual: int = 0

@@ -111,13 +111,16 @@ async def open_chain(transport: Transport, hops: Sequence[Hop], *, model: str, t
     Raises:
         HopFailed: one of them can't be reached or refuses.
     """
-    results = await asyncio.gather(*(_open(transport, hop, model, timeout_s) for hop in hops), return_exceptions=True)
-    opened = [it for it in results if not isinstance(it, BaseException)]
-    failed = next((it for it in results if isinstance(it, BaseException)), None)
-    if failed is not None:
-        for stream, _ in opened:
-            await stream.close()
-        raise failed
+    tasks = [asyncio.create_task(_open(transport, hop, model, timeout_s)) for hop in hops]
+    try:
+        opened = await asyncio.gather(*tasks)
+    except BaseException:  # also when we are cancelled: an open stream is a run that the server holds for us
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(result, BaseException):
+                await result[0].close()
+        raise
     return TrainingChain(hops, [stream for stream, _ in opened], [message for _, message in opened])
 
 
@@ -137,6 +140,10 @@ async def _open(transport: Transport, hop: Hop, model: str, timeout_s: float) ->
         error = PeerDisconnected("the server ended the run", peer_id=hop.peer_id)
     except SwarmError as refusal:
         error = refusal
+    except BaseException:
+        if stream is not None:
+            await stream.close()
+        raise
     if stream is not None:
         await stream.close()
     raise HopFailed(hop, error) from error

@@ -155,7 +155,8 @@ class AdapterIntake:
         held = self._store.find(digest)
         if block is None:
             return held or self._begin(digest, data, clients())
-        assert held is not None  # parts of shards are expected after the manifest only
+        if held is None:  # nobody waits for it any more, so it could be evicted meanwhile
+            raise PeerBusy("nobody waits for this adapter any more")
         info = next(info for info in held.manifest.within(block, block + 1))
         await self._check(held, info, data)
         return held

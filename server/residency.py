@@ -130,7 +130,8 @@ class Residency:
                 refused.add(adapter.client)
                 continue
             del self._soon[adapter.digest]
-            if adapter.seat is None and self._attach(adapter, adapter.client, may_evict=False):
+            is_free = adapter.seat is None and not adapter.num_holders  # after a failure its holders have to go first
+            if is_free and self._attach(adapter, adapter.client, may_evict=False):
                 self._allocator.free(adapter.pages)
         return self.num_attached > before
 

@@ -163,8 +163,7 @@ class Server:
         plan, size = self.plan, self.config.cache_size
 
         def progress(done: int, total: int) -> None:
-            if self.state is ServerState.OFFLINE:
-                raise LoadingStopped(f"stopped after loading {done} of {total} blocks")
+            self._check_stopped(f"stopped after loading {done} of {total} blocks")
             if on_progress is not None:
                 on_progress(done, total)
 
@@ -184,8 +183,7 @@ class Server:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
         self._decode_tps = await asyncio.to_thread(measure_decode, span)
-        if self.state is ServerState.OFFLINE:
-            raise LoadingStopped("stopped after loading")
+        self._check_stopped("stopped after loading")
         self.executor = Executor(span, asyncio.get_running_loop(), adapter_bytes=self.config.adapter_bytes)
         self.executor.start()
         self._stack.push_async_callback(self.executor.stop)
@@ -219,8 +217,14 @@ class Server:
             state=lambda: self.state,
         )
         self.transport.serve(TRAIN_SERVICE, desk.serve)
+        self._check_stopped("stopped after loading adapters")
         self.state = ServerState.ONLINE
         await self._announce()
+
+    def _check_stopped(self, where: str) -> None:
+        """Raise LoadingStopped if `leave` was called meanwhile."""
+        if self.state is ServerState.OFFLINE:
+            raise LoadingStopped(where)
 
     async def _keep_adapters(self, desk: AdapterDesk) -> None:
         """Load the adapters that this server was told to have.
@@ -233,6 +237,7 @@ class Server:
             loaded = await asyncio.to_thread(
                 load_adapter, name, checkpoint, cache_dir=config.cache_dir, token=config.token
             )
+            self._check_stopped("stopped while loading adapters")
             await desk.keep(loaded.manifest, loaded.shards)
             self.adapters[name] = loaded.digest
 

@@ -274,6 +274,7 @@ class ServedTraining:
         for number in message.micro_batches:
             self._kept.pop(number, None)
             self._forth.pop(number, None)
+            self._pending.pop(number, None)  # of those that were queued nothing is told any more
         self._executor.train(lambda trainer: trainer.forget(self._run, message.micro_batches))
         for version in message.versions:
             self._versions.pop(version, None)

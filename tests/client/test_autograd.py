@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from swarm.client.autograd import TrainedBlocks
 from swarm.client.remote_blocks import run_trained
 from swarm.client.train_log import route_of
 from swarm.errors import InvalidRequest
@@ -144,3 +145,15 @@ def test_slices_count_like_lists(pair: Pair):
     for wrong in (slice(None, None, 2), slice(2, 2)):
         with pytest.raises(InvalidRequest):
             blocks[wrong]
+
+
+def test_a_graph_that_ends_in_a_garbage_collection_hangs_nobody():
+    """The collection may come while the same thread takes a new version of the parameters."""
+    forgotten: list[int] = []
+    training = SimpleNamespace(drop=lambda call: None, forget=forgotten.append)
+    blocks = TrainedBlocks(training, num_blocks=1, hidden_size=2)
+    parameters = SimpleNamespace(version=0)
+    blocks.use(parameters)
+    with blocks._lock:
+        blocks.unuse(None, parameters)
+    assert forgotten == [0]

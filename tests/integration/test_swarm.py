@@ -155,6 +155,21 @@ def test_a_server_announces_joining_then_online_then_offline(make_swarm):
     assert states == [[("JOINING", "0:6")], [("ONLINE", "0:6")], []]
 
 
+def test_a_server_told_to_stop_while_it_fetches_adapters_never_says_online(make_swarm, monkeypatch):
+    """They may take minutes; what is announced last is OFFLINE."""
+    swarm = make_swarm()
+    server = swarm.loop.run(join_only(swarm), 30)
+    swarm.servers.append(server)
+
+    async def told_to_stop(desk) -> None:
+        await server.leave()
+
+    monkeypatch.setattr(server, "_keep_adapters", told_to_stop)
+    with pytest.raises(LoadingStopped):
+        swarm.loop.run(server.load(), 30)
+    assert server.state is ServerState.OFFLINE
+
+
 def test_servers_tell_where_they_are_and_how_far_from_each_other(make_swarm):
     """After two rounds everybody has a place, and the ways are known from both sides."""
     swarm = make_swarm("0:3", "3:6")

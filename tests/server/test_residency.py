@@ -201,6 +201,26 @@ def test_a_batch_that_fails_leaves_no_adapter_half_attached():
     again.check()
 
 
+def test_what_failed_is_not_prefetched_for_those_who_failed_with_it():
+    """They let go of it only when they close: its pages would be given back once too often."""
+    engine = Engine()
+    add(engine, *NAMES[:2])
+    user = User(engine, "a", 2, adapters=[(NAMES[0], 1.0), (NAMES[1], 2.0)])
+    user.send([[1.0], [1.0]])
+    batch = engine.scheduler.schedule(engine.now)
+    engine._tell(engine.scheduler.fail(batch, PeerError("broken")))
+    add(engine, *NAMES[:2])  # another session of theirs is about to come
+    engine.turn()
+    assert not attached(engine)
+    user.close()
+    again = user_of(engine, NAMES[0])
+    again.send([[1.0]])
+    engine.run()
+    again.check()
+    again.close()
+    assert engine.allocator.num_used == 0
+
+
 def test_a_forgotten_adapter_leaves_the_device():
     """Its pages are blank again, and its slot may be another's."""
     engine = Engine(8)
