@@ -8,6 +8,7 @@ probes but those that a client keeps. Synchronous; to be called from one thread 
 asks or how often.
 """
 
+import atexit
 import logging
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.generation import DistributedModel
 from swarm.client.model import distribute
 from swarm.client.peers import Peers
-from swarm.client.runtime import LoopThread, SwarmService, join, leave
+from swarm.client.runtime import LoopThread, SwarmService, close_in_time, join, leave
 from swarm.errors import PeerMisbehaved
 from swarm.network.node import Node
 from swarm.private.credentials import Credentials
@@ -37,6 +38,8 @@ PROMPT = "The capital of France is"
 """Far below a page of tokens, so that no server answers from its prefix cache."""
 NUM_TOKENS = 2
 """Tokens of a probe: the first shows the way and the prompt, the second a step of decoding."""
+MAX_SERVICES = 32
+"""Models that are remembered from one probe to the next."""
 PATIENCE = SessionConfig(open_timeout_s=5.0, step_timeout_s=20.0, max_wait_s=10.0)
 
 
@@ -123,8 +126,18 @@ class Prober:
             node, transport = self._network
             peers = Peers(node, model=target.digest, model_name=target.name, num_blocks=target.num_blocks)
             service = _SharedService(self._loop, node, transport, peers, PATIENCE, target.hidden_size)
-            self._services[target.digest] = service
+        self._services.pop(target.digest, None)
+        self._services[target.digest] = service
+        while len(self._services) > MAX_SERVICES:
+            self._forget(next(iter(self._services)))
         return service
+
+    def _forget(self, digest: str) -> None:
+        """A model that was not probed for longer than others."""
+        service = self._services.pop(digest)
+        self._models.pop(digest, None)
+        atexit.unregister(service.close)
+        service.close()
 
     def _probe_tokens(self, target: Target, service: "_SharedService") -> ProbeResult:
         model, tokenizer = self._model(target, service)
@@ -160,7 +173,7 @@ class _SharedService(SwarmService):
     def close(self) -> None:
         """Close the sessions only."""
         for session in list(self._sessions):
-            session.close()
+            close_in_time("a session", session.close)
 
 
 class _Clock(BaseStreamer):

@@ -290,10 +290,10 @@ class SwarmService:
         if not self._loop.is_running:
             return
         for session in list(self._sessions):
-            _close("a session", session.close)
+            close_in_time("a session", session.close)
         for training in self._trainings:
-            _close("a training run", training.close)
-        _close("the network", lambda: self._loop.run(self._leave(), CLOSE_TIMEOUT_S))
+            close_in_time("a training run", training.close)
+        close_in_time("the network", lambda: self._loop.run(self._leave(), CLOSE_TIMEOUT_S))
         self._loop.stop()
 
     async def _leave(self) -> None:
@@ -301,7 +301,7 @@ class SwarmService:
         await leave(self._transport, self._node, self._tasks)
 
 
-def _close(what: str, close: Callable[[], None]) -> None:
+def close_in_time(what: str, close: Callable[[], None]) -> None:
     """Close one thing; what takes too long must not keep the rest open."""
     try:
         close()

@@ -56,6 +56,7 @@ from swarm.protocol import (
     SessionOpened,
     StepResult,
     Waiting,
+    printable,
 )
 from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
 from swarm.transport import Transport
@@ -378,7 +379,7 @@ class RemoteSession:
         epoch, target = hop.forward
         if message.epoch != epoch:
             return
-        logger.info("server %s can't send on: %s", self._peers.name_of(hop.hop.peer_id), message.text)
+        logger.info("server %s can't send on: %s", self._peers.name_of(hop.hop.peer_id), printable(message.text))
         if message.fault is LinkFault.HISTORY_LOST:
             self._link_down(hop.link, epoch, message.fault)
         elif target is None:

@@ -588,8 +588,14 @@ def error_from_wire(data: bytes | bytearray | memoryview, *, peer_id: str | None
         wire = _error_decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return PeerMisbehaved(f"malformed error message: {error}", peer_id=peer_id)
+    text = printable(wire.text)
     if wire.code in _REQUEST_CODES:
-        return _REQUEST_CODES[wire.code](wire.text)
+        return _REQUEST_CODES[wire.code](text)
     if wire.code == _BUSY_CODE:
-        return PeerBusy(wire.text, peer_id=peer_id, retry_after_s=wire.retry_after_s)
-    return _PEER_CODES.get(wire.code, PeerError)(wire.text, peer_id=peer_id)
+        return PeerBusy(text, peer_id=peer_id, retry_after_s=wire.retry_after_s)
+    return _PEER_CODES.get(wire.code, PeerError)(text, peer_id=peer_id)
+
+
+def printable(text: str) -> str:
+    """A peer's text without what could move a cursor, break a line or run a terminal's commands."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

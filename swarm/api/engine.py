@@ -66,9 +66,8 @@ class Engine:
                 await running.end()
 
     def close(self) -> None:
-        """Let the threads end, once nothing runs."""
+        """Let the threads end, once nothing runs; the closers stay, for requests that are being cancelled just now."""
         self._threads.shutdown(wait=False)
-        self._closers.shutdown(wait=False)
 
 
 class Running:

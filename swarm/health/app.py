@@ -31,7 +31,7 @@ from swarm.health.compose import clean
 from swarm.health.exposition import exposition
 from swarm.health.monitor import MAX_WATCHERS, Monitor
 from swarm.health.openapi import CarrierReport, ErrorReport, ReachReport
-from swarm.health.pages import FOLDER, render_badge, render_page
+from swarm.health.pages import FOLDER, PAGE_ROWS, render_badge, render_page
 from swarm.identity import is_peer_id
 from swarm.protocol import INFO_SERVICE, InfoRequest
 from swarm.transport.transport import Carrier
@@ -104,7 +104,10 @@ class _Pages:
 
     def _render(self, digest: str, number: int) -> str:
         """The page of the present state, from memory where somebody else has seen it."""
-        monitor, key = self._monitor, (digest, number)
+        monitor = self._monitor
+        model = monitor.state.model(digest) if digest else None
+        num_pages = max(1, -(-len(model.servers) // PAGE_ROWS)) if model is not None else 1
+        key = digest, number = model.digest if model is not None else "", min(max(number, 1), num_pages)
         if self._revision != monitor.revision:
             self._rendered.clear()
             self._revision = monitor.revision

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PERIOD_S = 60.0
 MAX_MODELS = 8
 """Models that get a canary, those of most servers first."""
+MAX_REMEMBERED = 64
+"""Models whose last canary is kept."""
 
 
 class Canaries:
@@ -62,6 +64,7 @@ class Canaries:
         self._models, self._on_news, self._period_s = models, on_news, period_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="canary")
         self._prober: Prober | None = None
+        self._is_closed = False
 
     async def run(self) -> None:
         """Send canaries for ever."""
@@ -72,15 +75,25 @@ class Canaries:
                 canary = await loop.run_in_executor(self._thread, self._send, model, hidden_size)
                 self.num_sent[model.digest] += 1
                 self.num_lost[model.digest] += not canary.ok
+                self.last.pop(model.digest, None)
                 self.last[model.digest] = canary
+                self._forget_old()
                 self._on_news()
             await asyncio.sleep(max(1.0, due - loop.time()) if self.last else 1.0)
 
     async def close(self) -> None:
         """Leave the swarm; a canary under way is lost."""
+        self._is_closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._prober is not None:
             await asyncio.to_thread(self._prober.close)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _forget_old(self) -> None:
+        """Names are claims that cost nothing: keep those that were probed last."""
+        while len(self.last) > MAX_REMEMBERED:
+            digest = next(iter(self.last))
+            for known in (self.last, self.num_sent, self.num_lost):
+                known.pop(digest, None)
 
     def _send(self, model: Model, hidden_size: int) -> Canary:
         """One canary; in the thread."""
@@ -109,6 +122,8 @@ class Canaries:
         """The prober, with the checkpoint of this name looked up if it is one of those that are here."""
         from swarm.client.probe import Prober
 
+        if self._is_closed:
+            raise CancelledError
         if self._prober is None:
             self._prober = Prober(self._initial_peers(), self._credentials)
         if (checkpoint := self._checkpoints.pop(name, None)) is not None:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from swarm.catalog import ModelEntry
 from swarm.health.state import Adapter, Canary, Link, Model, Reach, Server, Status, Verdict
-from swarm.protocol import Info
+from swarm.protocol import Info, printable
 from swarm.registry import ServerRecord
 from swarm.types import ServerState, name_ranges
 
@@ -125,7 +125,7 @@ def judge(replicas: Sequence[int], canary: Canary | None, now: float) -> tuple[V
 
 def clean(text: str) -> str:
     """A stranger's text as it may be shown anywhere, terminals included."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:MAX_TEXT])
+    return printable(text[:MAX_TEXT])
 
 
 def _server(record: ServerRecord, answer: Answer | None, now: float) -> Server:

@@ -16,6 +16,7 @@ from swarm.errors import PeerUnreachable
 from swarm.health import app as app_module
 from swarm.health.app import make_app
 from swarm.health.monitor import MAX_WATCHERS
+from swarm.health.pages import PAGE_ROWS
 from swarm.health.state import State
 from tests.health.fakes import FakeMonitor, fresh_monitor, peer_ids
 from tests.swarm.private.labs import Lab
@@ -79,17 +80,27 @@ def test_odd_queries_get_a_page_all_the_same(client: TestClient, query: str):
     assert client.get(f"/{query}").status_code == 200
 
 
-def test_pages_of_many_queries_are_not_kept_for_ever(client: TestClient, monkeypatch):
-    """A visitor who invents queries fills no memory."""
-    kept: list[int] = []
+def test_pages_of_invented_queries_are_not_rendered_and_no_more_kept_than_may_be(
+    client: TestClient, monitor: FakeMonitor, monkeypatch
+):
+    """A visitor who invents queries costs neither time nor memory."""
+    rendered: list[int] = []
     render = app_module.render_page
-    monkeypatch.setattr(app_module, "MAX_PAGES_KEPT", 4)
-    monkeypatch.setattr(app_module, "render_page", lambda *a, **k: kept.append(1) or render(*a, **k))
+    monkeypatch.setattr(app_module, "render_page", lambda *a, **k: rendered.append(1) or render(*a, **k))
     for number in range(6):
-        client.get(f"/?model={number}")
-    client.get("/?model=5")
-    client.get("/?model=0")
-    assert len(kept) == 7
+        client.get(f"/?model=zz{number}&page={number}")
+    assert len(rendered) == 1
+    real = monitor.state.models[0].digest
+    for number in (1, 50, 99999):
+        client.get(f"/?model={real}&page={number}")
+    num_pages = -(-len(monitor.state.models[0].servers) // PAGE_ROWS)
+    assert len(rendered) == 1 + min(2, num_pages)
+    monkeypatch.setattr(app_module, "MAX_PAGES_KEPT", 1)
+    monitor.revision += 1
+    before = len(rendered)
+    for query in ("", f"?model={real}", ""):
+        client.get(f"/{query}")
+    assert len(rendered) == before + 3
 
 
 def test_browsers_are_told_that_nothing_comes_from_outside(client: TestClient):

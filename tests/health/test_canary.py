@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from swarm.errors import RouteNotFound, UnknownModel
+from swarm.health import canary as canary_module
 from swarm.health.canary import MAX_MODELS, Canaries
 from swarm.health.state import Model
 from swarm.session import Hop
@@ -123,3 +124,21 @@ async def test_not_every_model_of_a_large_swarm_gets_one(prober: type[FakeProber
     canaries, news = make_canaries(models(MAX_MODELS + 5))
     await rounds(canaries, MAX_MODELS + 1, news)
     assert set(prober.made[0].probed) == {f"model-{number}" for number in range(MAX_MODELS)}
+
+
+async def test_a_page_that_stops_makes_no_client_any_more(prober: type[FakeProber]) -> None:
+    """The thread may be importing what a client needs just then: it would join the swarm with nobody to close it."""
+    canaries, _ = make_canaries(models(1))
+    await canaries.close()
+    canary = canaries._send(models(1)[0], 64)
+    assert not canary.ok and prober.made == []
+
+
+async def test_models_that_come_and_go_are_not_remembered_for_ever(prober, monkeypatch) -> None:
+    """Digests are claims that cost nothing."""
+    monkeypatch.setattr(canary_module, "MAX_REMEMBERED", 3)
+    present = models(1)
+    canaries, news = make_canaries(present)
+    canaries._on_news = lambda: (news.append(1), present.__setitem__(0, models(len(news) + 1)[-1]))
+    await rounds(canaries, 6, news)
+    assert len(canaries.last) == len(canaries.num_sent) == 3 and len(canaries.num_lost) <= 3

@@ -249,6 +249,8 @@ def test_an_empty_block_range_is_refused() -> None:
 
 def test_errors_keep_their_class_across_the_wire() -> None:
     """The caller sees whose fault it was, and when a busy peer wants it back."""
+    hostile = error_from_wire(error_to_wire(InvalidRequest("no\x1b[2J\nserver fine")), peer_id="p")
+    assert str(hostile) == "no\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}server fine"
     busy = error_from_wire(error_to_wire(PeerBusy("full", retry_after_s=2.5)), peer_id="p")
     assert isinstance(busy, PeerBusy) and busy.retry_after_s == 2.5 and busy.peer_id == "p"
     assert isinstance(error_from_wire(error_to_wire(ProtocolMismatch("v2")), peer_id="p"), ProtocolMismatch)

@@ -12,6 +12,7 @@ from swarm.web import impatient
 from tests.health.fakes import fresh_monitor
 
 Address = tuple[str, int]
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest_asyncio.fixture
@@ -70,3 +71,23 @@ async def test_a_head_without_end_is_refused(page: Address):
     """As large as it may be, and not larger."""
     endless = b"GET / HTTP/1.1\r\nX: " + b"x" * (2 * impatient.MAX_HEAD_BYTES)
     assert b" 400 " in await first_line(page, sends=endless)
+
+
+async def test_who_reads_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch):
+    """Whatever it has asked for; a server that closes politely would wait for it for ever."""
+    monkeypatch.setattr(impatient, "READ_TIMEOUT_S", 0.05)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(fresh_monitor(64))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    with socket.socket() as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stranger.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(stranger, listener.getsockname())
+        async with asyncio.timeout(20):
+            with pytest.raises(ConnectionError):
+                await loop.sock_sendall(stranger, 1_000_000 * GET)
+            while server.server_state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    server.should_exit = True
+    await serving
