@@ -1,19 +1,29 @@
-"""Push streams: one server sends steps straight into a session on the next one.
+"""Push streams: one server sends straight into a session, or a training run, on the next one.
 
     Sender ──open(peer)──► transport ~~PushHello(key)~~► PushDesk.serve ─► wait for the session of that key
                                      ◄~~PushAccepted~~                     ─► PushTarget.receive_pushes(stream)
 
-Whoever knows a session's key, which its client chose, may push into it. A stream may come before its session does.
+Whoever knows the key of a session or run, which its client chose, may push into it. A stream may come before its
+session does.
 """
 
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Protocol, Self
 
-from swarm.errors import InvalidRequest, PeerBusy, SwarmError
+from swarm.errors import (
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerMisbehaved,
+    PeerTimeout,
+    PeerUnreachable,
+    SwarmError,
+)
 from swarm.network.tasks import TaskSet
-from swarm.protocol import PUSH_SERVICE, Message, PushHello
+from swarm.protocol import PUSH_SERVICE, Message, PushAccepted, PushHello
 from swarm.rates import Rate, Rates
 from swarm.server.limits import HandlerLimits
 from swarm.server.loopback import LocalStream
@@ -54,14 +64,47 @@ class PushStream(Protocol):
 
 
 class PushTarget(Protocol):
-    """A session that others push into."""
+    """A session, or a training run, that others push into."""
 
     async def receive_pushes(self, stream: PushStream) -> None:
-        """Take the steps that come on this stream until it ends."""
+        """Take what comes on this stream until it ends."""
+
+
+async def greet(
+    open_stream: Callable[[str], Awaitable[PushStream]], peer_id: str, push_key: bytes, *, timeout_s: float
+) -> PushStream:
+    """A push stream to whoever has this key at a peer, accepted.
+
+    Raises:
+        SwarmError: why there is none.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            stream = await open_stream(peer_id)
+            try:
+                await stream.send(PushHello(push_key=push_key))
+                answer, _ = await stream.receive()
+                if not isinstance(answer, PushAccepted):
+                    raise PeerMisbehaved(f"expected PushAccepted, got {type(answer).__name__}")
+            except BaseException:
+                await stream.close()
+                raise
+            return stream
+    except TimeoutError:
+        raise PeerTimeout(f"{peer_id} accepted no push stream within {timeout_s:g} s") from None
+    except EndOfStream:
+        raise PeerDisconnected(f"{peer_id} ended the push stream") from None
+
+
+def for_the_client(error: SwarmError | EndOfStream) -> str:
+    """Why there is no stream. Not what is at which address: the client has chosen the peer, and may not be one."""
+    if isinstance(error, PeerUnreachable | PeerTimeout):
+        return "the next server can't be reached"
+    return (str(error) or "the next server ended the stream")[:1024]
 
 
 class PushDesk:
-    """Knows the sessions of this server by their keys, and opens streams to those of others.
+    """Knows the sessions and training runs of this server by their keys, and opens streams to those of others.
 
     Args:
         transport: how to reach other servers.

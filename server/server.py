@@ -212,6 +212,7 @@ class Server:
         self.transport.serve(INFO_SERVICE, self.handler.info)
         desk = TrainingDesk(
             self.executor,
+            self.handler.pushes,
             model=plan.checkpoint.digest,
             model_name=plan.checkpoint.name,
             state=lambda: self.state,
