@@ -69,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapters", nargs="+", default=(), metavar="ADAPTER", help="PEFT adapters to have from the start: directories"
         " or hub ids; clients may bring others")  # fmt: skip
     add("--max-adapter-memory", default="1GiB", metavar="SIZE", help="host memory for adapters; 0 takes none")
+    add(
+        "--training-memory",
+        default="1GiB",
+        metavar="SIZE",
+        help="memory of the device for what training keeps until gradients come; what does not fit is computed again;"
+        " 0 takes no training",
+    )
     add_threads(parser, what="the blocks")
     add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
@@ -114,6 +121,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         quantization=args.quantization,
         cache_size=CacheSize.parse(args.kv_cache),
         history_bytes=parse_bytes(args.history_memory),
+        training_bytes=parse_bytes(args.training_memory),
         adapters=tuple(args.adapters),
         adapter_bytes=parse_bytes(args.max_adapter_memory),
         threads=args.threads,

@@ -81,6 +81,8 @@ class ServerConfig:
     """Adapters to have from the start, and to keep: directories and hub ids."""
     adapter_bytes: int = 1 << 30
     """Host memory for adapters, and device memory for what of them does not lie in the KV cache; 0 takes none."""
+    training_bytes: int = 1 << 30
+    """Device memory for what training keeps between forward and backward; 0 takes no training."""
     threads: int | None = None
     """CPU threads for the blocks; None leaves torch's choice."""
     metrics_port: int | None = None

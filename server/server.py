@@ -184,7 +184,12 @@ class Server:
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
         self._decode_tps = await asyncio.to_thread(measure_decode, span)
         self._check_stopped("stopped after loading")
-        self.executor = Executor(span, asyncio.get_running_loop(), adapter_bytes=self.config.adapter_bytes)
+        self.executor = Executor(
+            span,
+            asyncio.get_running_loop(),
+            kept_bytes=self.config.training_bytes,
+            adapter_bytes=self.config.adapter_bytes,
+        )
         self.executor.start()
         self._stack.push_async_callback(self.executor.stop)
         self.handler = Handler(

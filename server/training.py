@@ -124,6 +124,8 @@ class TrainingDesk:
 
     def _admit(self, message: OpenTraining, account: str) -> None:
         span, limits = self._executor.span, self._limits
+        if not self._executor.trainer.budget.capacity:
+            raise PeerBusy("this server takes no training", retry_after_s=3600.0)
         if message.model != self._model:
             raise CheckpointMismatch(
                 f"this server runs {self._model_name} {self._model[:12]}, not {message.model[:12]}"

@@ -5,6 +5,8 @@ SWARM_BENCH_TOKEN_S       Its blocks compute nothing: each token takes so many s
 SWARM_BENCH_WHOLE_TOKENS  It takes up to so many tokens in one message and in one batch, so that a prompt leaves it
                           only when it is done: hop after hop, with nothing overlapping.
 
+SWARM_BENCH_NO_GRAPHS     It keeps no graphs between forward and backward of training, only what enters each block.
+
 The changes are made here, from outside; the server itself knows nothing of them.
 """
 
@@ -25,7 +27,27 @@ def main() -> int:
         sleep_for_tokens(token_s)
     if num_tokens := int(os.environ.get("SWARM_BENCH_WHOLE_TOKENS", "0")):
         take_whole_prompts(num_tokens)
+    if os.environ.get("SWARM_BENCH_NO_GRAPHS"):
+        keep_no_graphs()
     return serve()
+
+
+def keep_no_graphs() -> None:
+    """Let a training pass forget each block's graph on the way forth."""
+    from swarm.server.blocks.training_pass import TrainingPass
+
+    forward = TrainingPass.forward
+
+    def run(self: TrainingPass, *, keep: bool) -> Any:
+        for _ in forward(self, keep=keep):
+            for kept in self._kept.values():
+                if kept.graph is not None:
+                    self._budget.give_back(kept.graph.num_bytes)
+                    kept.num_bytes -= kept.graph.num_bytes
+                    kept.graph = None
+            yield
+
+    TrainingPass.forward = run  # type: ignore[method-assign]
 
 
 def sleep_for_tokens(token_s: float) -> None:

@@ -82,6 +82,19 @@ def test_servers_that_cannot_reach_each_other_train_through_the_client(make_swar
         assert len(asked) == 1 and all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
+def test_a_server_without_memory_for_training_takes_none(make_swarm, local_model):
+    """It says so, and another one is used."""
+    swarm = make_swarm("0:3")
+    swarm.add_server("3:6", training_bytes=0, public_name="none")
+    with closing(swarm.connect(max_wait_s=0.5)) as service:
+        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+        with pytest.raises(PeerBusy, match="takes no training"):
+            remote_gradients(model, make_batch())
+        swarm.add_server("3:6")
+        batch = make_batch()
+        assert_near(remote_gradients(model, batch), local_gradients(local_model, batch))
+
+
 def test_a_server_that_comes_too_late_ends_the_wait(make_swarm):
     """Without the blocks, patience ends with an error, and the next attempt with the blocks succeeds."""
     swarm = make_swarm("0:3")
