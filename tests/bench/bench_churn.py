@@ -224,9 +224,8 @@ def report(requests: list[Request], routes: Routes, churn: Churn, args: argparse
     others = [it for it in requests if churn.had_gap(it.started, it.ended)]
     forgotten = routes.forgotten_after_s(churn)
     seconds = [it.ended - it.started for it in counted]
-    print(
-        f"{len(forgotten)} servers died of {len(churn.lives)}, {sum(it.replays for it in requests)} were replaced in an answer"
-    )
+    num_replaced = sum(it.replays for it in requests)
+    print(f"{len(forgotten)} servers of {len(churn.lives)} died, {num_replaced} were replaced in an answer")
     print(f"{len(counted)} requests with all blocks served: {right} right")
     print(f"{len(others)} while some block was not: {sum(it.is_right for it in others)} right all the same")
     for error in sorted({it.error for it in requests if it.error}):
