@@ -22,6 +22,7 @@ from swarm.server.blocks.span import BlockSpan
 from swarm.server.blocks.training_pass import Part, TrainingPass
 from swarm.server.fairness import VirtualCounters
 from swarm.server.host_pages import HostBudget
+from swarm.server.lean import return_free_memory
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ KEPT_BYTES = 1 << 30
 """Memory for what is kept between forward and backward."""
 KEEP_S = 600.0
 """How long a micro-batch is kept for its way back."""
+TRIM_S = 30.0
+"""Least time between two returns of free memory to the system."""
 BUSY_S = 1.0
 """How long after a batch of inference the next one is expected."""
 GOOD_TOKENS = {"cpu": 128, "cuda": 4096}
@@ -144,20 +147,29 @@ class Trainer:
         span: the loaded blocks.
         post: calls a function on the loop thread.
         kept_bytes: memory for what is kept between forward and backward; 0 keeps nothing.
+        trim: called now and then when nothing is kept.
     """
 
-    def __init__(self, span: BlockSpan, post: Callable[[Callable[[], None]], object], *, kept_bytes: int = KEPT_BYTES):
+    def __init__(
+        self,
+        span: BlockSpan,
+        post: Callable[[Callable[[], None]], object],
+        *,
+        kept_bytes: int = KEPT_BYTES,
+        trim: Callable[[], None] = return_free_memory,
+    ):
         self.span = span
         self.budget = HostBudget(kept_bytes)
         self.good_tokens = GOOD_TOKENS[span.device.type]
         self.inference_at = -inf
         """When a batch of inference ended last."""
-        self._post = post
+        self._post, self._trim = post, trim
         self._counters = VirtualCounters()
         self._runs: list[Run] = []
         self._activity: Iterator[None] | None = None
         self._rested_at = -inf
         """When training may go on while there is inference."""
+        self._trimmed_at = -inf
 
     # -- commands -----------------------------------------------------------------------------------------------
 
@@ -218,6 +230,9 @@ class Trainer:
             self._activity = None
         ended = time.monotonic()
         self._rested_at = ended + (ended - started)
+        if self._activity is None and not self.budget.used and ended > self._trimmed_at + TRIM_S:
+            self._trimmed_at = ended
+            self._trim()
 
     def _begin(self, now: float) -> Iterator[None]:
         """Choose what to do next."""
