@@ -2,12 +2,14 @@
 
 Stream ──InfoRequest──► info ─► Info
        ──OpenSession──► session: check, admit ─► ServedSession.run      until FIN, an error or silence
-       ──PushHello────► PushDesk ─► ServedSession.receive_pushes
+       ──PushHello────► PushDesk ─► ServedSession.receive_pushes, receive_state
        ──AdapterOffer, AdapterRequest──► AdapterDesk.serve
 """
 
+import asyncio
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 
 from swarm import __version__
@@ -20,6 +22,7 @@ from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
 from swarm.server.meters import SessionMeter
+from swarm.server.moving import MoveDesk
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushDesk
 from swarm.server.session import ServedSession
@@ -29,6 +32,10 @@ from swarm.types import ServerState
 
 RUNNING_S = 30.0
 """A session that did something so recently counts as running."""
+QUIET_S = 2.0
+"""A session that can't move and did nothing for so long holds up nobody who wants to leave."""
+LOOK_S = 0.25
+"""How often it is looked whether only such sessions are left."""
 FULL_LOAD_SESSIONS = 32
 """Running sessions at which a server calls itself fully loaded."""
 
@@ -68,9 +75,12 @@ class Handler:
         self.meter = SessionMeter()
         self._transport, self._started = transport, time.monotonic()
         self._desk = PushDesk(transport, self._limits)
+        self._moves = MoveDesk(executor, self._limits, self.meter, self._desk.open_state)
         self.adapters: AdapterDesk | None = None
         """None where this server takes none."""
         self._sessions: set[ServedSession] = set()
+        self._left = asyncio.Event()
+        """A session has ended."""
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
         self._opens = Rates(Rate(burst=self._limits.max_new_sessions, per_s=self._limits.new_sessions_per_s))
@@ -192,6 +202,7 @@ class Handler:
             pending=self._pending,
             meter=self.meter,
             open_push=partial(self._desk.open, client=stream.account),
+            moves=self._moves,
             adapters=self.adapters,
         )
         self._count(stream.account, 1, message.batch_size)
@@ -208,11 +219,35 @@ class Handler:
             self.meter.end(ending)
             self._desk.remove(message.push_key)
             self._sessions.discard(session)
+            self._left.set()
             self._count(stream.account, -1, -message.batch_size)
 
     async def push(self, stream: Stream) -> None:
         """Let another server send steps into a session whose key it knows."""
         await self._desk.serve(stream)
+
+    async def receive_state(self, stream: Stream) -> None:
+        """Let another server hand a session over to one whose key it knows, and that is still empty."""
+        await self._desk.serve_state(stream)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let no more sessions in, and have those that are here moved to other servers.
+
+        Returns when all have gone, or at the latest after `timeout_s`. What can't move may go on until then; but nobody
+        waits for a session that does nothing and has nowhere to go.
+        """
+        self.state = ServerState.DRAINING
+        until = time.monotonic() + timeout_s
+        for session in self._sessions:
+            session.mover.ask(timeout_s)
+        while (left_s := until - time.monotonic()) > 0 and any(map(self._must_stay_for, self._sessions)):
+            self._left.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, LOOK_S)):
+                    await self._left.wait()
+
+    def _must_stay_for(self, session: ServedSession) -> bool:
+        return not session.mover.has_nowhere or time.monotonic() - session.last_active < QUIET_S
 
     async def adapter(self, stream: Stream) -> None:
         """Take adapters that were asked for, and give others those that are here."""

@@ -9,11 +9,12 @@ Whoever knows a session's key, which its client chose, may push into it. A strea
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Protocol, Self
 
-from swarm.errors import InvalidRequest, PeerBusy, SwarmError
+from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.network.tasks import TaskSet
-from swarm.protocol import PUSH_SERVICE, Message, PushHello
+from swarm.protocol import PUSH_SERVICE, STATE_SERVICE, Message, PushAccepted, PushHello
 from swarm.rates import Rate, Rates
 from swarm.server.limits import HandlerLimits
 from swarm.server.loopback import LocalStream
@@ -59,6 +60,9 @@ class PushTarget(Protocol):
     async def receive_pushes(self, stream: PushStream) -> None:
         """Take the steps that come on this stream until it ends."""
 
+    async def receive_state(self, stream: PushStream) -> None:
+        """Become the session whose state comes on this stream."""
+
 
 class PushDesk:
     """Knows the sessions of this server by their keys, and opens streams to those of others.
@@ -98,11 +102,17 @@ class PushDesk:
 
     async def serve(self, stream: PushStream) -> None:
         """The push service: hand the stream to the session that it names."""
+        await (await self._target(stream)).receive_pushes(stream)
+
+    async def serve_state(self, stream: PushStream) -> None:
+        """The state service: hand the stream to the session that it names, which is to become another one."""
+        await (await self._target(stream)).receive_state(stream)
+
+    async def _target(self, stream: PushStream) -> PushTarget:
         hello, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(hello, PushHello):
             raise InvalidRequest(f"expected PushHello, got {type(hello).__name__}")
-        target = self._targets.get(hello.push_key) or await self._wait_for(hello.push_key, stream.peer_id)
-        await target.receive_pushes(stream)
+        return self._targets.get(hello.push_key) or await self._wait_for(hello.push_key, stream.peer_id)
 
     async def open(self, peer_id: str, *, client: str) -> PushStream:
         """A stream to the push service of a peer, which may be ourselves, for a client that named it.
@@ -117,6 +127,17 @@ class PushDesk:
         near, far = LocalStream.pair(peer_id)
         self._tasks.spawn(self._serve_local(far), name="push to ourselves")
         return near
+
+    async def open_state(self, peer_id: str, client: str) -> PushStream:
+        """A stream to the state service of another peer, for a client that named it.
+
+        Raises:
+            as `open`, and where it is ourselves.
+        """
+        self.charge(client)
+        if peer_id == self._transport.node.peer_id:
+            raise InvalidRequest("that is this server itself")
+        return await self._transport.open(peer_id, STATE_SERVICE, timeout_s=self._limits.push_open_timeout_s)
 
     async def close(self) -> None:
         """End the streams to ourselves; the transport ends all others."""
@@ -164,3 +185,29 @@ class PushDesk:
                 await self.serve(stream)
         except (SwarmError, EndOfStream):
             return  # the other end has been told
+
+
+async def greet(
+    open_stream: Callable[[str], Awaitable[PushStream]], peer_id: str, push_key: bytes, *, timeout_s: float
+) -> PushStream:
+    """A stream into the session of `push_key` at a peer, which has accepted it.
+
+    Raises:
+        SwarmError: why there is none.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            stream = await open_stream(peer_id)
+            try:
+                await stream.send(PushHello(push_key=push_key))
+                answer, _ = await stream.receive()
+                if not isinstance(answer, PushAccepted):
+                    raise PeerMisbehaved(f"expected PushAccepted, got {type(answer).__name__}")
+            except BaseException:
+                await stream.close()
+                raise
+            return stream
+    except TimeoutError:
+        raise PeerTimeout(f"{peer_id} accepted no stream within {timeout_s:g} s") from None
+    except EndOfStream:
+        raise PeerDisconnected(f"{peer_id} ended the stream") from None

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from swarm.codec import encode_tensor, torch_dtype
-from swarm.errors import PeerDisconnected, PeerMisbehaved, PeerTimeout, PeerUnreachable, SwarmError
+from swarm.errors import PeerMisbehaved, PeerTimeout, PeerUnreachable, SwarmError
 from swarm.link import HistoryLost, Link, StepChunk
 from swarm.protocol import (
     MAX_HOPS,
@@ -22,14 +22,13 @@ from swarm.protocol import (
     LinkDown,
     LinkFault,
     Message,
-    PushAccepted,
-    PushHello,
     TensorSpec,
 )
 from swarm.server.backlog import StepStart
 from swarm.server.control import Control
 from swarm.server.limits import HandlerLimits
-from swarm.server.push import PushStream
+from swarm.server.push import PushStream, greet
+from swarm.server.session_state import Sent
 from swarm.server.work import Produced, ProducedRow
 from swarm.transport import EndOfStream
 
@@ -76,7 +75,7 @@ class Sender:
         self._target: PushStream | None = client if is_last else None
         self._max_tokens, self._open_push, self._limits = max_tokens, open_push, limits
         self._on_progress, self._on_client_lost = on_progress, on_client_lost
-        self._spec: TensorSpec
+        self._spec: TensorSpec | None = None
         self._waiting: tuple[PushStream, Message, memoryview] | None = None
         self._wake = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
@@ -99,10 +98,24 @@ class Sender:
         self._batch_tokens = max(self._batch_tokens, produced.batch_tokens)
 
     def _append_row(self, row: ProducedRow) -> None:
+        assert self._spec is not None
         outputs = row.hidden_states.to(torch_dtype(self._spec.dtype))
         if outputs.untyped_storage().nbytes() > outputs.nbytes:
             outputs = outputs.clone()  # or the history of one row would keep whole batches
         self.link.append(row.row, row.position, outputs)
+
+    # -- moving to another server ---------------------------------------------------------------------------------
+
+    def save(self) -> Sent | None:
+        """What another server needs to send on in place of us; None before the first output."""
+        spec = self._spec
+        return None if spec is None else Sent(link=self.link.save(), dtype=spec.dtype, encoding=spec.encoding)
+
+    def resume(self, sent: Sent | None) -> None:
+        """Go on, before anything was sent, where another server was."""
+        if sent is not None:
+            self._spec = TensorSpec(sent.dtype, (0, 1), sent.encoding)
+            self.link.resume(sent.link)
 
     # -- sending ------------------------------------------------------------------------------------------------
 
@@ -115,6 +128,11 @@ class Sender:
     def has_receiver(self) -> bool:
         """Whether there is anybody to send to."""
         return self._target is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left that the client is to get from us."""
+        return self._target is not self._client or (self._waiting is None and not self.link.num_unsent)
 
     def pump(self) -> None:
         """Send what the receiver lacks, as far as there is room; the task of `run` does the rest."""
@@ -152,6 +170,7 @@ class Sender:
         """The next message and to whom it goes; None when there is nothing, or nobody to send to."""
         if self._target is None or (chunk := self.link.next_chunk()) is None:
             return None
+        assert self._spec is not None
         spec, body = encode_tensor(chunk.hidden_states.to(torch_dtype(self._spec.dtype)), self._spec.encoding)
         return self._target, self._message(chunk, spec, self._take_trace()), body
 
@@ -215,7 +234,8 @@ class Sender:
         """Open a push stream, and watch over it until it ends or a newer Forward cancels this task."""
         stream: PushStream | None = None
         try:
-            async with await self._greet(message) as stream:
+            timeout_s = self._limits.push_open_timeout_s
+            async with await greet(self._open_push, message.peer_id, message.push_key, timeout_s=timeout_s) as stream:
                 self._target = stream
                 self._control.tell(Forwarding(epoch=message.epoch))
                 self.pump()
@@ -223,38 +243,14 @@ class Sender:
                 answer, _ = await stream.receive()
                 raise PeerMisbehaved(f"{type(answer).__name__} on a push stream", peer_id=stream.peer_id)
         except (SwarmError, EndOfStream) as error:
-            text = _for_the_client(error)
+            text = reason_for_client(error)
             log.info("can't send to %s: %s", message.peer_id, error)
         self._target = None
         self.link.disconnect()
         self._control.tell(LinkDown(epoch=message.epoch, fault=LinkFault.UNREACHABLE, text=text[:1024]))
 
-    async def _greet(self, message: Forward) -> PushStream:
-        """A push stream into the session of `message.push_key`.
 
-        Raises:
-            SwarmError: why there is none.
-        """
-        timeout_s = self._limits.push_open_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                stream = await self._open_push(message.peer_id)
-                try:
-                    await stream.send(PushHello(push_key=message.push_key))
-                    answer, _ = await stream.receive()
-                    if not isinstance(answer, PushAccepted):
-                        raise PeerMisbehaved(f"expected PushAccepted, got {type(answer).__name__}")
-                except BaseException:
-                    await stream.close()
-                    raise
-                return stream
-        except TimeoutError:
-            raise PeerTimeout(f"{message.peer_id} accepted no push stream within {timeout_s:g} s") from None
-        except EndOfStream:
-            raise PeerDisconnected(f"{message.peer_id} ended the push stream") from None
-
-
-def _for_the_client(error: SwarmError | EndOfStream) -> str:
+def reason_for_client(error: SwarmError | EndOfStream) -> str:
     """Why there is no stream. Not what is at which address: the client has chosen the peer, and may not be one."""
     if isinstance(error, PeerUnreachable | PeerTimeout):
         return "the next server can't be reached"

@@ -84,6 +84,7 @@ class TrainingDesk:
         self._executor, self._model, self._model_name = executor, model, model_name
         self._limits = limits or TrainingLimits()
         self._runs_of: Counter[str] = Counter()
+        self._runs: set[ServedTraining] = set()
 
     @property
     def num_runs(self) -> int:
@@ -96,13 +97,21 @@ class TrainingDesk:
         if not isinstance(message, OpenTraining):
             raise InvalidRequest(f"expected OpenTraining, got {type(message).__name__}")
         self._admit(message, stream.account)
+        run = ServedTraining(stream, message, executor=self._executor, limits=self._limits)
         self._runs_of[stream.account] += 1
+        self._runs.add(run)
         try:
-            await ServedTraining(stream, message, executor=self._executor, limits=self._limits).run()
+            await run.run()
         finally:
+            self._runs.discard(run)
             self._runs_of[stream.account] -= 1
             if not self._runs_of[stream.account]:
                 del self._runs_of[stream.account]
+
+    def drain(self) -> None:
+        """End all runs: their clients do elsewhere what they have not got from here."""
+        for run in list(self._runs):
+            run.end(PeerBusy(f"the server is {self._state().name}", retry_after_s=60.0))
 
     def _admit(self, message: OpenTraining, account: str) -> None:
         span, limits = self._executor.span, self._limits
@@ -172,6 +181,11 @@ class ServedTraining:
             await self._read_and_write()
         finally:
             self._executor.train(lambda trainer: trainer.close(self._run))
+
+    def end(self, error: SwarmError) -> None:
+        """End the run once what is ready has been sent; the client is told `error`."""
+        self._error = error
+        self._wake.set()
 
     async def _read_and_write(self) -> None:
         tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
