@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from swarm.errors import InvalidRequest, SwarmError
+from swarm.errors import InvalidRequest, PeerDisconnected, SwarmError
 from swarm.protocol import HandedOver, HandOver, MoveAway
 from swarm.server.control import Control
 from swarm.server.limits import HandlerLimits
@@ -51,7 +51,8 @@ class Mover:
         self._session, self._desk, self._client, self._control = session, desk, client, control
         self._limits, self._on_end = limits, on_end
         self._leaving: asyncio.Task[None] | None = None
-        self._is_filling = False
+        self._arriving: PushStream | None = None
+        """Brings the session that this one becomes."""
         self._timer: asyncio.TimerHandle | None = None
 
     def ask(self, within_s: float) -> None:
@@ -64,7 +65,7 @@ class Mover:
         """The client says to whom the session goes."""
         if not message.peer_id:
             self.has_nowhere = True
-        elif self._leaving is not None or self._is_filling or self.is_gone:
+        elif self._leaving is not None or self._arriving is not None or self.is_gone:
             self._answer(message, "the session is on its way already")
         else:
             self._leaving = group.create_task(self._leave(message))
@@ -93,16 +94,18 @@ class Mover:
         Raises:
             SwarmError: why not; the session is as it was then.
         """
-        if self._session.taken.step_id >= 0 or self._leaving is not None or self._is_filling:
+        if self._session.taken.step_id >= 0 or self._leaving is not None or self._arriving is not None:
             raise InvalidRequest("the session has begun: it can't become another one")
-        self._is_filling = True
+        self._arriving = stream
         try:
             await self._desk.take(self._session, stream)
         finally:
-            self._is_filling = False
+            self._arriving = None
         self._control.tell(self._session.taken)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """The session is over."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._arriving is not None:
+            await self._arriving.abort(PeerDisconnected("the session has ended"))

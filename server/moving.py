@@ -109,7 +109,7 @@ class MoveDesk:
         frozen_at = time.monotonic()
         await session.settle()
         layout = await self._executor.layout(session.opened.blocks)
-        state, body = pack(await session.save(), session.opened, layout)
+        state, body = await asyncio.to_thread(pack, await session.save(), session.opened, layout)
         await stream.send(state)
         view = memoryview(body)
         for start in range(0, len(body), PART_BYTES):
@@ -155,7 +155,7 @@ class MoveDesk:
                 if not isinstance(part, StatePart):
                     raise InvalidRequest(f"expected StatePart, got {type(part).__name__}")
                 arrival.take(part, body)
-            await session.resume(arrival.finish())
+            await session.resume(await asyncio.to_thread(arrival.finish))
         finally:
             self._arriving.used -= arrival.num_bytes
         self._meter.took(arrival.num_bytes)

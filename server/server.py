@@ -250,8 +250,12 @@ class Server:
         self._stack.push_async_callback(metrics.close)
         self.metrics_url = metrics.url
 
-    async def serve_until(self, stop: asyncio.Event) -> None:
+    async def serve_until(self, stop: asyncio.Event, *, on_drain: Callable[[int], None] = lambda count: None) -> None:
         """Keep announcing until `stop` is set, then drain, and say OFFLINE.
+
+        Args:
+            stop: whether to go.
+            on_drain: is told how many sessions have to move, where there are any.
 
         Raises:
             PeerError: the device thread failed.
@@ -264,6 +268,8 @@ class Server:
             if is_over or await self._stopped_within(stop, self.config.announce_period_s):
                 break
         if stop.is_set():
+            if self.handler is not None and self.handler.num_sessions and self.config.drain_timeout_s > 0:
+                on_drain(self.handler.num_sessions)
             await self.drain(self.config.drain_timeout_s)
         await self.leave()
         self.node.check_access()

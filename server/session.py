@@ -166,7 +166,6 @@ class ServedSession:
     async def _free(self) -> None:
         self._over.set()
         self._room.set()
-        self.mover.close()
         if self._stalled is not None:
             self._stalled.cancel()
         self._executor.close(self._cached)
@@ -175,6 +174,7 @@ class ServedSession:
         self._budget.forget(self, self._stream.account)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
+        await self.mover.close()
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
 

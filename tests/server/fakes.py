@@ -13,7 +13,7 @@ import torch
 
 from swarm.adapters.delta import BlockDelta
 from swarm.codec import decode_tensor, encode_tensor
-from swarm.errors import SwarmError
+from swarm.errors import PeerBusy, SwarmError
 from swarm.protocol import (
     SESSION_SERVICE,
     Encoding,
@@ -160,6 +160,8 @@ class FakeExecutor:
         )
 
     async def put_image(self, session: FakeCache, image: CacheImage) -> None:
+        if session not in self.sessions:
+            raise PeerBusy("the session is over")
         saved, _ = unpack(await self.layout(self.span.blocks), image.content, image.num_pages, 0)
         pages = saved[0][0].reshape(-1, PAGE_SIZE, HIDDEN)
         session.rows = [
