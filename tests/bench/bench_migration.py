@@ -4,9 +4,9 @@
 
 Three hops of the embedded model on loopback, one thread each; all sessions generate at the same time, with contexts of
 some hundreds of tokens. When each has a few new tokens, a second server for the middle blocks is started and made
-known; then the first gets SIGTERM (it hands its sessions over, and leaves) or, in every other round, SIGKILL (its sessions are
-replayed from the histories of the server before it). In half of the rounds the sessions go on meanwhile, in the others
-they wait for their users, and their next token is asked for when the server has gone.
+known; then the first gets SIGTERM (it hands its sessions over, and leaves) or, in every other round, SIGKILL (its
+sessions are replayed from the histories of the server before it). In half of the rounds the sessions go on meanwhile;
+in the others they wait for their users, and their next token is asked for when the server has gone.
 
     stall     longest wait for a token after the signal, less the median wait of the same session before it
     transfer  from when the old server takes no more steps of a session until the new one has it, by its log
