@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_TRIES = 3
 """Servers that are asked to take a session."""
+MAX_ASKED = 8
+"""Times that a server may ask for that: each opens sessions at others, in our name."""
 MOVE_TIMEOUT_S = 60.0
 """How long one of them may take, to the end."""
 
@@ -50,7 +52,7 @@ class Owner(Protocol):
         """A server wants parts of an adapter."""
 
     def on_refused(self, hop: Hop, error: SwarmError) -> None:
-        """A server did not take the session."""
+        """A server let no empty session in, or lost it."""
 
     def on_moved(self, old: HopStream) -> None:
         """A hop has another server now."""
@@ -75,7 +77,14 @@ class Moves:
         self._num_tries = 0
 
     def start(self, hop: HopStream) -> None:
-        """Have a hop's part of the session moved to another server, unless that is under way; nobody waits for it."""
+        """Have a hop's part of the session moved to another server, unless that is under way; nobody waits for it.
+
+        Raises:
+            PeerMisbehaved: that was asked for too often.
+        """
+        hop.num_asked += 1
+        if hop.num_asked > MAX_ASKED:
+            raise PeerMisbehaved(f"asked {MAX_ASKED} times to have a session moved", peer_id=hop.hop.peer_id)
         if hop.move is None or hop.move.done():
             hop.move = self._hops.spawn(self._move(hop), name=f"move from {hop.hop.peer_id}")
 
@@ -115,7 +124,9 @@ class Moves:
             del self._running[hop]
             if self._hops.get(heir.link) is not heir:
                 heir.close()
-        self._owner.on_refused(target, error)
+        logger.info("server %s did not take over from %s: %s", target.peer_id, hop.hop.peer_id, error)
+        if move.has_failed:  # else it is the old server's word alone
+            self._owner.on_refused(target, error)
         if move.is_given:
             self._owner.on_failure(hop, PeerMisbehaved(f"gave the session away: {error}", peer_id=hop.hop.peer_id))
         return move.is_given
@@ -154,6 +165,8 @@ class _Move:
         self.opened: SessionOpened | None = None
         self.taken: StateTaken | None = None
         self.handed_over: HandedOver | None = None
+        self.has_failed = False
+        """Whether the heir's stream has ended with an error."""
         self._owner = owner
         self._error: SwarmError | None = None
         self._changed = asyncio.Event()
@@ -205,5 +218,6 @@ class _Move:
 
     def on_failure(self, hop: HopStream, error: SwarmError) -> None:
         """The heir is lost."""
+        self.has_failed = True
         self._error = self._error or error
         self._changed.set()

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 512 << 10
 """Bytes in one StatePart."""
-MAX_GIVEN = 4
+MAX_GIVEN = 8
 """Sessions that are given at once: the others run until it is their turn."""
 
 
@@ -90,14 +90,14 @@ class MoveDesk:
         """
         timeout_s = self._limits.move_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._slots, asyncio.timeout(timeout_s):
                 stream = await greet(
                     lambda peer_id: self._open_stream(peer_id, client),
                     message.peer_id,
                     message.push_key,
                     timeout_s=self._limits.push_open_timeout_s,
                 )
-                async with stream, self._slots:
+                async with stream:
                     await self._send(session, stream)
         except TimeoutError:
             raise PeerTimeout(f"the session could not be given within {timeout_s:g} s") from None

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from swarm.client.moves import MAX_ASKED
 from swarm.client.session import RemoteSession, SessionConfig
 from swarm.network import Node, NodeConfig
 from swarm.server import handler
@@ -171,7 +172,7 @@ async def test_where_one_has_no_room_the_next_is_asked(nodes):
         row = tokens(40)
         await session.step(row, positions=[0], num_tokens=[40], num_outputs=[1])
         await swarm.drain(1)
-        assert swarm.on(session) == [0, 4, 2] and swarm.peers.failures == [other.peer_id]
+        assert swarm.on(session) == [0, 4, 2] and swarm.peers.failures == []
         assert not chain.handlers[3].num_sessions and not chain.executors[3].pages
         assert chain.handlers[1].meter.given_bytes == chain.handlers[4].meter.taken_bytes > 0
         await session.close()
@@ -238,3 +239,29 @@ async def test_a_closed_session_takes_its_move_along(nodes):
         await asyncio.gather(running, return_exceptions=True)
         await draining
         await eventually(lambda: not any(executor.sessions for executor in chain.executors), "no sessions")
+
+
+async def test_a_server_that_asks_again_and_again_is_replaced(nodes):
+    """It could have us open sessions everywhere; and what it says of others is not believed."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        (served,) = chain.handlers[1]._sessions
+        served.mover.hand_over = lambda message, group: served.mover._answer(message, "not yet")
+        for number in range(MAX_ASKED + 1):
+            served.mover.ask(1.0)
+            await eventually(
+                lambda number=number: (
+                    sum(handler.meter.num_opened for handler in chain.handlers) > 3 + number
+                    or not chain.handlers[1].num_sessions
+                ),
+                "an attempt",
+            )
+        await eventually(lambda: not chain.handlers[1].num_sessions, "the end of its session")
+        assert swarm.peers.failures == [chain.peer_id(1)]
+        new = tokens(1, 1)
+        row = torch.cat([row, new])
+        assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        await session.close()
