@@ -9,7 +9,9 @@ While `is_frozen`, the session takes no steps. It knows what it may do; how a se
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from math import inf
 
 from swarm.errors import InvalidRequest, PeerDisconnected, SwarmError
 from swarm.protocol import HandedOver, HandOver, MoveAway
@@ -48,6 +50,8 @@ class Mover:
         """Whether no steps are taken; whether another server has the session."""
         self.has_nowhere = False
         """Whether the client knows nobody who would take it."""
+        self.settled_at = -inf
+        """When it has come from another server, or was last asked to go to one, by the monotonic clock."""
         self._session, self._desk, self._client, self._control = session, desk, client, control
         self._limits, self._on_end = limits, on_end
         self._leaving: asyncio.Task[None] | None = None
@@ -58,7 +62,7 @@ class Mover:
     def ask(self, within_s: float) -> None:
         """Ask the client to have the session moved; nothing more is asked of one that has moved."""
         if not self.is_gone:
-            self.has_nowhere = False
+            self.has_nowhere, self.settled_at = False, time.monotonic()
             self._control.tell(MoveAway(within_s=min(max(within_s, 0.0), 86400.0)))
 
     def hand_over(self, message: HandOver, group: asyncio.TaskGroup) -> None:
@@ -101,6 +105,7 @@ class Mover:
             await self._desk.take(self._session, stream)
         finally:
             self._arriving = None
+        self.settled_at = time.monotonic()
         self._control.tell(self._session.taken)
 
     async def close(self) -> None:

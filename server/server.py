@@ -319,8 +319,10 @@ class Server:
         await self._stack.aclose()
 
     async def renew(self) -> None:
-        """Look where the other servers are, and announce ourselves again."""
+        """Look where the other servers are, have sessions moved to them if need be, and announce ourselves again."""
         await self._scout.look()
+        if self.handler is not None:
+            self.handler.relieve(self._scout.replicas)
         await self._announce()
 
     async def _announce(self) -> None:

@@ -415,6 +415,11 @@ class ServedSession:
         await self.mover.receive(stream)
 
     @property
+    def num_pages(self) -> int:
+        """Pages that its tokens fill, not counting that beams and prompts share some."""
+        return sum(-(-length // PAGE_SIZE) for length in self._intake.lengths)
+
+    @property
     def taken(self) -> StateTaken:
         """How far this session is."""
         return StateTaken(step_id=self._intake.step_id, received=tuple(self._intake.lengths))

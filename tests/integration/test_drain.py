@@ -1,7 +1,10 @@
 """Servers that are told to stop: their sessions and training runs go on elsewhere, without a token or a bit less."""
 
+import asyncio
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
+from math import inf
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from swarm.client.model import distribute
 from swarm.client.processes import start_server
 from swarm.client.runtime import SwarmService, SwarmSession, connect
 from swarm.protocol import SESSION_SERVICE, OpenSession
+from swarm.server.config import CacheSize
 
 from .conftest import HIDDEN, LocalSwarm, closing
 from .test_adapter_failover import fleet, wait_until_nothing_is_held  # noqa: F401
@@ -124,6 +128,40 @@ async def _take_all_pages(server) -> list[int]:
 
 async def _free(server, pages: list[int]) -> None:
     await server.executor._ask(lambda: server.executor._allocator.free(pages))
+
+
+def test_a_server_that_is_short_of_cache_has_a_session_moved_to_one_with_room(tiny_llama, local_model):
+    """Two sessions that push each other out of a small cache: one of them goes, once, and both go on."""
+    swarm = LocalSwarm(tiny_llama)
+    tight = swarm.add_server("0:6", cache_size=CacheSize(tokens=64))
+    rows = [torch.randint(1, 120, (1, 40), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    with closing(swarm), closing(swarm.connect()) as service, ExitStack() as stack:
+        sessions = [stack.enter_context(service.open_session(batch_size=1, max_length=64)) for _ in rows]
+
+        def step(which: int, start: int) -> None:
+            inputs = local_model.model.embed_tokens(rows[which][0, start:]).detach()
+            outputs = sessions[which].step(inputs, positions=[start], num_tokens=[len(inputs)], num_outputs=[1])
+            logits = local_model.lm_head(local_model.model.norm(outputs))
+            torch.testing.assert_close(logits, local_model(rows[which]).logits[0, -1:], atol=1e-4, rtol=0)
+
+        for which in range(2):
+            step(which, 0)
+        assert tight.executor.meter.num_swapped_out
+        roomy = swarm.add_server("0:6")
+        for _ in range(2):  # the second time there is no more need
+            tight._scout._directory._refreshed_at = -inf
+            swarm.loop.run(tight.renew())
+            swarm.loop.run(_until(lambda: tight.handler.num_sessions == roomy.handler.num_sessions == 1))
+        for which in range(2):
+            rows[which] = torch.cat([rows[which], torch.tensor([[5 + which]])], dim=1)
+            step(which, 40)
+        assert sum(it.num_moves for it in sessions) == 1 and not sum(it.num_replays for it in sessions)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("moment", ["between forward and backward", "before forward"])
