@@ -14,6 +14,9 @@ from swarm.errors import InvalidRequest, PeerBusy
 from swarm.server.host_pages import HostBudget, Swapped
 from swarm.server.sequences import CachedSession
 
+HOST_SHARE = 0.5
+"""Part of the memory for swapped sessions that may be full when one comes: the rest is for those that are here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheImage:
@@ -72,8 +75,9 @@ def put_image(session: CachedSession, image: CacheImage, span: Any, host: HostBu
         raise InvalidRequest(f"the session holds {session.num_tokens} tokens: it can't become another one")
     if not any(image.lengths):
         return
-    if not host.has_room(len(image.content)):
-        raise PeerBusy(f"{len(image.content)} bytes of host memory needed, {host.capacity - host.used} free")
+    free = int(host.capacity * HOST_SHARE) - host.used
+    if len(image.content) > free:
+        raise PeerBusy(f"{len(image.content)} bytes of host memory needed, {max(0, free)} free")
     saved, states = span.unpack_cache(image.content, image.num_pages, image.num_states, session.blocks)
     left = iter(states)
     for row, length in zip(session.rows, image.lengths, strict=True):

@@ -57,6 +57,7 @@ class Mover:
         self._leaving: asyncio.Task[None] | None = None
         self._arriving: PushStream | None = None
         """Brings the session that this one becomes."""
+        self._promised_pages = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def ask(self, within_s: float) -> None:
@@ -102,14 +103,21 @@ class Mover:
             raise InvalidRequest("the session has begun: it can't become another one")
         self._arriving = stream
         try:
-            await self._desk.take(self._session, stream)
+            self._promised_pages = await self._desk.take(self._session, stream)
         finally:
             self._arriving = None
         self.settled_at = time.monotonic()
         self._control.tell(self._session.taken)
 
+    def use_room(self) -> None:
+        """The session has work, so that it gets pages like any other: none need be kept for it."""
+        if self._promised_pages:
+            self._desk.release(self._promised_pages)
+            self._promised_pages = 0
+
     async def close(self) -> None:
         """The session is over."""
+        self.use_room()
         if self._timer is not None:
             self._timer.cancel()
         if self._arriving is not None:

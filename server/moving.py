@@ -81,6 +81,8 @@ class MoveDesk:
         self._executor, self._limits, self._meter, self._open_stream = executor, limits, meter, open_stream
         self._slots = asyncio.Semaphore(MAX_GIVEN)
         self._arriving = Budget(limits.max_arriving_bytes)
+        self._promised_pages = 0
+        """Of sessions that come, or have come and not run yet: they have no pages of the cache until they do."""
 
     async def give(self, session: Movable, message: HandOver, client: str) -> None:
         """Give a session to the one that its client has opened elsewhere; it is frozen when this returns.
@@ -121,8 +123,11 @@ class MoveDesk:
         logger.info("gave a session of %d tokens, %d bytes, to %s in %.3f s",
                     sum(state.lengths), len(body), stream.peer_id, time.monotonic() - frozen_at)  # fmt: skip
 
-    async def take(self, session: Movable, stream: PushStream) -> None:
+    async def take(self, session: Movable, stream: PushStream) -> int:
         """Let another server fill a session that is still empty; it is as it was if that fails.
+
+        Returns:
+            The pages that it was promised, until `release`.
 
         Raises:
             SwarmError: why it has failed; the other server is told so.
@@ -132,7 +137,7 @@ class MoveDesk:
         try:
             async with asyncio.timeout(timeout_s):
                 await stream.send(PushAccepted())
-                await self._receive(session, stream)
+                return await self._receive(session, stream)
         except TimeoutError:
             raise PeerTimeout(f"the session did not come within {timeout_s:g} s") from None
         except EndOfStream:
@@ -140,36 +145,49 @@ class MoveDesk:
         finally:
             session.thaw()
 
-    async def _receive(self, session: Movable, stream: PushStream) -> None:
+    def release(self, num_pages: int) -> None:
+        """A session has taken the pages that it was promised, or needs none any more."""
+        self._promised_pages -= num_pages
+
+    async def _receive(self, session: Movable, stream: PushStream) -> int:
         state, _ = await stream.receive()
         if not isinstance(state, SessionState):
             raise InvalidRequest(f"expected SessionState, got {type(state).__name__}")
         layout = await self._executor.layout(session.opened.blocks)
         arrival = Arrival(state, session.opened, layout, self._executor.span.hidden_size)
-        self._check_room(state, arrival)
+        num_pages = state.num_pages + len(state.lengths)
+        self._check_room(num_pages, arrival.num_bytes)
+        self._promised_pages += num_pages
         self._arriving.used += arrival.num_bytes
         try:
-            arrival.allocate()
-            while not arrival.is_whole:
-                part, body = await stream.receive()
-                if not isinstance(part, StatePart):
-                    raise InvalidRequest(f"expected StatePart, got {type(part).__name__}")
-                arrival.take(part, body)
-            await session.resume(await asyncio.to_thread(arrival.finish))
+            await self._receive_parts(session, stream, arrival)
+        except BaseException:
+            self.release(num_pages)
+            raise
         finally:
             self._arriving.used -= arrival.num_bytes
         self._meter.took(arrival.num_bytes)
+        return num_pages
+
+    async def _receive_parts(self, session: Movable, stream: PushStream, arrival: Arrival) -> None:
+        arrival.allocate()
+        while not arrival.is_whole:
+            part, body = await stream.receive()
+            if not isinstance(part, StatePart):
+                raise InvalidRequest(f"expected StatePart, got {type(part).__name__}")
+            arrival.take(part, body)
+        await session.resume(await asyncio.to_thread(arrival.finish))
         await stream.send(session.taken)
 
-    def _check_room(self, state: SessionState, arrival: Arrival) -> None:
+    def _check_room(self, num_pages: int, num_bytes: int) -> None:
         """Refuse what there is no room for now: whoever is here already is not to suffer.
 
         Raises:
             PeerBusy: with what is needed and what is free.
         """
-        needed, free = state.num_pages + len(state.lengths), self._executor.free_tokens // PAGE_SIZE
-        if needed > free:
-            raise PeerBusy(f"the session needs {needed} pages, {free} are free", retry_after_s=10.0)
+        free = self._executor.free_tokens // PAGE_SIZE - self._promised_pages
+        if num_pages > free:
+            raise PeerBusy(f"the session needs {num_pages} pages, {free} are free", retry_after_s=10.0)
         room = self._arriving.limit - self._arriving.used
-        if arrival.num_bytes > room:
-            raise PeerBusy(f"the session has {arrival.num_bytes} bytes, there is room for {room}", retry_after_s=5.0)
+        if num_bytes > room:
+            raise PeerBusy(f"the session has {num_bytes} bytes, there is room for {room}", retry_after_s=5.0)

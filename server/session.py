@@ -393,6 +393,7 @@ class ServedSession:
         )
         starts = tuple(end - count for end, count in zip(self._intake.lengths, work.num_tokens, strict=True))
         self._backlog.add(work, starts, start)
+        self.mover.use_room()
         self._executor.submit(self._cached, work)
 
     def _answer(self, probe: Probe) -> ProbeResult:

@@ -200,6 +200,33 @@ async def test_a_session_is_filled_once(nodes: list[Node]):
         assert isinstance(await failure_of(third), InvalidRequest)
 
 
+async def test_room_is_promised_to_those_that_have_come_until_they_run(nodes: list[Node]):
+    """Sessions that fit one by one are not all taken; once one has its pages, or has gone, others may come."""
+    async with chain_of(nodes, 2) as chain:
+        state, body = await state_of(chain, tokens(30))
+        chain.executors[1].num_pages = 8
+
+        async def arrive(new: HopClient) -> object:
+            stream = await state_stream(chain, new)
+            await stream.send(state)
+            await stream.send(StatePart(offset=0), body)
+            return (await stream.receive(10))[0]
+
+        first, second, third = [await chain.open(1, is_last=True) for _ in range(3)]
+        assert isinstance(await arrive(first), StateTaken) and isinstance(await arrive(second), StateTaken)
+        chain.executors[1].sessions[0].rows = [torch.zeros(0, 4)]  # as on a real device: no pages before it runs
+        chain.executors[1].sessions[1].rows = [torch.zeros(0, 4)]
+        with pytest.raises(PeerBusy, match="needs 3 pages, 2 are free"):
+            await arrive(third)
+        await first.stream.close()
+        await eventually(lambda: chain.handlers[1].num_sessions == 2, "the end of the first")
+        assert isinstance(await arrive(third), StateTaken)
+        for hop in (second, third):
+            await hop.stream.close()
+        await eventually(lambda: not chain.handlers[1].num_sessions, "the end of all")
+        assert not chain.handlers[1]._moves._promised_pages
+
+
 async def test_a_session_that_ends_while_it_is_filled_leaves_nothing(nodes: list[Node]):
     """Whoever sent the state is told, and what had come is forgotten."""
     async with chain_of(nodes, 2) as chain:
@@ -212,6 +239,7 @@ async def test_a_session_that_ends_while_it_is_filled_leaves_nothing(nodes: list
         assert isinstance(await failure_of(stream), PeerDisconnected)
         await eventually(lambda: not chain.handlers[1].num_sessions, "the end of the session")
         assert not chain.pages and not chain.handlers[1]._moves._arriving.used
+        assert not chain.handlers[1]._moves._promised_pages
 
 
 async def test_a_server_that_drains_asks_everybody_and_lets_nobody_in(nodes: list[Node]):
