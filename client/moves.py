@@ -12,6 +12,7 @@ its blocks are replayed elsewhere like those of any lost server. No session need
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -39,7 +40,9 @@ MAX_TRIES = 3
 MAX_ASKED = 8
 """Times that a server may ask for that: each opens sessions at others, in our name."""
 MOVE_TIMEOUT_S = 60.0
-"""How long one of them may take, to the end."""
+"""How long one of them may take, to the end ..."""
+TAKEN_TIMEOUT_S = 5.0
+"""... and to say so, once the old server has: nobody serves the session meanwhile."""
 
 
 class Owner(Protocol):
@@ -76,8 +79,12 @@ class Moves:
         self._running: dict[HopStream, _Move] = {}
         self._num_tries = 0
 
-    def start(self, hop: HopStream) -> None:
+    def start(self, hop: HopStream, within_s: float = MOVE_TIMEOUT_S) -> None:
         """Have a hop's part of the session moved to another server, unless that is under way; nobody waits for it.
+
+        Args:
+            hop: whose server has it.
+            within_s: for how long that makes sense.
 
         Raises:
             PeerMisbehaved: that was asked for too often.
@@ -86,7 +93,7 @@ class Moves:
         if hop.num_asked > MAX_ASKED:
             raise PeerMisbehaved(f"asked {MAX_ASKED} times to have a session moved", peer_id=hop.hop.peer_id)
         if hop.move is None or hop.move.done():
-            hop.move = self._hops.spawn(self._move(hop), name=f"move from {hop.hop.peer_id}")
+            hop.move = self._hops.spawn(self._move(hop, within_s), name=f"move from {hop.hop.peer_id}")
 
     def handed_over(self, hop: HopStream, message: HandedOver) -> None:
         """An old server says what became of its HandOver."""
@@ -94,30 +101,32 @@ class Moves:
         if move is not None and move.nonce == message.nonce:
             move.on_handed_over(message)
 
-    async def _move(self, hop: HopStream) -> None:
-        tried = frozenset({hop.hop.peer_id})
+    async def _move(self, hop: HopStream, within_s: float) -> None:
+        tried, until = frozenset({hop.hop.peer_id}), time.monotonic() + within_s
         for _ in range(MAX_TRIES):
+            if time.monotonic() >= until:
+                break
             try:
                 target = await self._owner.replica(hop.hop, tried)
             except (RouteNotFound, PeerError) as error:
                 logger.info("nobody can take over from %s: %s", hop.hop.peer_id, error)
                 break
             tried |= {target.peer_id}
-            if await self._try(hop, target):
+            if await self._try(hop, target, min(MOVE_TIMEOUT_S, until - time.monotonic())):
                 return
         hop.post(HandOver(nonce=self._num_tries, peer_id="", push_key=NO_KEY))
 
-    async def _try(self, hop: HopStream, target: Hop) -> bool:
+    async def _try(self, hop: HopStream, target: Hop, timeout_s: float) -> bool:
         """Move a hop to this server; false if the old one goes on."""
         self._num_tries += 1
         move = self._running[hop] = _Move(self._num_tries, self._owner)
         heir = self._hops.open_heir(hop, target, self._machine.new_link(), listener=move)
         try:
-            async with asyncio.timeout(MOVE_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await self._hand_over(hop, heir, move)
             return True
         except TimeoutError:
-            error: SwarmError = PeerTimeout(f"took no session within {MOVE_TIMEOUT_S:g} s", peer_id=target.peer_id)
+            error: SwarmError = PeerTimeout(f"took no session within {timeout_s:.1f} s", peer_id=target.peer_id)
         except SwarmError as caught:
             error = caught
         finally:
@@ -140,7 +149,8 @@ class Moves:
         opened = await move.wait(lambda: move.opened)
         hop.post(HandOver(nonce=move.nonce, peer_id=heir.hop.peer_id, push_key=heir.push_key))
         await move.wait(lambda: move.handed_over)
-        taken = await move.wait(lambda: move.taken)
+        async with asyncio.timeout(TAKEN_TIMEOUT_S):  # it has been said that the heir has it
+            taken = await move.wait(lambda: move.taken)
         is_moved = self._machine.moved(
             hop.link,
             heir.link,

@@ -301,7 +301,7 @@ class RemoteSession:
         elif isinstance(message, AdapterLoading):
             self._on_loading(hop, message)
         elif isinstance(message, MoveAway):
-            self.moves.start(hop)
+            self.moves.start(hop, message.within_s)
         elif isinstance(message, HandedOver):
             self.moves.handed_over(hop, message)
         elif isinstance(message, AdapterRequest) and self._uploads is not None:
