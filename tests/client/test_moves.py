@@ -9,10 +9,12 @@ import pytest
 import pytest_asyncio
 import torch
 
+from swarm.client import moves
 from swarm.client.moves import MAX_ASKED
 from swarm.client.session import RemoteSession, SessionConfig
 from swarm.network import Node, NodeConfig
 from swarm.server import handler
+from swarm.server.mover import Mover
 from swarm.types import BlockRange
 from tests.client.fake_server import FakePeers
 from tests.server.conftest import chain_of
@@ -265,3 +267,25 @@ async def test_a_server_that_asks_again_and_again_is_replaced(nodes):
         row = torch.cat([row, new])
         assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
         await session.close()
+
+
+async def test_where_nobody_says_that_the_session_has_come_it_is_replayed(nodes, monkeypatch):
+    """The old server has done its part: its word is not enough."""
+
+    async def take_in_silence(mover, stream):
+        await mover._desk.take(mover._session, stream)
+
+    monkeypatch.setattr(Mover, "receive", take_in_silence)
+    monkeypatch.setattr(moves, "TAKEN_TIMEOUT_S", 0.05)
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        await swarm.drain(1)
+        new = tokens(1, 1)
+        row = torch.cat([row, new])
+        assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        assert session.machine.num_replays == 1 and session.moves.num_moves == 0
+        await session.close()
+        await eventually(lambda: chain.pages == 0, "freed pages")

@@ -64,7 +64,7 @@ async def state_of(chain: Chain, row: torch.Tensor) -> tuple[SessionState, bytes
             return message, body
 
         stream.receive = receiving
-        await take(session, stream)
+        return await take(session, stream)
 
     handler._moves.take = watch
     assert (await hand_over(old, new)).is_done

@@ -351,7 +351,7 @@ async def test_what_is_at_an_address_is_not_for_the_client(nodes: list[Node], mo
 
     async with chain_of(nodes, 1) as chain:
         hop = await chain.open(0)
-        monkeypatch.setattr("swarm.server.sender.Sender._greet", fail)
+        monkeypatch.setattr("swarm.server.sender.greet", fail)
         await hop.forward(5, None, peer_id=Identity.generate().peer_id)
         assert (await hop.expect(LinkDown)).text == "the next server can't be reached"
 
