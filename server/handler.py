@@ -212,7 +212,7 @@ class Handler:
             pending=self._pending,
             meter=self.meter,
             open_push=partial(self._desk.open, client=stream.account),
-            moves=self._moves,
+            move_desk=self._moves,
             adapters=self.adapters,
         )
         self._count(stream.account, 1, message.batch_size)
@@ -249,7 +249,7 @@ class Handler:
         self.state = ServerState.DRAINING
         until = time.monotonic() + timeout_s
         for session in self._sessions:
-            session.mover.ask(timeout_s)
+            session.moves.ask(timeout_s)
         while (left_s := until - time.monotonic()) > 0 and any(map(self._must_stay_for, self._sessions)):
             self._left.clear()
             with suppress(TimeoutError):
@@ -277,7 +277,7 @@ class Handler:
             Guest(
                 key=session,
                 num_pages=session.num_pages,
-                settled_at=session.mover.settled_at,
+                settled_at=session.moves.settled_at,
                 adapters=frozenset(session.opened.adapters),
             )
             for session in self._sessions
@@ -285,12 +285,12 @@ class Handler:
         num_pages = self.executor.total_tokens // PAGE_SIZE
         asked = sessions_to_move(guests, places, num_pages, time.monotonic())
         for session in asked:
-            session.mover.ask(RELIEF_S)
+            session.moves.ask(RELIEF_S)
         if asked:
             logger.info("the cache is short: asked %d of %d sessions to move", len(asked), len(guests))
 
     def _must_stay_for(self, session: ServedSession) -> bool:
-        return not session.mover.has_nowhere or time.monotonic() - session.last_active < QUIET_S
+        return not session.moves.has_nowhere or time.monotonic() - session.last_active < QUIET_S
 
     async def adapter(self, stream: Stream) -> None:
         """Take adapters that were asked for, and give others those that are here."""

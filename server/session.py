@@ -6,7 +6,7 @@
 The session stream is the session's life: when it ends, everything is freed. Both kinds of readers stop while the
 session has work enough; the session stream is read a little further, because what stands behind the steps (Probe,
 Forward, HandOver) must be answered whatever happens. Every step is checked here; behind this module steps are trusted.
-A session may go to another server, or come from one: `server.mover`.
+A session may go to another server, or come from one: `server.session_moves`.
 """
 
 import asyncio
@@ -38,11 +38,11 @@ from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
 from swarm.server.meters import SessionMeter
-from swarm.server.mover import Mover
 from swarm.server.moving import MoveDesk
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushStream
 from swarm.server.sender import Sender
+from swarm.server.session_moves import SessionMoves
 from swarm.server.session_state import SavedSession
 from swarm.server.work import Produced, Work
 from swarm.transport import EndOfStream, Stream
@@ -67,7 +67,7 @@ class ServedSession:
         pending: memory for steps that wait for room, shared by all sessions.
         meter: counts what the session does.
         open_push: opens push streams to peers.
-        moves: takes sessions to other servers, and from them.
+        move_desk: takes sessions to other servers, and from them.
         adapters: brings the session's adapters, where it uses any.
     """
 
@@ -83,7 +83,7 @@ class ServedSession:
         pending: Budget,
         meter: SessionMeter,
         open_push: Callable[[str], Awaitable[PushStream]],
-        moves: MoveDesk,
+        move_desk: MoveDesk,
         adapters: AdapterDesk | None = None,
     ):
         self.last_active = time.monotonic()
@@ -104,7 +104,9 @@ class ServedSession:
             on_progress=self._on_room,
             on_client_lost=self.end,
         )
-        self.mover = Mover(self, moves, client=stream.account, control=self._control, limits=limits, on_end=self.end)
+        self.moves = SessionMoves(
+            self, move_desk, client=stream.account, control=self._control, limits=limits, on_end=self.end
+        )
         self._cached = executor.open(
             opened.blocks,
             opened.batch_size,
@@ -174,7 +176,7 @@ class ServedSession:
         self._budget.forget(self, self._stream.account)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
-        await self.mover.close()
+        await self.moves.close()
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
 
@@ -207,7 +209,7 @@ class ServedSession:
             elif isinstance(message, Forward):
                 self._sender.forward(message, group)
             elif isinstance(message, HandOver):
-                self.mover.hand_over(message, group)
+                self.moves.hand_over(message, group)
             else:
                 raise InvalidRequest(f"expected Step, Forward, Probe or HandOver, got {type(message).__name__}")
 
@@ -285,7 +287,7 @@ class ServedSession:
         Outputs that nobody takes (the next server is lost, or not named yet) are kept anyway, as history; they hold the
         session up only when they fill the memory for it. A session that moves takes nothing more.
         """
-        if self.mover.is_frozen:
+        if self.moves.is_frozen:
             return False
         num_tokens = self._backlog.num_tokens
         if self._sender.is_blocked or self._budget.is_full:
@@ -393,7 +395,7 @@ class ServedSession:
         )
         starts = tuple(end - count for end, count in zip(self._intake.lengths, work.num_tokens, strict=True))
         self._backlog.add(work, starts, start)
-        self.mover.use_room()
+        self.moves.use_room()
         self._executor.submit(self._cached, work)
 
     def _answer(self, probe: Probe) -> ProbeResult:
@@ -413,7 +415,7 @@ class ServedSession:
         Raises:
             SwarmError: what was wrong, or that the session has begun.
         """
-        await self.mover.receive(stream)
+        await self.moves.receive(stream)
 
     @property
     def num_pages(self) -> int:
@@ -427,11 +429,11 @@ class ServedSession:
 
     def freeze(self) -> None:
         """Take no more steps."""
-        self.mover.is_frozen = True
+        self.moves.is_frozen = True
 
     def thaw(self) -> None:
         """Take steps again, those first that came meanwhile."""
-        self.mover.is_frozen = False
+        self.moves.is_frozen = False
         self._on_room()
 
     async def settle(self) -> None:

@@ -485,7 +485,7 @@ class TrainForget(Message, frozen=True, tag=48):
 # -- moving: a session goes to another server, with all that it has, while its client goes on -----------------------
 
 
-class MoveAway(Message, frozen=True, tag=60):
+class MoveAway(Message, frozen=True, tag=80):
     """From a server that is about to leave: have the session handed to another server within so long.
 
     The client answers with a `HandOver`, once it has opened a session for the same blocks elsewhere.
@@ -494,7 +494,7 @@ class MoveAway(Message, frozen=True, tag=60):
     within_s: Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
-class HandOver(Message, frozen=True, tag=61):
+class HandOver(Message, frozen=True, tag=81):
     """Give this session, as it stands, to the empty one that was opened with `push_key` at that peer.
 
     Answered by `HandedOver` with the same nonce. `peer_id` "" says that there is nobody to give it to.
@@ -505,7 +505,7 @@ class HandOver(Message, frozen=True, tag=61):
     push_key: PushKey
 
 
-class HandedOver(Message, frozen=True, tag=62):
+class HandedOver(Message, frozen=True, tag=82):
     """The other server has the session, and this one does nothing more for it; or it hasn't, and this one goes on.
 
     What this server had to send to the client was sent before.
@@ -532,7 +532,7 @@ class SentState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     encoding: Encoding
 
 
-class SessionState(Message, frozen=True, tag=63):
+class SessionState(Message, frozen=True, tag=83):
     """A session on its way to another server: on a `state` stream, behind PushHello and PushAccepted.
 
     Its bytes follow in `StatePart`s: for each row the numbers of its pages (4 bytes each, little-endian); the cache, as
@@ -561,13 +561,13 @@ class SessionState(Message, frozen=True, tag=63):
     """None before the first output."""
 
 
-class StatePart(Message, frozen=True, tag=64):
+class StatePart(Message, frozen=True, tag=84):
     """Bytes of the state from `offset` on; the body. Parts come in order."""
 
     offset: NumBytes
 
 
-class StateTaken(Message, frozen=True, tag=65):
+class StateTaken(Message, frozen=True, tag=85):
     """The state has come, whole and sound: told to the server that sent it, and to the session's client."""
 
     step_id: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]

@@ -14,7 +14,7 @@ from swarm.client.moves import MAX_ASKED
 from swarm.client.session import RemoteSession, SessionConfig
 from swarm.network import Node, NodeConfig
 from swarm.server import handler
-from swarm.server.mover import Mover
+from swarm.server.session_moves import SessionMoves
 from swarm.types import BlockRange
 from tests.client.fake_server import FakePeers
 from tests.server.conftest import chain_of
@@ -251,16 +251,19 @@ async def test_a_server_that_asks_again_and_again_is_replaced(nodes):
         row = tokens(30)
         await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
         (served,) = chain.handlers[1]._sessions
-        served.mover.hand_over = lambda message, group: served.mover._answer(message, "not yet")
-        for number in range(MAX_ASKED + 1):
-            served.mover.ask(1.0)
-            await eventually(
-                lambda number=number: (
-                    sum(handler.meter.num_opened for handler in chain.handlers) > 3 + number
-                    or not chain.handlers[1].num_sessions
-                ),
-                "an attempt",
-            )
+        hand_over = served.moves.hand_over
+
+        def refuse(message, group):
+            if message.peer_id:
+                served.moves._answer(message, "not yet")
+            else:
+                hand_over(message, group)
+
+        served.moves.hand_over = refuse
+        for _ in range(MAX_ASKED):
+            served.moves.ask(60.0)
+            await eventually(lambda: served.moves.has_nowhere, "the end of an attempt")
+        served.moves.ask(60.0)
         await eventually(lambda: not chain.handlers[1].num_sessions, "the end of its session")
         assert swarm.peers.failures == [chain.peer_id(1)]
         new = tokens(1, 1)
@@ -272,10 +275,10 @@ async def test_a_server_that_asks_again_and_again_is_replaced(nodes):
 async def test_where_nobody_says_that_the_session_has_come_it_is_replayed(nodes, monkeypatch):
     """The old server has done its part: its word is not enough."""
 
-    async def take_in_silence(mover, stream):
-        await mover._desk.take(mover._session, stream)
+    async def take_in_silence(own, stream):
+        await own._desk.take(own._session, stream)
 
-    monkeypatch.setattr(Mover, "receive", take_in_silence)
+    monkeypatch.setattr(SessionMoves, "receive", take_in_silence)
     monkeypatch.setattr(moves, "TAKEN_TIMEOUT_S", 0.05)
     async with chain_of(nodes, 6) as chain:
         swarm = Swarm(chain)

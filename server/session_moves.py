@@ -24,7 +24,7 @@ from swarm.server.sender import reason_for_client
 logger = logging.getLogger(__name__)
 
 
-class Mover:
+class SessionMoves:
     """The moves of one session.
 
     Args:
