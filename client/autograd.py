@@ -30,8 +30,10 @@ class BlockTraining(Protocol):
         """Run whole sequences; see `swarm.client.training.RemoteTraining.forth`."""
         ...
 
-    def back(self, call: Any, gradients: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Gradients of a call's inputs and of its parameters, all numbers of each block."""
+    def back(
+        self, call: Any, gradients: Tensor, *, wants_inputs: bool = True
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Gradients of a call's inputs, if wanted, and of its parameters, all numbers of each block."""
         ...
 
     def drop(self, call: Any) -> None:
@@ -171,10 +173,12 @@ class _RemoteBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        of_rows, sums = ctx.blocks.training.back(ctx.graph.call, gradient.to("cpu"))
+        of_rows, sums = ctx.blocks.training.back(
+            ctx.graph.call, gradient.to("cpu"), wants_inputs=ctx.needs_input_grad[0]
+        )
         numbers = torch.cat([sums[block] for block in sorted(sums)]) if sums else torch.empty(0)
         parts = numbers.split([shape.numel() for shape, _, _ in ctx.shapes])
         of_tensors = [
             part.view(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, ctx.shapes, strict=True)
         ]
-        return of_rows.to(gradient), None, None, None, *of_tensors
+        return None if of_rows is None else of_rows.to(gradient), None, None, None, *of_tensors

@@ -182,9 +182,11 @@ class SwarmTraining:
             self.remote.forth(hidden_states, lengths, parameters=parameters, wants_gradients=wants_gradients)
         )
 
-    def back(self, call: Call, gradients: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def back(
+        self, call: Call, gradients: torch.Tensor, *, wants_inputs: bool = True
+    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
         """Gradients of a call's inputs and parameters; see `RemoteTraining.back`."""
-        return self._loop.run(self.remote.back(call, gradients))
+        return self._loop.run(self.remote.back(call, gradients, wants_inputs=wants_inputs))
 
     def drop(self, call: Call) -> None:
         """Nobody will go back through this call."""

@@ -4,9 +4,10 @@
                       ▲                        │
                       └── came_forth, came_back, lost_one, chain_lost ◄~~ answers, failures
 
-Everything goes through the client: outputs of one hop are its inputs for the next. When a hop is lost, the chain is
-given up and another one opened over the servers that are known then, until `max_wait_s` has passed without progress.
-What a server answers to a micro-batch of ours is believed when it blames the request.
+Hops send to each other where they can (`TrainLink`); else what comes out of one goes through the client to the next.
+When a hop is lost, the chain is given up and another one opened over the servers that are known then, until
+`max_wait_s` has passed without progress. What a server answers to a micro-batch of ours is believed when it blames the
+request. Of a new version of the parameters servers get what is different from the one before.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swarm.adapters.difference import encode_difference
 from swarm.adapters.format import Manifest
 from swarm.client.config import SessionConfig
 from swarm.client.deadlines import Patience
@@ -27,6 +29,7 @@ from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import (
     InvalidRequest,
     PeerBusy,
+    PeerDisconnected,
     PeerError,
     PeerMisbehaved,
     PeerTimeout,
@@ -42,12 +45,14 @@ from swarm.protocol import (
     TrainForget,
     TrainForward,
     TrainGradients,
+    TrainLinked,
     TrainLost,
     TrainOutputs,
     TrainParameters,
+    printable,
 )
 from swarm.session import Hop
-from swarm.training import Backward, Forget, Forward, MicroBatch, Pipeline
+from swarm.training import Backward, Forward, MicroBatch, Pipeline
 from swarm.transport import Transport
 from swarm.types import BlockRange
 
@@ -65,12 +70,25 @@ class Parameters:
     num_elements: Mapping[int, int]
     """Numbers of all tensors, by block."""
 
-    def message(self, blocks: BlockRange) -> tuple[TrainParameters, bytes]:
-        """What a server of these blocks is sent."""
-        data = self.manifest.encode()
-        shards = [self.shards[info.block] for info in self.manifest.within(blocks.start, blocks.end)]
-        message = TrainParameters(version=self.version, digest=self.manifest.digest, manifest_bytes=len(data))
-        return message, b"".join([data, *shards])
+    def message(self, blocks: BlockRange, base: "Parameters | None" = None) -> tuple[TrainParameters, bytes]:
+        """What a server of these blocks is sent.
+
+        Args:
+            blocks: of the server.
+            base: an earlier version that it has; then what is different will do, if that is smaller.
+        """
+        data, shards = self.manifest.encode(), self._shards_of(blocks)
+        difference = None if base is None else encode_difference(base._shards_of(blocks), shards)
+        message = TrainParameters(
+            base=-1 if base is None or difference is None else base.version,
+            version=self.version,
+            digest=self.manifest.digest,
+            manifest_bytes=len(data),
+        )
+        return message, b"".join([data, shards if difference is None else difference])
+
+    def _shards_of(self, blocks: BlockRange) -> bytes:
+        return b"".join(self.shards[info.block] for info in self.manifest.within(blocks.start, blocks.end))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +119,8 @@ class RemoteTraining:
         self._peers, self._transport, self._config = peers, transport, config
         self._chain: TrainingChain | None = None
         self._parameters: dict[int, Parameters] = {}
+        self._stale: set[int] = set()
+        """Versions that no call uses any more, and that a hop may still have."""
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
         self._refusal: SwarmError | None = None
@@ -160,8 +180,10 @@ class RemoteTraining:
                 self.drop(call)
             return call, outputs
 
-    async def back(self, call: Call, gradients: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Gradients of a call's inputs [sum(lengths), hidden], and of its parameters: all numbers of each block.
+    async def back(
+        self, call: Call, gradients: Tensor, *, wants_inputs: bool = True
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Gradients of a call's inputs [sum(lengths), hidden], if wanted, and of its parameters: all of each block.
 
         Micro-batches are summed in their order, whatever the order in which they came.
 
@@ -171,21 +193,21 @@ class RemoteTraining:
         async with self._turn:
             parts = gradients.split([sum(micro.num_tokens) for micro in call.micros])
             for micro, part in zip(call.micros, parts, strict=True):
-                micro.output_gradients = encode_tensor(part)
+                micro.output_gradients, micro.wants_inputs = encode_tensor(part), wants_inputs
             try:
                 self.pipeline.go_back(call.micros)
-                await self._until(lambda: all(micro.input_gradients is not None for micro in call.micros))
+                await self._until(lambda: all(micro.is_back for micro in call.micros))
             except BaseException:
                 self.drop(call)
                 raise
-            inputs = torch.cat([decode_tensor(*micro.input_gradients) for micro in call.micros])
+            found = [decode_tensor(*micro.input_gradients) for micro in call.micros if wants_inputs]
             sums: dict[int, Tensor] = {}
             for micro in call.micros:
-                for found in micro.parameter_gradients:
-                    for block, numbers in found.items():
+                for of_hop in micro.parameter_gradients.values():
+                    for block, numbers in of_hop.items():
                         sums[block] = sums[block] + numbers if block in sums else numbers
-                micro.output_gradients, micro.parameter_gradients = None, []
-            return inputs, sums
+                micro.output_gradients, micro.parameter_gradients = None, {}
+            return torch.cat(found) if wants_inputs else None, sums
 
     def drop(self, call: Call) -> None:
         """Nobody will go back through this call."""
@@ -194,12 +216,8 @@ class RemoteTraining:
 
     def forget(self, version: int) -> None:
         """No call uses this version of the parameters any more."""
-        self._parameters.pop(version, None)
-        if self._chain is not None:
-            for index, versions in enumerate(self._chain.versions):
-                if version in versions:
-                    versions.remove(version)
-                    self._chain.post(index, TrainForget(micro_batches=(), versions=(version,)))
+        self._stale.add(version)
+        self._forget_stale()
 
     async def close(self) -> None:
         """End the run at all servers."""
@@ -254,8 +272,16 @@ class RemoteTraining:
     async def _open_chain(self) -> None:
         try:
             hops = await self._peers.spread(self.blocks)
+            unlinkable = self._peers.pairs_without_push
             chain = await open_chain(
-                self._transport, hops, model=self._peers.model, timeout_s=self._config.open_timeout_s
+                self._transport,
+                hops,
+                model=self._peers.model,
+                timeout_s=self._config.open_timeout_s,
+                may_link=lambda hop, following: (
+                    self._config.push and (hop.peer_id, following.peer_id) not in unlinkable
+                ),
+                on_unlinked=lambda hop, following: self._peers.cannot_push(hop.peer_id, following.peer_id),
             )
         except HopFailed as failure:
             self._peers.failed(failure.hop.peer_id, failure.error)
@@ -267,7 +293,7 @@ class RemoteTraining:
             self.num_chains += 1
             self._heard_at = time.monotonic()
             chain.start(self)
-            self.pipeline.chain_opened(len(hops))
+            self.pipeline.chain_opened(len(hops), chain.links)
 
     def _pump(self) -> None:
         """Send all that can be sent now."""
@@ -277,31 +303,54 @@ class RemoteTraining:
             if isinstance(action, Forward):
                 self._send_forward(self._chain, action)
             elif isinstance(action, Backward):
-                spec, body = action.gradients
-                self._post(
-                    self._chain, action.hop, TrainBackward(micro_batch=action.micro.number, gradients=spec), body
-                )
+                self._send_backward(self._chain, action)
             else:
-                self._send_forget(self._chain, action)
+                message = TrainForget(micro_batches=action.numbers, versions=())
+                for hop in range(len(self._chain.hops)):
+                    self._post(self._chain, hop, message, b"")
 
     def _send_forward(self, chain: TrainingChain, action: Forward) -> None:
         micro, hop = action.micro, action.hop
-        if micro.version >= 0 and micro.version not in chain.versions[hop]:
-            self._post(chain, hop, *self._parameters[micro.version].message(chain.hops[hop].blocks))
-            chain.versions[hop].add(micro.version)
+        self._send_parameters(chain, hop, micro.version)
+        while hop in chain.links:  # those that get the micro-batch without us need the parameters, too
+            hop += 1
+            self._send_parameters(chain, hop, micro.version)
         spec, body = action.hidden_states
         message = TrainForward(
             micro_batch=micro.number,
             version=micro.version,
             num_tokens=micro.num_tokens,
-            keep=micro.wants_gradients,
+            keep=micro.is_kept,
             hidden_states=spec,
         )
-        self._post(chain, hop, message, body)
+        self._post(chain, action.hop, message, body)
 
-    def _send_forget(self, chain: TrainingChain, action: Forget) -> None:
-        for index in range(len(chain.hops)):
-            chain.post(index, TrainForget(micro_batches=action.numbers, versions=()))
+    def _send_parameters(self, chain: TrainingChain, hop: int, version: int) -> None:
+        known = chain.versions[hop]
+        if version < 0 or version in known:
+            return
+        base = self._parameters.get(max(known, default=-1))
+        self._post(chain, hop, *self._parameters[version].message(chain.hops[hop].blocks, base))
+        known.add(version)
+        self._forget_stale()
+
+    def _forget_stale(self) -> None:
+        """Free the versions that nobody uses, but for the last that a hop has: the next one will be based on it."""
+        chain, in_use = self._chain, set[int]()
+        for hop, known in enumerate([] if chain is None else chain.versions):
+            stale = (known & self._stale) - {max(known, default=-1)}
+            known -= stale
+            in_use |= known
+            if stale and chain is not None:
+                chain.post(hop, TrainForget(micro_batches=(), versions=tuple(sorted(stale))))
+        for version in self._stale - in_use:
+            self._stale.remove(version)
+            self._parameters.pop(version, None)
+
+    def _send_backward(self, chain: TrainingChain, action: Backward) -> None:
+        spec, body = action.gradients
+        message = TrainBackward(micro_batch=action.micro.number, gradients=spec, wants_inputs=action.wants_inputs)
+        self._post(chain, action.hop, message, body)
 
     def _post(self, chain: TrainingChain, hop: int, message: Message, body: bytes | memoryview) -> None:
         self._has_sent = True
@@ -319,7 +368,8 @@ class RemoteTraining:
         self._heard_at = time.monotonic()
         self.bytes_received += len(body)
         if isinstance(message, TrainOutputs):
-            outputs = (message.hidden_states, self._checked(message.micro_batch, message.hidden_states, body))
+            spec = message.hidden_states
+            outputs = None if spec is None else (spec, self._checked(message.micro_batch, spec, body))
             is_kept = self.pipeline.came_forth(index, message.micro_batch, outputs, is_kept=message.is_kept)
             if not is_kept:
                 self._trouble = PeerBusy("no server of the chain may keep this micro-batch for its way back")
@@ -327,6 +377,9 @@ class RemoteTraining:
             self._on_gradients(index, message, body)
         elif isinstance(message, TrainLost):
             self.pipeline.lost_one(index, message.micro_batch)
+        elif isinstance(message, TrainLinked) and message.fault and index in self.pipeline.links:
+            # most likely because the next server is gone: if not, it is as good as before a little later
+            self.on_failure(index + 1, PeerDisconnected(f"the link to this server broke: {printable(message.fault)}"))
         else:
             raise PeerMisbehaved(f"unexpected {type(message).__name__}")
         self._pump()
@@ -343,9 +396,10 @@ class RemoteTraining:
             sizes = {block: elements[block] for block in blocks if block in elements}
         if message.num_parameters != sum(sizes.values()):
             raise PeerMisbehaved(f"{message.num_parameters} gradients of parameters, {sum(sizes.values())} expected")
-        split_at = message.gradients.num_bytes
-        inputs = (message.gradients, self._checked(message.micro_batch, message.gradients, body[:split_at]))
-        rest = body[split_at:]
+        spec, rest, inputs = message.gradients, body, None
+        if spec is not None:
+            inputs = (spec, self._checked(message.micro_batch, spec, body[: spec.num_bytes]))
+            rest = body[spec.num_bytes :]
         if len(rest) != 4 * message.num_parameters:
             raise PeerMisbehaved(f"{len(rest)} bytes of gradients, {4 * message.num_parameters} declared")
         numbers = torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else torch.empty(0)

@@ -82,8 +82,8 @@ class Handler:
         self._pending = Budget(self._limits.max_total_pending_bytes)
         self.meter = SessionMeter()
         self._transport, self._started = transport, time.monotonic()
-        self._desk = PushDesk(transport, self._limits)
-        self._moves = MoveDesk(executor, self._limits, self.meter, self._desk.open_state)
+        self.pushes = PushDesk(transport, self._limits)
+        self._moves = MoveDesk(executor, self._limits, self.meter, self.pushes.open_state)
         self.adapters: AdapterDesk | None = None
         """None where this server takes none."""
         self._sessions: set[ServedSession] = set()
@@ -147,7 +147,7 @@ class Handler:
         """End what the transport does not know of."""
         if self.adapters is not None:
             await self.adapters.close()
-        await self._desk.close()
+        await self.pushes.close()
 
     async def info(self, stream: Stream) -> None:
         """Answer one InfoRequest."""
@@ -198,7 +198,7 @@ class Handler:
             raise InvalidRequest(f"expected OpenSession, got {type(message).__name__}")
         try:
             self._admit(message, stream.account)
-            self._desk.check(message.push_key)
+            self.pushes.check(message.push_key)
         except SwarmError as error:
             self.meter.refuse(error)
             raise
@@ -211,13 +211,13 @@ class Handler:
             budget=self.history,
             pending=self._pending,
             meter=self.meter,
-            open_push=partial(self._desk.open, client=stream.account),
+            open_push=partial(self.pushes.open, client=stream.account),
             move_desk=self._moves,
             adapters=self.adapters,
         )
         self._count(stream.account, 1, message.batch_size)
         self._sessions.add(session)
-        self._desk.add(message.push_key, session)
+        self.pushes.add(message.push_key, session)
         self.meter.opened()
         ending: BaseException | None = None
         try:
@@ -227,18 +227,18 @@ class Handler:
             raise
         finally:
             self.meter.end(ending)
-            self._desk.remove(message.push_key)
+            self.pushes.remove(message.push_key)
             self._sessions.discard(session)
             self._left.set()
             self._count(stream.account, -1, -message.batch_size)
 
     async def push(self, stream: Stream) -> None:
         """Let another server send steps into a session whose key it knows."""
-        await self._desk.serve(stream)
+        await self.pushes.serve(stream)
 
     async def receive_state(self, stream: Stream) -> None:
         """Let another server hand a session over to one whose key it knows, and that is still empty."""
-        await self._desk.serve_state(stream)
+        await self.pushes.serve_state(stream)
 
     async def drain(self, timeout_s: float) -> None:
         """Let no more sessions in, and have those that are here moved to other servers.
@@ -300,7 +300,7 @@ class Handler:
         await self.adapters.serve(stream, message)
 
     async def _open_adapter_stream(self, peer_id: str, client: str) -> Stream:
-        self._desk.charge(client)
+        self.pushes.charge(client)
         if peer_id == self._transport.node.peer_id:
             raise PeerBusy("that is this server itself", peer_id=peer_id)
         return await self._transport.open(peer_id, ADAPTER_SERVICE, timeout_s=self._limits.push_open_timeout_s)

@@ -1,18 +1,27 @@
-"""Push streams: one server sends steps straight into a session on the next one.
+"""Push streams: one server sends straight into a session, or a training run, on the next one.
 
     Sender ──open(peer)──► transport ~~PushHello(key)~~► PushDesk.serve ─► wait for the session of that key
                                      ◄~~PushAccepted~~                     ─► PushTarget.receive_pushes(stream)
 
-Whoever knows a session's key, which its client chose, may push into it. A stream may come before its session does.
+Whoever knows the key of a session or run, which its client chose, may push into it. A stream may come before its
+session does.
 """
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerMisbehaved, PeerTimeout, SwarmError
+from swarm.errors import (
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerMisbehaved,
+    PeerTimeout,
+    PeerUnreachable,
+    SwarmError,
+)
 from swarm.network.tasks import TaskSet
 from swarm.protocol import PUSH_SERVICE, STATE_SERVICE, Message, PushAccepted, PushHello
 from swarm.rates import Rate, Rates
@@ -55,17 +64,55 @@ class PushStream(Protocol):
 
 
 class PushTarget(Protocol):
-    """A session that others push into."""
+    """A session, or a training run, that others push into."""
 
     async def receive_pushes(self, stream: PushStream) -> None:
-        """Take the steps that come on this stream until it ends."""
+        """Take what comes on this stream until it ends."""
+
+
+@runtime_checkable
+class StateTarget(Protocol):
+    """A session that may become another one."""
 
     async def receive_state(self, stream: PushStream) -> None:
         """Become the session whose state comes on this stream."""
 
 
+async def greet(
+    open_stream: Callable[[str], Awaitable[PushStream]], peer_id: str, push_key: bytes, *, timeout_s: float
+) -> PushStream:
+    """A push stream to whoever has this key at a peer, accepted.
+
+    Raises:
+        SwarmError: why there is none.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            stream = await open_stream(peer_id)
+            try:
+                await stream.send(PushHello(push_key=push_key))
+                answer, _ = await stream.receive()
+                if not isinstance(answer, PushAccepted):
+                    raise PeerMisbehaved(f"expected PushAccepted, got {type(answer).__name__}")
+            except BaseException:
+                await stream.close()
+                raise
+            return stream
+    except TimeoutError:
+        raise PeerTimeout(f"{peer_id} accepted no push stream within {timeout_s:g} s") from None
+    except EndOfStream:
+        raise PeerDisconnected(f"{peer_id} ended the push stream") from None
+
+
+def for_the_client(error: SwarmError | EndOfStream) -> str:
+    """Why there is no stream. Not what is at which address: the client has chosen the peer, and may not be one."""
+    if isinstance(error, PeerUnreachable | PeerTimeout):
+        return "the next server can't be reached"
+    return (str(error) or "the next server ended the stream")[:1024]
+
+
 class PushDesk:
-    """Knows the sessions of this server by their keys, and opens streams to those of others.
+    """Knows the sessions and training runs of this server by their keys, and opens streams to those of others.
 
     Args:
         transport: how to reach other servers.
@@ -106,7 +153,10 @@ class PushDesk:
 
     async def serve_state(self, stream: PushStream) -> None:
         """The state service: hand the stream to the session that it names, which is to become another one."""
-        await (await self._target(stream)).receive_state(stream)
+        target = await self._target(stream)
+        if not isinstance(target, StateTarget):
+            raise InvalidRequest("that is no session: it can't become another one")
+        await target.receive_state(stream)
 
     async def _target(self, stream: PushStream) -> PushTarget:
         hello, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
@@ -185,29 +235,3 @@ class PushDesk:
                 await self.serve(stream)
         except (SwarmError, EndOfStream):
             return  # the other end has been told
-
-
-async def greet(
-    open_stream: Callable[[str], Awaitable[PushStream]], peer_id: str, push_key: bytes, *, timeout_s: float
-) -> PushStream:
-    """A stream into the session of `push_key` at a peer, which has accepted it.
-
-    Raises:
-        SwarmError: why there is none.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            stream = await open_stream(peer_id)
-            try:
-                await stream.send(PushHello(push_key=push_key))
-                answer, _ = await stream.receive()
-                if not isinstance(answer, PushAccepted):
-                    raise PeerMisbehaved(f"expected PushAccepted, got {type(answer).__name__}")
-            except BaseException:
-                await stream.close()
-                raise
-            return stream
-    except TimeoutError:
-        raise PeerTimeout(f"{peer_id} accepted no stream within {timeout_s:g} s") from None
-    except EndOfStream:
-        raise PeerDisconnected(f"{peer_id} ended the stream") from None

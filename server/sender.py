@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from swarm.codec import encode_tensor, torch_dtype
-from swarm.errors import PeerMisbehaved, PeerTimeout, PeerUnreachable, SwarmError
+from swarm.errors import PeerMisbehaved, SwarmError
 from swarm.link import HistoryLost, Link, StepChunk
 from swarm.protocol import (
     MAX_HOPS,
@@ -27,7 +27,7 @@ from swarm.protocol import (
 from swarm.server.backlog import StepStart
 from swarm.server.control import Control
 from swarm.server.limits import HandlerLimits
-from swarm.server.push import PushStream, greet
+from swarm.server.push import PushStream, for_the_client, greet
 from swarm.server.session_state import Sent
 from swarm.server.work import Produced, ProducedRow
 from swarm.transport import EndOfStream
@@ -232,9 +232,8 @@ class Sender:
 
     async def _keep_open(self, message: Forward) -> None:
         """Open a push stream, and watch over it until it ends or a newer Forward cancels this task."""
-        stream: PushStream | None = None
+        timeout_s = self._limits.push_open_timeout_s
         try:
-            timeout_s = self._limits.push_open_timeout_s
             async with await greet(self._open_push, message.peer_id, message.push_key, timeout_s=timeout_s) as stream:
                 self._target = stream
                 self._control.tell(Forwarding(epoch=message.epoch))
@@ -243,15 +242,8 @@ class Sender:
                 answer, _ = await stream.receive()
                 raise PeerMisbehaved(f"{type(answer).__name__} on a push stream", peer_id=stream.peer_id)
         except (SwarmError, EndOfStream) as error:
-            text = reason_for_client(error)
+            text = for_the_client(error)
             log.info("can't send to %s: %s", message.peer_id, error)
         self._target = None
         self.link.disconnect()
-        self._control.tell(LinkDown(epoch=message.epoch, fault=LinkFault.UNREACHABLE, text=text[:1024]))
-
-
-def reason_for_client(error: SwarmError | EndOfStream) -> str:
-    """Why there is no stream. Not what is at which address: the client has chosen the peer, and may not be one."""
-    if isinstance(error, PeerUnreachable | PeerTimeout):
-        return "the next server can't be reached"
-    return str(error) or "the next server ended the stream"
+        self._control.tell(LinkDown(epoch=message.epoch, fault=LinkFault.UNREACHABLE, text=text))

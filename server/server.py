@@ -214,6 +214,7 @@ class Server:
         self.transport.serve(INFO_SERVICE, self.handler.info)
         self.training = TrainingDesk(
             self.executor,
+            self.handler.pushes,
             model=plan.checkpoint.digest,
             model_name=plan.checkpoint.name,
             state=lambda: self.state,

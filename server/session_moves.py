@@ -18,8 +18,7 @@ from swarm.protocol import HandedOver, HandOver, MoveAway
 from swarm.server.control import Control
 from swarm.server.limits import HandlerLimits
 from swarm.server.moving import Movable, MoveDesk
-from swarm.server.push import PushStream
-from swarm.server.sender import reason_for_client
+from swarm.server.push import PushStream, for_the_client
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class SessionMoves:
         except SwarmError as error:
             logger.info("can't give a session to %s: %s", message.peer_id, error)
             self._session.thaw()
-            self._answer(message, reason_for_client(error))
+            self._answer(message, for_the_client(error))
         else:
             self.is_gone = True
             self._answer(message)

@@ -3,26 +3,29 @@
     Stream ──OpenTraining──► TrainingDesk: check, admit ─► ServedTraining
            ──TrainParameters, TrainForward, TrainBackward, TrainForget──► check ─► executor.train ─► Trainer
            ◄──TrainOutputs, TrainGradients, TrainLost── outbox ◄── results, on the loop
+    TrainingLinks ──TrainForward of the server before, TrainBackward of the next──► check
+                  ◄── outputs for the next server, gradients for the one before
 
-The stream is the run's life at this server: when it ends, everything is freed. Every message is checked here; behind
-this module micro-batches are trusted. A run whose results wait, or that has much queued, is not read.
+The client's stream is the run's life at this server: when it ends, everything is freed. Every message is checked here;
+behind this module micro-batches are trusted. A run whose results wait, or that has much queued, is not read.
 """
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from swarm.adapters.delta import BlockDelta
+from swarm.adapters.difference import apply_difference
 from swarm.adapters.format import Manifest, decode_shard
 from swarm.codec import decode_tensor, encode_tensor, torch_dtype
 from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy, SwarmError
 from swarm.protocol import (
     MAX_META_BYTES,
     MAX_STEP_TOKENS,
-    Message,
     OpenTraining,
     TensorSpec,
     TrainBackward,
@@ -30,13 +33,17 @@ from swarm.protocol import (
     TrainForward,
     TrainGradients,
     TrainingOpened,
+    TrainLink,
+    TrainLinked,
     TrainLost,
     TrainOutputs,
     TrainParameters,
 )
 from swarm.server.blocks.training_pass import Part
 from swarm.server.executor import Executor
+from swarm.server.push import PushDesk, PushStream
 from swarm.server.trainer import Back, Failed, Forth, Result
+from swarm.server.training_links import Outbox, TrainingLinks
 from swarm.transport import EndOfStream, Limits, Stream
 from swarm.types import ServerState
 
@@ -51,13 +58,17 @@ class TrainingLimits:
     """Or per member of a private swarm."""
     max_pending_bytes: int = 64 << 20
     """Of one run: micro-batches that wait to be run, and results that wait to be sent; beyond, it is not read."""
-    max_parameter_bytes: int = 256 << 20
-    """Of one run: all versions of its parameters together."""
+    max_parameter_bytes: int = 512 << 20
+    """Of one run: all versions of its parameters together, usually two: a new one is made of the one before."""
     open_timeout_s: float = 10.0
     idle_timeout_s: float = 900.0
     """How long a run may be silent before it is ended."""
     send_timeout_s: float = 120.0
-    """How long a client may leave its results unread."""
+    """How long a client, or a neighbour, may leave its results unread."""
+    link_timeout_s: float = 8.0
+    """How long opening a stream to the next server may take."""
+    max_forgotten: int = 1 << 14
+    """Micro-batches that the client has forgotten before they came from the server before."""
 
 
 class TrainingDesk:
@@ -65,6 +76,7 @@ class TrainingDesk:
 
     Args:
         executor: runs the blocks.
+        pushes: leads to other servers, and others to our runs.
         model: content digest of the checkpoint.
         model_name: what people call it.
         state: of the server, now.
@@ -74,6 +86,7 @@ class TrainingDesk:
     def __init__(
         self,
         executor: Executor,
+        pushes: PushDesk,
         *,
         model: str,
         model_name: str,
@@ -81,7 +94,7 @@ class TrainingDesk:
         limits: TrainingLimits | None = None,
     ):
         self._state = state
-        self._executor, self._model, self._model_name = executor, model, model_name
+        self._executor, self._pushes, self._model, self._model_name = executor, pushes, model, model_name
         self._limits = limits or TrainingLimits()
         self._runs_of: Counter[str] = Counter()
         self._runs: set[ServedTraining] = set()
@@ -97,12 +110,16 @@ class TrainingDesk:
         if not isinstance(message, OpenTraining):
             raise InvalidRequest(f"expected OpenTraining, got {type(message).__name__}")
         self._admit(message, stream.account)
-        run = ServedTraining(stream, message, executor=self._executor, limits=self._limits)
+        self._pushes.check(message.push_key)
+        open_push = partial(self._pushes.open, client=stream.account)
+        run = ServedTraining(stream, message, executor=self._executor, open_push=open_push, limits=self._limits)
         self._runs_of[stream.account] += 1
         self._runs.add(run)
+        self._pushes.add(message.push_key, run)
         try:
             await run.run()
         finally:
+            self._pushes.remove(message.push_key)
             self._runs.discard(run)
             self._runs_of[stream.account] -= 1
             if not self._runs_of[stream.account]:
@@ -128,13 +145,30 @@ class TrainingDesk:
                 raise PeerBusy(f"{count} training runs are open, limit {limit}", retry_after_s=5.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A micro-batch on its way forth, or kept."""
+
+    spec: TensorSpec
+    """Of its hidden states, as they came."""
+    keep: bool
+    version: int
+    num_tokens: tuple[int, ...]
+    is_pushed: bool
+    """Whether it came from the server before, which then gets its gradients."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Version:
     """A version of the parameters."""
 
-    deltas: Mapping[int, BlockDelta]
-    num_virtual: int
-    num_bytes: int
+    deltas: Mapping[int, BlockDelta] = field(default_factory=dict)
+    shards: memoryview = field(default_factory=lambda: memoryview(b""))
+    """One after another; the deltas are views of them. Nobody changes them."""
+    num_virtual: int = 0
+
+
+_NO_PARAMETERS = _Version()
 
 
 class ServedTraining:
@@ -144,10 +178,19 @@ class ServedTraining:
         stream: whose account is the client's.
         opened: what the client asked for, admitted.
         executor: runs the blocks.
+        open_push: opens a stream to a peer's push service.
         limits: sizes and patience.
     """
 
-    def __init__(self, stream: Stream, opened: OpenTraining, *, executor: Executor, limits: TrainingLimits):
+    def __init__(
+        self,
+        stream: Stream,
+        opened: OpenTraining,
+        *,
+        executor: Executor,
+        open_push: Callable[[str], Awaitable[PushStream]],
+        limits: TrainingLimits,
+    ):
         self._stream, self._opened, self._executor, self._limits = stream, opened, executor, limits
         self._span = executor.span
         # fp32 is the widest dtype that hidden states may have
@@ -155,16 +198,28 @@ class ServedTraining:
         self._max_tokens = max(1, min(MAX_STEP_TOKENS, largest))
         self._versions: dict[int, _Version] = {}
         self._last_number = self._last_version = -1
-        self._forth: dict[int, TensorSpec] = {}
-        """Of micro-batches on their way forth: what came."""
-        self._kept: dict[int, TensorSpec] = {}
-        """The same of those that may go back."""
+        self._forth: dict[int, _Coming] = {}
+        self._kept: dict[int, _Coming] = {}
+        """Those that may go back."""
+        self._back: dict[int, TrainBackward] = {}
+        """On their way back: what came."""
         self._pending: dict[int, int] = {}
         """Bytes of micro-batches that wait to be run."""
-        self._outbox: deque[tuple[Message, bytes | memoryview]] = deque()
-        self._outbox_bytes = 0
+        self._forgotten: set[int] = set()
+        """Micro-batches that were forgotten before they came."""
+        self._outbox = Outbox(stream, timeout_s=limits.send_timeout_s, on_sent=lambda: self._room.set())
+        self._links = TrainingLinks(
+            open_push,
+            take_forward=self._take_pushed,
+            take_backward=self._backward,
+            on_fault=lambda fault: self._outbox.post(TrainLinked(fault=fault)),
+            on_sent=lambda: self._room.set(),
+            open_timeout_s=limits.link_timeout_s,
+            send_timeout_s=limits.send_timeout_s,
+        )
         self._error: SwarmError | None = None
-        self._wake = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._new_version = asyncio.Event()
         self._room = asyncio.Event()
         self._run = executor.trainer.new_run(stream.account, opened.blocks, self._told)
 
@@ -180,19 +235,30 @@ class ServedTraining:
             await self._stream.send(TrainingOpened(max_tokens=self._max_tokens, good_tokens=good_tokens))
             await self._read_and_write()
         finally:
+            await self._links.close()
             self._executor.train(lambda trainer: trainer.close(self._run))
 
     def end(self, error: SwarmError) -> None:
-        """End the run once what is ready has been sent; the client is told `error`."""
+        """End the run; the client is told `error`."""
         self._error = error
-        self._wake.set()
+        self._failed.set()
+
+    async def receive_pushes(self, stream: PushStream) -> None:
+        """Take what the server before sends.
+
+        Raises:
+            SwarmError: what was wrong, or that the run has ended.
+        """
+        await self._links.receive_pushes(stream)
 
     async def _read_and_write(self) -> None:
-        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        tasks = [asyncio.create_task(it) for it in (self._read(), self._outbox.run(), self._failed.wait())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            if self._error is not None:
+                raise self._error
         finally:
             for task in tasks:
                 task.cancel()
@@ -213,18 +279,36 @@ class ServedTraining:
                 self._set_parameters(message, body)
             elif isinstance(message, TrainForget):
                 self._forget(message)
+            elif isinstance(message, TrainLink):
+                self._links.open(message, on_open=lambda: self._outbox.post(TrainLinked(fault="")))
             else:
                 raise InvalidRequest(f"expected a message of training, got {type(message).__name__}")
-            while self._outbox_bytes + sum(self._pending.values()) > self._limits.max_pending_bytes:
-                self._room.clear()
-                await self._room.wait()
+            await self._wait_for_room()
+
+    async def _take_pushed(self, message: TrainForward, body: memoryview) -> None:
+        """A micro-batch from the server before; its version of the parameters may come later, from the client."""
+        while message.version > self._last_version:
+            self._new_version.clear()
+            await self._new_version.wait()
+        self._forward(message, body, is_pushed=True)
+        await self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
+        while (
+            self._outbox.num_bytes + self._links.num_bytes + sum(self._pending.values())
+            > self._limits.max_pending_bytes
+        ):
+            self._room.clear()
+            await self._room.wait()
 
     # -- what comes in ------------------------------------------------------------------------------------------
 
-    def _forward(self, message: TrainForward, body: memoryview) -> None:
+    def _forward(self, message: TrainForward, body: memoryview, *, is_pushed: bool = False) -> None:
         number, spec = message.micro_batch, message.hidden_states
         if number <= self._last_number:
             raise InvalidRequest(f"micro-batch {number} after {self._last_number}: numbers ascend, none comes twice")
+        if is_pushed and self._is_forgotten(number):
+            return
         version = self._version(message.version)
         self._check_shape(spec, sum(message.num_tokens), f"micro-batch {number}: hidden_states")
         least, most = max(1, version.num_virtual), min(self._max_tokens, self._span.max_positions)
@@ -241,8 +325,15 @@ class ServedTraining:
         )
         self._last_number = number
         self._pending[number] = len(body)
-        self._forth[number] = spec
+        self._forth[number] = _Coming(spec, message.keep, message.version, message.num_tokens, is_pushed)
         self._executor.train(lambda trainer: trainer.forth(self._run, number, part, keep=message.keep))
+
+    def _is_forgotten(self, number: int) -> bool:
+        """Whether the client has no more use for what the server before sends; all before it have come."""
+        is_forgotten = number in self._forgotten
+        self._forgotten = {it for it in self._forgotten if it > number}
+        self._last_number = number if is_forgotten else self._last_number
+        return is_forgotten
 
     def _backward(self, message: TrainBackward, body: memoryview) -> None:
         number = message.micro_batch
@@ -250,52 +341,64 @@ class ServedTraining:
             raise InvalidRequest(f"gradients of micro-batch {number}, whose outputs have not been sent")
         known = self._kept.get(number)
         if known is None:
-            self._post(TrainLost(micro_batch=number))
+            self._outbox.post(TrainLost(micro_batch=number))
             return
         where = f"micro-batch {number}: gradients"
-        self._check_shape(message.gradients, known.shape[0], where)
+        self._check_shape(message.gradients, known.spec.shape[0], where)
         gradients = decode_tensor(message.gradients, body)
         if not torch.isfinite(gradients).all():
             raise InvalidRequest(f"{where} have numbers that are not finite")
         self._pending[number] = len(body)
+        self._back[number] = message
         self._executor.train(lambda trainer: trainer.back(self._run, number, gradients))
 
     def _set_parameters(self, message: TrainParameters, body: memoryview) -> None:
         if message.version <= self._last_version:
             raise InvalidRequest(f"parameters of version {message.version} after {self._last_version}: stale")
-        used = sum(version.num_bytes for version in self._versions.values())
-        if used + len(body) > self._limits.max_parameter_bytes:
-            raise InvalidRequest(
-                f"parameters of version {message.version}: {len(body)} bytes and {used} of other versions,"
-                f" limit {self._limits.max_parameter_bytes}"
-            )
         manifest = Manifest.decode(body[: message.manifest_bytes], digest=message.digest)
         if manifest.hidden_size != self._span.hidden_size:
             raise InvalidRequest(
                 f"parameters for hidden size {manifest.hidden_size}, the model has {self._span.hidden_size}"
             )
-        blocks, rest, deltas = self._opened.blocks, body[message.manifest_bytes :], {}
+        shards = body[message.manifest_bytes :]
+        base = self._version(message.base).shards if message.base >= 0 else None
+        self._check_room(message.version, len(shards) if base is None else len(base))
+        shards = shards if base is None else memoryview(apply_difference(base, shards))
+        blocks, rest, deltas = self._opened.blocks, shards, {}
         for info in manifest.within(blocks.start, blocks.end):
             shape = self._span.shape(info.block)
             deltas[info.block] = decode_shard(rest[: info.num_bytes], info, shape, manifest.num_virtual)
             rest = rest[info.num_bytes :]
         if rest:
             raise InvalidRequest(f"{len(rest)} bytes behind the parameters of version {message.version}")
-        self._versions[message.version] = _Version(deltas=deltas, num_virtual=manifest.num_virtual, num_bytes=len(body))
+        self._versions[message.version] = _Version(deltas=deltas, shards=shards, num_virtual=manifest.num_virtual)
         self._last_version = message.version
+        self._new_version.set()
+
+    def _check_room(self, version: int, num_bytes: int) -> None:
+        used = sum(len(known.shards) for known in self._versions.values())
+        if used + num_bytes > self._limits.max_parameter_bytes:
+            raise InvalidRequest(
+                f"parameters of version {version}: {num_bytes} bytes and {used} of other versions,"
+                f" limit {self._limits.max_parameter_bytes}"
+            )
 
     def _forget(self, message: TrainForget) -> None:
         for number in message.micro_batches:
             self._kept.pop(number, None)
             self._forth.pop(number, None)
+            self._back.pop(number, None)
             self._pending.pop(number, None)  # of those that were queued nothing is told any more
+        self._forgotten |= {number for number in message.micro_batches if number > self._last_number}
+        if len(self._forgotten) > self._limits.max_forgotten:
+            raise InvalidRequest(f"{len(self._forgotten)} micro-batches forgotten that never came")
         self._executor.train(lambda trainer: trainer.forget(self._run, message.micro_batches))
         for version in message.versions:
             self._versions.pop(version, None)
 
     def _version(self, version: int) -> _Version:
         if version == -1:
-            return _Version(deltas={}, num_virtual=0, num_bytes=0)
+            return _NO_PARAMETERS
         known = self._versions.get(version)
         if known is None:
             raise InvalidRequest(f"version {version} of the parameters is stale; there are {sorted(self._versions)}")
@@ -312,51 +415,49 @@ class ServedTraining:
         self._pending.pop(result.number, None)
         if isinstance(result, Failed):
             self._error = result.error
+            self._failed.set()
         elif isinstance(result, Forth):
             self._send_outputs(result)
         else:
             self._send_gradients(result)
-        self._wake.set()
         self._room.set()
 
     def _send_outputs(self, result: Forth) -> None:
-        spec = self._forth.pop(result.number, None)
-        if spec is None:  # the client has forgotten it meanwhile
-            self._executor.train(lambda trainer: trainer.forget(self._run, (result.number,)))
+        number, coming = result.number, self._forth.pop(result.number, None)
+        if coming is None:  # the client has forgotten it meanwhile
+            self._executor.train(lambda trainer: trainer.forget(self._run, (number,)))
             return
         if result.is_kept:
-            self._kept[result.number] = spec
-        out, body = encode_tensor(result.outputs.to(torch_dtype(spec.dtype)), spec.encoding)
-        self._post(TrainOutputs(micro_batch=result.number, is_kept=result.is_kept, hidden_states=out), body)
+            self._kept[number] = coming
+        spec, body = encode_tensor(result.outputs.to(torch_dtype(coming.spec.dtype)), coming.spec.encoding)
+        if self._links.next is None:
+            self._outbox.post(TrainOutputs(micro_batch=number, is_kept=result.is_kept, hidden_states=spec), body)
+            return
+        onward = TrainForward(
+            micro_batch=number,
+            version=coming.version,
+            num_tokens=coming.num_tokens,
+            keep=result.is_kept,
+            hidden_states=spec,
+        )
+        self._links.next.post(onward, body)
+        self._outbox.post(TrainOutputs(micro_batch=number, is_kept=result.is_kept, hidden_states=None))
 
     def _send_gradients(self, result: Back) -> None:
-        spec = self._kept.pop(result.number, None)
-        if spec is None or result.input_gradients is None:
-            self._post(TrainLost(micro_batch=result.number))
+        number = result.number
+        coming, asked = self._kept.pop(number, None), self._back.pop(number, None)
+        if coming is None or asked is None or result.input_gradients is None:
+            self._outbox.post(TrainLost(micro_batch=number))
             return
-        out, body = encode_tensor(result.input_gradients.to(torch_dtype(spec.dtype)))
         flat = [tensor.float().flatten() for block in sorted(result.deltas) for tensor in result.deltas[block]]
         numbers = torch.cat(flat) if flat else torch.empty(0, dtype=torch.float32)
-        message = TrainGradients(micro_batch=result.number, gradients=out, num_parameters=numbers.numel())
-        self._post(message, bytes(body) + numbers.numpy().tobytes())
-
-    def _post(self, message: Message, body: bytes | memoryview = b"") -> None:
-        self._outbox.append((message, body))
-        self._outbox_bytes += len(body)
-        self._wake.set()
-
-    async def _write(self) -> None:
-        """Send what is in the outbox, until the run fails.
-
-        Raises:
-            SwarmError: why it has.
-        """
-        while self._error is None:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._outbox:
-                message, body = self._outbox.popleft()
-                await self._stream.send(message, body, timeout_s=self._limits.send_timeout_s)
-                self._outbox_bytes -= len(body)
-                self._room.set()
-        raise self._error
+        spec, body = encode_tensor(result.input_gradients.to(torch_dtype(coming.spec.dtype)))
+        previous = self._links.previous if coming.is_pushed else None
+        if previous is not None:
+            onward = TrainBackward(micro_batch=number, gradients=spec, wants_inputs=asked.wants_inputs)
+            previous.post(onward, body)
+        is_clients = previous is None and asked.wants_inputs
+        message = TrainGradients(
+            micro_batch=number, gradients=spec if is_clients else None, num_parameters=numbers.numel()
+        )
+        self._outbox.post(message, b"".join([body if is_clients else b"", numbers.numpy().tobytes()]))

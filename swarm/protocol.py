@@ -318,13 +318,16 @@ class LinkDown(Message, frozen=True, tag=9):
 
 
 class PushHello(Message, frozen=True, tag=10):
-    """First message of a push stream: into which session. Answered by `PushAccepted`; then come Steps."""
+    """First message of a push stream: into which session or training run. Answered by `PushAccepted`.
+
+    Then come Steps; or TrainForwards, with TrainBackwards in the other direction.
+    """
 
     push_key: PushKey
 
 
 class PushAccepted(Message, frozen=True, tag=11):
-    """The session is there; steps may follow."""
+    """The session, or run, is there."""
 
 
 class Waiting(Message, frozen=True, tag=12):
@@ -392,8 +395,12 @@ class AdapterLoading(Message, frozen=True, tag=18):
 
 
 class OpenTraining(Message, frozen=True, tag=40):
-    """First message of a training stream: which blocks. Answered by `TrainingOpened`."""
+    """First message of a training stream: which blocks. Answered by `TrainingOpened`.
 
+    The server before in the chain, which the client tells the key, may send to this run; see `TrainLink`.
+    """
+
+    push_key: PushKey
     model: Digest
     start: Block
     end: Block
@@ -421,9 +428,11 @@ class TrainParameters(Message, frozen=True, tag=42):
     """A version of what is trained in the blocks, in the form of an adapter (`swarm.adapters.format`).
 
     The body is the manifest, which has this digest, and then its shards for the blocks of the stream, one after
-    another. Micro-batches name it by `version`; TrainForget frees it.
+    another; with a `base`, an earlier version that is not forgotten, only what is different from its shards
+    (`swarm.adapters.difference`). Micro-batches name it by `version`; TrainForget frees it.
     """
 
+    base: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
     version: StepId
     digest: Digest
     manifest_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -432,40 +441,47 @@ class TrainParameters(Message, frozen=True, tag=42):
 class TrainForward(Message, frozen=True, tag=43):
     """Whole sequences for the blocks; the body is their hidden states, row after row. Answered by `TrainOutputs`.
 
-    `micro_batch` has not been used on this stream before. `version` -1: the blocks as they are.
+    `micro_batch` is greater than any before in this run. `version` -1: the blocks as they are. Of linked servers only
+    the first gets it from the client, and each sends it on with its own outputs.
     """
 
     micro_batch: StepId
     version: Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]
     num_tokens: Rows
     keep: bool
-    """Whether a `TrainBackward` may follow."""
+    """Whether a `TrainBackward` may follow: it is wanted, and all servers before keep what they need for it."""
     hidden_states: TensorSpec
 
 
 class TrainOutputs(Message, frozen=True, tag=44):
-    """The outputs of a micro-batch; unless it `is_kept`, it can't go back."""
+    """The outputs of a micro-batch, or, None, that they were sent on; unless it `is_kept`, it can't go back."""
 
     micro_batch: StepId
     is_kept: bool
-    hidden_states: TensorSpec
+    hidden_states: TensorSpec | None
 
 
 class TrainBackward(Message, frozen=True, tag=45):
-    """Gradients of the outputs of a micro-batch. Answered by `TrainGradients` or `TrainLost`; it is not kept after."""
+    """Gradients of the outputs of a micro-batch. Answered by `TrainGradients` or `TrainLost`; it is not kept after.
+
+    Of linked servers only the last gets it from the client, and each sends on the gradients of its inputs.
+    """
 
     micro_batch: StepId
     gradients: TensorSpec
+    wants_inputs: bool
+    """Whether the client wants the gradients of the inputs."""
 
 
 class TrainGradients(Message, frozen=True, tag=46):
     """Gradients of a micro-batch's inputs, then, in fp32, of the numbers of its version of the parameters.
 
-    The latter come block by block, tensors in the order of `swarm.adapters.BlockDelta.tensors`.
+    The former may be missing: sent on to the server before, or not wanted. The latter come block by block, tensors in
+    the order of `swarm.adapters.BlockDelta.tensors`.
     """
 
     micro_batch: StepId
-    gradients: TensorSpec
+    gradients: TensorSpec | None
     num_parameters: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)]
 
 
@@ -480,6 +496,22 @@ class TrainForget(Message, frozen=True, tag=48):
 
     micro_batches: Annotated[tuple[StepId, ...], msgspec.Meta(max_length=1 << 14)]
     versions: Annotated[tuple[StepId, ...], msgspec.Meta(max_length=1 << 10)]
+
+
+class TrainLink(Message, frozen=True, tag=49):
+    """Send outputs on to the run of that key at another server, which sends gradients back the same way.
+
+    Comes at most once, before any micro-batch. Answered by `TrainLinked`.
+    """
+
+    peer_id: PeerId
+    push_key: PushKey
+
+
+class TrainLinked(Message, frozen=True, tag=50):
+    """The link is open; or, with a `fault`, there is none: it could not be opened, or has broken."""
+
+    fault: Text
 
 
 # -- moving: a session goes to another server, with all that it has, while its client goes on -----------------------
@@ -602,6 +634,8 @@ AnyMessage = (
     | TrainGradients
     | TrainLost
     | TrainForget
+    | TrainLink
+    | TrainLinked
     | MoveAway
     | HandOver
     | HandedOver

@@ -4,6 +4,7 @@ import os
 
 # Before anything imports the libraries that read them, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("TQDM_DISABLE", None)  # progress bars are tested, too
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there: a forgotten download fails at once
 
 import signal

@@ -167,7 +167,9 @@ class LocalTraining:
             outputs = torch.cat(rows)
         return (leaf, outputs), outputs.detach()
 
-    def back(self, call: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def back(
+        self, call: Any, gradients: torch.Tensor, *, wants_inputs: bool = True
+    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
         leaf, outputs = call
         return torch.autograd.grad(outputs, leaf, gradients, retain_graph=True)[0], {}
 

@@ -6,7 +6,7 @@ import pytest
 
 from swarm.client.training_chain import HopFailed, open_chain
 from swarm.errors import PeerBusy
-from swarm.protocol import TrainingOpened
+from swarm.protocol import OpenTraining, TrainingOpened, TrainLink, TrainLinked
 from swarm.session import Hop
 from swarm.types import BlockRange
 
@@ -14,13 +14,19 @@ HOPS = [Hop(peer_id="quick", blocks=BlockRange(0, 2)), Hop(peer_id="slow", block
 
 
 class FakeStream:
+    """A server that opens a run when it likes, and then links as it is asked to, or says why not."""
+
     def __init__(self, answer: asyncio.Future) -> None:
         self.answer, self.is_closed = answer, False
+        self.fault = ""
+        self.asked: list[object] = []
 
     async def send(self, message: object) -> None:
-        pass
+        self.asked.append(message)
 
     async def receive(self) -> tuple[object, bytes]:
+        if isinstance(self.asked[-1], TrainLink):
+            return TrainLinked(fault=self.fault), b""
         return await self.answer, b""
 
     async def close(self) -> None:
@@ -60,3 +66,29 @@ async def test_a_hop_that_refuses_ends_the_others():
     with pytest.raises(HopFailed, match="full"):
         await open_chain(transport, HOPS, model="m", timeout_s=60.0)
     assert all(stream.is_closed for stream in transport.streams.values())
+
+
+@pytest.fixture
+async def ready():
+    """Both servers open a run at once."""
+    transport = FakeTransport()
+    transport.streams["slow"].answer.set_result(TrainingOpened(max_tokens=8, good_tokens=8))
+    return transport
+
+
+async def test_a_hop_is_linked_to_the_run_of_the_next(ready):
+    """By the key with which that run was opened."""
+    chain = await open_chain(ready, HOPS, model="m", timeout_s=60.0)
+    (first, link), (second,) = (ready.streams[hop.peer_id].asked for hop in HOPS)
+    assert isinstance(first, OpenTraining) and isinstance(second, OpenTraining) and first.push_key != second.push_key
+    assert link == TrainLink(peer_id="slow", push_key=second.push_key) and chain.links == {0}
+
+
+async def test_hops_that_cannot_reach_each_other_are_used_all_the_same(ready):
+    """What lies between them goes through the client; the caller is told of it."""
+    ready.streams["quick"].fault = "the next server can't be reached"
+    unlinked = []
+    chain = await open_chain(ready, HOPS, model="m", timeout_s=60.0, on_unlinked=lambda *pair: unlinked.append(pair))
+    assert not chain.links and unlinked == [tuple(HOPS)]
+    apart = await open_chain(ready, HOPS, model="m", timeout_s=60.0, may_link=lambda *pair: False)
+    assert not apart.links and len(ready.streams["quick"].asked) == 3  # and wasn't asked again

@@ -21,6 +21,7 @@ from swarm.adapters.transfer import Assembly
 from swarm.client.config import SessionConfig
 from swarm.client.training import Parameters, RemoteTraining
 from swarm.codec import decode_tensor, encode_tensor
+from swarm.errors import PeerUnreachable
 from swarm.protocol import (
     AdapterPart,
     DType,
@@ -30,11 +31,13 @@ from swarm.protocol import (
     TrainForget,
     TrainForward,
     TrainGradients,
+    TrainLink,
     TrainLost,
     TrainOutputs,
     decode,
     encode,
 )
+from swarm.server.push import PushStream
 from swarm.server.trainer import Back, Forth, Result
 from swarm.server.training import ServedTraining, TrainingLimits
 from swarm.training import MicroBatch
@@ -196,34 +199,44 @@ def _loop() -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop()
 
 
+async def _nowhere(peer_id: str) -> PushStream:
+    raise PeerUnreachable(peer_id)
+
+
 def train_requests(data: bytes) -> None:
     """A series of messages to one run at a server: its books stay within its limits."""
     limits = TrainingLimits(max_parameter_bytes=1 << 12)
-    opened = OpenTraining(model="ab" * 32, start=BLOCKS.start, end=BLOCKS.end)
-    served = ServedTraining(cast(Any, _Stream(data)), opened, executor=cast(Any, _Executor()), limits=limits)
+    opened = OpenTraining(push_key=bytes(16), model="ab" * 32, start=BLOCKS.start, end=BLOCKS.end)
+    stream, executor = cast(Any, _Stream(data)), cast(Any, _Executor())
+    served = ServedTraining(stream, opened, executor=executor, open_push=_nowhere, limits=limits)
     try:
         _loop().run_until_complete(served._read())
     finally:
+        _loop().run_until_complete(served._links.close())
         assert not served._pending
-        assert sum(version.num_bytes for version in served._versions.values()) <= limits.max_parameter_bytes
+        assert sum(len(version.shards) for version in served._versions.values()) <= limits.max_parameter_bytes
 
 
-def _parameters() -> Parameters:
-    made = make_adapter(1.0)
+def _parameters(version: int = 1, scale: float = 1.0) -> Parameters:
+    made = make_adapter(scale)
     elements = {info.block: info.num_elements for info in made.manifest.shards}
-    return Parameters(version=1, manifest=made.manifest, shards=made.shards, num_elements=elements)
+    return Parameters(version=version, manifest=made.manifest, shards=made.shards, num_elements=elements)
 
 
 def train_request_seeds() -> list[bytes]:
     spec, body = encode_tensor(torch.ones(3, HIDDEN))
     parameters, bytes_of = _parameters().message(BLOCKS)
     forward = TrainForward(micro_batch=0, version=-1, num_tokens=(1, 2), keep=True, hidden_states=spec)
-    backward = TrainBackward(micro_batch=0, gradients=spec)
+    backward = TrainBackward(micro_batch=0, gradients=spec, wants_inputs=True)
     forget = TrainForget(micro_batches=(0,), versions=(1,))
     with_version = msgspec.structs.replace(forward, version=1)
+    second, difference = _parameters(version=2, scale=1.01).message(BLOCKS, _parameters())
+    assert second.base == 1
+    link = TrainLink(peer_id="p", push_key=bytes(16))
     return [
         framed([encode(forward), bytes(body), encode(backward), bytes(body)]),
         framed([encode(parameters), bytes_of, encode(with_version), bytes(body), encode(forget), b""]),
+        framed([encode(link), b"", encode(parameters), bytes_of, encode(second), difference]),
     ]
 
 
@@ -231,6 +244,7 @@ class _Chain:
     """One hop that takes everything."""
 
     hops = (SimpleNamespace(peer_id="p", blocks=BLOCKS),)
+    links: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
         self.versions: list[set[int]] = [set()]
@@ -259,7 +273,7 @@ def train_answers(data: bytes) -> None:
             for found in (micro.outputs, micro.input_gradients):
                 assert found is None or (found[0].shape, found[0].dtype) == ((3, HIDDEN), DType.FLOAT32)
                 assert found is None or decode_tensor(*found).shape == (3, HIDDEN)
-            sizes = [numbers.numel() for found in micro.parameter_gradients for numbers in found.values()]
+            sizes = [numbers.numel() for found in micro.parameter_gradients.values() for numbers in found.values()]
             assert not sizes or sizes == [_parameters().num_elements[block] for block in range(2)]
 
 

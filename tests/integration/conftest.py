@@ -62,7 +62,7 @@ class LocalSwarm:
                 "initial_peers": (self.address,),
                 "host": "127.0.0.1",
                 "device": "cpu",
-                "announce_period_s": 5.0,
+                "announce_period_s": 600.0,  # nobody renews them
                 "cache_size": CacheSize(tokens=2048),
                 **settings,
             }
@@ -139,7 +139,7 @@ def swarm(tiny_llama: Path) -> Iterator[LocalSwarm]:
     swarm = LocalSwarm(tiny_llama)
     try:
         for blocks in ("0:3", "3:6", "1:5"):
-            swarm.add_server(blocks, public_name=f"server-{blocks}", announce_period_s=600.0)  # nobody renews them
+            swarm.add_server(blocks, public_name=f"server-{blocks}")
         yield swarm
     finally:
         swarm.close()

@@ -11,7 +11,18 @@ from swarm.checkpoint.source import resolve
 from swarm.client.model import distribute
 from swarm.client.remote_blocks import run_trained
 from swarm.errors import InvalidRequest, PeerError
-from swarm.protocol import TRAIN_SERVICE, DType, OpenTraining, TensorSpec, TrainBackward, TrainForward, TrainOutputs
+from swarm.protocol import (
+    TRAIN_SERVICE,
+    DType,
+    OpenTraining,
+    TensorSpec,
+    TrainBackward,
+    TrainForward,
+    TrainLink,
+    TrainLinked,
+    TrainOutputs,
+    TrainParameters,
+)
 from tests.integration.conftest import HIDDEN, LocalSwarm, closing
 from tests.integration.training_job import assert_near, local_gradients, make_batch, remote_gradients, training_of
 
@@ -86,14 +97,17 @@ def forward(number, tokens=3, **fields):
     return TrainForward(**{**given, **fields}), bytes(spec.num_bytes)
 
 
+SPEC = TensorSpec(DType.FLOAT32, (3, HIDDEN))
 HOSTILE = [
     ([forward(0), forward(0)], "numbers ascend"),
     ([forward(0, version=3)], "version 3 of the parameters is stale"),
     ([forward(0, num_tokens=(2,))], r"hidden_states of shape \(3, 64\), expected \(2, 64\)"),
     ([forward(0, num_tokens=(3, 0))], "sequences of 0 to 3 tokens"),
     ([(forward(0)[0], b"short")], "tensor body of 5 bytes, 768 declared"),
-    ([(TrainBackward(micro_batch=0, gradients=TensorSpec(DType.FLOAT32, (3, HIDDEN))), bytes(768))], "not been sent"),
-    ([(OpenTraining(model="a" * 64, start=0, end=1), b"")], "expected a message of training"),
+    ([(TrainBackward(micro_batch=0, gradients=SPEC, wants_inputs=True), bytes(768))], "not been sent"),
+    ([(TrainLink(peer_id="nobody", push_key=bytes(16)), b"")] * 2, "a second TrainLink"),
+    ([(TrainParameters(base=3, version=4, digest="a" * 64, manifest_bytes=1), b"x")], "has hash"),
+    ([(OpenTraining(push_key=bytes(16), model="a" * 64, start=0, end=1), b"")], "expected a message of training"),
 ]
 
 
@@ -131,6 +145,53 @@ def test_lora_inside_remote_blocks_is_trained(trainer, local_model):
                 tensor -= 1e-3 * gradient
 
 
+def test_servers_send_to_each_other(make_swarm):
+    """The client sends and gets hidden states once each way, whatever the number of hops, and the same comes out."""
+    swarm = make_swarm("0:2", "2:4", "4:6")
+    batch, traffic, results = make_batch(), {}, {}
+    for push in (True, False):
+        with closing(swarm.connect(push=push)) as service:
+            model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+            results[push] = remote_gradients(model, batch)
+            remote = training_of(model)
+            assert remote.pipeline.links == ({0, 1} if push else frozenset()) and remote.num_chains == 1
+            traffic[push] = remote.bytes_sent, remote.bytes_received
+    assert all(torch.equal(ours, other) for ours, other in zip(results[True], results[False], strict=True))
+    hidden_states = 4 * HIDDEN * int(batch["attention_mask"].sum())
+    assert traffic[True][0] < 2.5 * hidden_states and traffic[False][0] > 6 * hidden_states
+    assert traffic[True][1] < 2.5 * hidden_states and traffic[False][1] > 6 * hidden_states
+
+
+def test_gradients_of_inputs_that_nobody_wants_are_not_sent(trainer):
+    """As when only what is inside the blocks is trained."""
+    remote, hidden = training_of(trainer), torch.randn(1, 30, HIDDEN)
+    prompts = torch.zeros(len(trainer.blocks), 2, HIDDEN).requires_grad_()
+    received = []
+    for wanted in (True, False):
+        before = remote.bytes_received
+        trainer.blocks(hidden.requires_grad_(wanted), prompts=prompts).sum().backward()
+        received.append(remote.bytes_received - before)
+    assert received[0] - received[1] == hidden.nbytes
+
+
+def test_of_a_new_version_the_difference_is_sent(trainer, swarm):
+    """Exactly: the next outputs are those of a run that gets the new version whole."""
+    hidden = torch.randn(1, 4, HIDDEN, generator=torch.Generator().manual_seed(5))
+    prompts = torch.randn(len(trainer.blocks), 3, HIDDEN, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    remote, sent = training_of(trainer), []
+    for _ in range(3):
+        before = remote.bytes_sent
+        outputs = trainer.blocks(hidden, prompts=prompts)
+        sent.append(remote.bytes_sent - before)
+        with torch.no_grad():
+            prompts *= 1.001
+    assert sent[1] - hidden.nbytes < 0.7 * (sent[0] - hidden.nbytes) and sent[2] < sent[0]
+    assert len(remote._parameters) <= 2  # what is trained, and what it was before
+    with closing(swarm.connect()) as service:
+        other = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+        assert torch.equal(other.blocks(hidden, prompts=prompts / 1.001), outputs)
+
+
 @pytest.mark.parametrize(("messages", "reason"), HOSTILE)
 def test_hostile_messages_end_their_run_with_the_reason(messages, reason, swarm):
     """Checked before anything is allocated or run; the server goes on."""
@@ -140,13 +201,15 @@ def test_hostile_messages_end_their_run_with_the_reason(messages, reason, swarm)
             peer_id = swarm.servers[0].node.peer_id
             async with asyncio.timeout(20):
                 async with await service._transport.open(peer_id, TRAIN_SERVICE, timeout_s=10) as stream:
-                    await stream.send(OpenTraining(model=resolve(str(swarm.model)).digest, start=0, end=3))
+                    await stream.send(
+                        OpenTraining(push_key=bytes(16), model=resolve(str(swarm.model)).digest, start=0, end=3)
+                    )
                     await stream.receive()
                     for message, body in messages:
                         await stream.send(message, body)
                     while True:
                         answer, _ = await stream.receive()
-                        assert isinstance(answer, TrainOutputs)
+                        assert isinstance(answer, TrainOutputs | TrainLinked)
 
         with pytest.raises((InvalidRequest, PeerError), match=reason):
             service._loop.run(talk(), 30)

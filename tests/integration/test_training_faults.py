@@ -8,7 +8,7 @@ import torch
 
 from swarm.checkpoint.source import resolve
 from swarm.client.model import distribute
-from swarm.errors import PeerBusy
+from swarm.errors import PeerBusy, PeerDisconnected, PeerUnreachable
 from swarm.server.host_pages import HostBudget
 from tests.integration.conftest import HIDDEN, closing
 from tests.integration.training_job import (
@@ -42,6 +42,44 @@ def test_a_lost_server_changes_no_bit(moment, politely, make_swarm):
         found = remote_gradients(model, batch, lose if moment != "before forward" else lambda: None)
         assert training_of(model).num_chains == 2
         assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
+
+
+def test_a_link_that_breaks_costs_a_chain_and_no_bit(make_swarm):
+    """Both servers live on: the chain is made anew, with a link, and what was on the old one is done again."""
+    swarm = make_swarm("0:3", "3:6")
+    with closing(swarm.connect()) as service:
+        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+        batch = make_batch()
+        expected = remote_gradients(model, batch)
+
+        def break_link():
+            (run,) = swarm.servers[1].handler.pushes._targets.values()
+            swarm.loop.run(run._links.previous._stream.abort(PeerDisconnected("cut")))
+
+        found = remote_gradients(model, batch, break_link)
+        remote = training_of(model)
+        assert remote.num_chains == 2 and remote.pipeline.links == {0}
+        assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
+
+
+def test_servers_that_cannot_reach_each_other_train_through_the_client(make_swarm, monkeypatch):
+    """Nothing is lost but the client's bandwidth; the two are not asked to link again for a while."""
+    swarm = make_swarm("0:3", "3:6")
+    asked = []
+
+    async def unreachable(peer_id, *, client):
+        asked.append(peer_id)
+        raise PeerUnreachable("no way there")
+
+    monkeypatch.setattr(swarm.servers[0].handler.pushes, "open", unreachable)
+    with closing(swarm.connect()) as service:
+        model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+        first = remote_gradients(model, make_batch())
+        remote = training_of(model)
+        assert remote.pipeline.links == frozenset() and remote.num_chains == 1
+        service._loop.run(remote.close(), 10)
+        again = remote_gradients(distribute(resolve(str(swarm.model)), service, dtype=torch.float32), make_batch())
+        assert len(asked) == 1 and all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
 def test_a_server_that_comes_too_late_ends_the_wait(make_swarm):

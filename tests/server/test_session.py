@@ -54,7 +54,7 @@ async def until_free(chain: Chain) -> None:
         assert handler.num_sessions == handler.num_rows == 0
         assert handler.history.used_bytes == 0 and not handler.history._clients
         assert handler._pending.used == 0
-        assert not handler._desk._targets and not handler._desk._awaited and not handler._desk._num_early
+        assert not handler.pushes._targets and not handler.pushes._awaited and not handler.pushes._num_early
 
 
 # -- the chain ------------------------------------------------------------------------------------------------------
@@ -205,12 +205,12 @@ async def test_a_newer_forward_replaces_the_older_and_ends_its_stream(nodes: lis
         first, old = await chain.open_route(0, 1)
         await first.step(0, [tokens(2)], positions=[0])
         await old.results(0, [2])
-        assert chain.handlers[1]._desk._targets[old.push_key]._pushes
+        assert chain.handlers[1].pushes._targets[old.push_key]._pushes
         new = await chain.open(2, is_last=True)
         await first.forward(1, new, held=[0], as_of=0)
         await first.step(1, [tokens(1)], positions=[2])
         await new.results(1, [3])
-        await eventually(lambda: not chain.handlers[1]._desk._targets[old.push_key]._pushes, "end of the old stream")
+        await eventually(lambda: not chain.handlers[1].pushes._targets[old.push_key]._pushes, "end of the old stream")
         assert not old.stream._inbox and chain.executors[1].sessions
 
 
@@ -336,7 +336,7 @@ async def test_a_push_stream_may_come_before_its_session(nodes: list[Node]):
         key = os.urandom(16)
         stream = await chain.transports[1].open(chain.peer_id(0), PUSH_SERVICE, timeout_s=10)
         await stream.send(PushHello(push_key=key))
-        await eventually(lambda: chain.handlers[0]._desk._awaited)
+        await eventually(lambda: chain.handlers[0].pushes._awaited)
         hop = await chain.open(0, is_last=True, push_key=key)
         assert isinstance((await stream.receive(10))[0], PushAccepted)
         await stream.send(*make_step(0, [tokens(3)], positions=[0]))
@@ -554,7 +554,7 @@ async def end_by_lost_connection(chain: Chain, hop) -> None:
 
 async def end_by_a_stream_that_timed_out(chain: Chain, hop) -> None:
     """As after a send for which the client made no room."""
-    session = chain.handlers[0]._desk._targets[hop.push_key]
+    session = chain.handlers[0].pushes._targets[hop.push_key]
     await session._stream.abort(PeerTimeout("made no room"))
 
 
@@ -579,7 +579,7 @@ async def test_whatever_ends_a_session_frees_pages_history_and_push_streams(node
         await first.step(0, [tokens(20)], positions=[0])
         await last.results(0, [20])
         assert chain.pages and chain.handlers[0].history.used_bytes
-        target = chain.handlers[1]._desk._targets[last.push_key]
+        target = chain.handlers[1].pushes._targets[last.push_key]
         assert target._pushes
         chain.executors[0].hold()
         await first.step(1, [tokens(20)], positions=[20])
