@@ -55,6 +55,10 @@ class HopStream:
         """Of the session's adapters, as far as the server has said."""
         self.doubts: list[tuple[int, int]] = []
         """Links, and their epochs, that say they can't reach this hop; to be judged when it has answered a Probe."""
+        self.move: asyncio.Task[None] | None = None
+        """Takes this hop to another server; ends with it."""
+        self.num_asked = 0
+        """Times that this was asked for."""
         self._listener, self._tasks = listener, tasks
         self._stream: Stream | None = None
         self._outbox: deque[tuple[Message, bytes | memoryview]] = deque()
@@ -90,11 +94,15 @@ class HopStream:
             self.probe_sent_at = now
             self.post(Probe(nonce=nonce))
 
+    def report_to(self, listener: Listener) -> None:
+        """Tell another listener from now on."""
+        self._listener = listener
+
     def close(self) -> None:
         """End the stream without waiting for anybody; nothing more is reported."""
         if not self._is_closed:
             self._is_closed = True
-            for task in (self._writer, self._reader):
+            for task in (self._writer, self._reader, self.move):
                 if task is not None and task is not asyncio.current_task():
                     task.cancel()
 

@@ -7,16 +7,17 @@ It carries out, and decides nothing: who is lost, and what follows from that, is
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
+from typing import Any
 
 from swarm.client.adapter_needs import AdapterNeeds
 from swarm.client.config import SessionConfig
 from swarm.client.hop_stream import HopStream, Listener
 from swarm.codec import encode_tensor
 from swarm.network.tasks import TaskSet
-from swarm.protocol import Forward, OpenSession
-from swarm.session import Connect, Send, Session
+from swarm.protocol import Forward, OpenSession, SessionOpened
+from swarm.session import Connect, Hop, Send, Session
 from swarm.transport import Transport
 
 CLOSE_TIMEOUT_S = 2.0
@@ -72,20 +73,28 @@ class Hops:
                 continue
             stream = HopStream(action.link, action.hop, listener=self._listener, tasks=self._tasks)
             self._streams[action.link] = stream
-            request = OpenSession(
-                session_id=self._session_id,
-                push_key=stream.push_key,
-                model=self._model,
-                start=action.hop.blocks.start,
-                end=action.hop.blocks.end,
-                batch_size=self._machine.batch_size,
-                max_length=self._machine.max_length,
-                is_last=action.is_last,
-                adapters=self._adapters.digests if self._adapters is not None else (),
-                adapter_of=self._adapters.of_row if self._adapters is not None else (),
-                holders=self._adapters.holders(action.hop) if self._adapters is not None else (),
-            )
+            request = self._request(stream, is_last=action.is_last)
             stream.open(self._transport, request, timeout_s=self._config.open_timeout_s)
+
+    def _request(self, stream: HopStream, *, is_last: bool) -> OpenSession:
+        hop, adapters = stream.hop, self._adapters
+        return OpenSession(
+            session_id=self._session_id,
+            push_key=stream.push_key,
+            model=self._model,
+            start=hop.blocks.start,
+            end=hop.blocks.end,
+            batch_size=self._machine.batch_size,
+            max_length=self._machine.max_length,
+            is_last=is_last,
+            adapters=adapters.digests if adapters is not None else (),
+            adapter_of=adapters.of_row if adapters is not None else (),
+            holders=adapters.holders(hop) if adapters is not None else (),
+        )
+
+    def step_tokens(self, opened: SessionOpened) -> int:
+        """Most tokens that a server gets in one message."""
+        return min(opened.max_step_tokens, self._config.chunk_tokens)
 
     def connect(self, action: Connect) -> None:
         """Tell a server where its outputs go."""
@@ -110,6 +119,25 @@ class Hops:
         stream = self._streams[action.link]
         stream.post(chunk.as_step(spec), payload)
         return not stream.is_sending
+
+    # -- moves --------------------------------------------------------------------------------------------------
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """A task that ends with the session."""
+        return self._tasks.spawn(coroutine, name=name)
+
+    def open_heir(self, hop: HopStream, target: Hop, link: int, *, listener: Listener) -> HopStream:
+        """Begin to open an empty session at a server that is to take over from a hop's; it is no hop yet."""
+        stream = HopStream(link, target, listener=listener, tasks=self._tasks)
+        is_last = hop.hop.blocks.end == self._machine.blocks.end
+        stream.open(self._transport, self._request(stream, is_last=is_last), timeout_s=self._config.open_timeout_s)
+        return stream
+
+    def adopt(self, heir: HopStream) -> None:
+        """The machine uses this stream in place of another one, which is closed."""
+        self._streams[heir.link] = heir
+        heir.report_to(self._listener)
+        self.close_stale()
 
     # -- asking -------------------------------------------------------------------------------------------------
 

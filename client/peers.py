@@ -13,7 +13,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -151,6 +152,37 @@ class Peers:
                 blocks, need=need, penalties=self._penalties(adapters), after=after, before=before
             )
         )
+
+    async def replica(
+        self,
+        blocks: BlockRange,
+        *,
+        without: Collection[str],
+        num_tokens: int = 0,
+        adapters: AdapterNeeds | None = None,
+    ) -> Hop:
+        """The best single server for `blocks` to which a session can move.
+
+        Args:
+            blocks: all of which it must have.
+            without: servers that are out of the question.
+            num_tokens, adapters: as in `route`.
+
+        Raises:
+            RouteNotFound: there is none.
+        """
+        for max_age_s in (REFRESH_S, 0.5):
+            await self.refresh(max_age_s=max_age_s, everything=max_age_s < REFRESH_S)
+            records = [it for it in self._directory.online if it.blocks.covers(blocks) and it.peer_id not in without]
+            if records:
+                break
+        else:
+            raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
+        now = time.monotonic()
+        router = Router([replace(self._offer(record, now), blocks=blocks) for record in records], self._place)
+        need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
+        (hop,) = router.fastest(blocks, need=need, penalties=self._penalties(adapters)).hops
+        return hop
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
         """A chain for a training run: at random, so that servers are loaded by the capacity that they have free.

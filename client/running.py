@@ -37,6 +37,8 @@ class RunningStep:
         """Why the step must end."""
         self.trouble: SwarmError | None = None
         """The last failure, or None."""
+        self.has_moved = False
+        """Whether a hop has gone to another server meanwhile."""
         self._width, self._dtype = hidden_states.shape[1], hidden_states.dtype
         self._sent: dict[int, tuple[float, int]] = {}
         self._answers: dict[int, tuple[tuple[HopTrace, ...], float]] = {}
@@ -134,5 +136,5 @@ class RunningStep:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing failed and nothing was cut into chunks, so that the times say what a hop costs."""
-        return self.trouble is None and all(count == 1 for _, count in self._sent.values())
+        """Whether nothing failed, moved or was cut into chunks, so that the times say what a hop costs."""
+        return self.trouble is None and not self.has_moved and all(count == 1 for _, count in self._sent.values())

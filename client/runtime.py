@@ -112,6 +112,11 @@ class SwarmSession:
         return self._remote.machine.num_replays
 
     @property
+    def num_moves(self) -> int:
+        """Servers that have handed this session to another, so that nothing was replayed."""
+        return self._remote.moves.num_moves
+
+    @property
     def num_pushes(self) -> int:
         """Hops that get their inputs straight from the hop before them; all but the first, where nothing is wrong."""
         return self._remote.machine.num_pushes

@@ -27,6 +27,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.deadlines import Pace, Patience, Watch
 from swarm.client.hop_stream import HopStream
 from swarm.client.hops import Hops
+from swarm.client.moves import Moves
 from swarm.client.peers import Peers
 from swarm.client.progress import StepShape, find_stuck
 from swarm.client.row_adapters import RowAdapters
@@ -49,9 +50,11 @@ from swarm.protocol import (
     AdapterLoading,
     AdapterRequest,
     Forwarding,
+    HandedOver,
     LinkDown,
     LinkFault,
     Message,
+    MoveAway,
     ProbeResult,
     SessionOpened,
     StepResult,
@@ -115,6 +118,8 @@ class RemoteSession:
         self._hops = Hops(
             self.machine, transport, model=peers.model, config=config, listener=self, adapters=self._adapters
         )
+        self.moves = Moves(self.machine, self._hops, self)
+        """Hops that go to another server while the session goes on."""
         self._pace = Pace()
         self._step: RunningStep | None = None
         self._turn = asyncio.Lock()
@@ -275,7 +280,7 @@ class RemoteSession:
 
     def on_opened(self, hop: HopStream, message: SessionOpened) -> None:
         """A server has opened the session."""
-        max_step_tokens = min(message.max_step_tokens, self._config.chunk_tokens)
+        max_step_tokens = self._hops.step_tokens(message)
         self.machine.opened(hop.link, max_step_tokens=max_step_tokens, can_rollback=message.can_rollback)
         self._wake()
 
@@ -295,6 +300,10 @@ class RemoteSession:
             self._on_link_down(hop, message)
         elif isinstance(message, AdapterLoading):
             self._on_loading(hop, message)
+        elif isinstance(message, MoveAway):
+            self.moves.start(hop, message.within_s)
+        elif isinstance(message, HandedOver):
+            self.moves.handed_over(hop, message)
         elif isinstance(message, AdapterRequest) and self._uploads is not None:
             self._uploads.send(hop, message)
         elif not isinstance(message, Forwarding):
@@ -317,6 +326,31 @@ class RemoteSession:
         self._peers.failed(hop.hop.peer_id, error)
         if step is not None:
             self._had_trouble(step, error)
+
+    # -- what the moves need ------------------------------------------------------------------------------------
+
+    async def replica(self, hop: Hop, tried: frozenset[str]) -> Hop:
+        """Another server of a hop's blocks.
+
+        Raises:
+            RouteNotFound: there is none that was not tried.
+        """
+        return await self._peers.replica(
+            hop.blocks, without=tried, num_tokens=sum(self.machine.lengths), adapters=self._adapters
+        )
+
+    def on_refused(self, hop: Hop, error: SwarmError) -> None:
+        """A server did not take the session of another one."""
+        self._peers.failed(hop.peer_id, error)
+
+    def on_moved(self, old: HopStream) -> None:
+        """A hop has another server now: the step under way, if there is any, goes on there."""
+        logger.info("the session has moved from server %s", self._peers.name_of(old.hop.peer_id))
+        if (step := self._step) is not None:
+            step.has_moved = True
+            step.watch.asked(time.monotonic())
+            step.watch.advanced(time.monotonic())
+        self._wake()
 
     def _on_result(self, hop: HopStream, message: StepResult, body: memoryview) -> None:
         step = self._step
@@ -452,7 +486,7 @@ class RemoteSession:
         self.timings.extend(timings)
         if self._adapters is not None:
             self._peers.have_adapters(self.machine.route, self._adapters)
-        if step.trouble is None:
+        if step.trouble is None and not step.has_moved:
             self._pace.measured(step.num_tokens, time.monotonic() - step.started)
         if step.is_plain and step.num_tokens <= self.machine.batch_size:
             self._peers.measured(timings)

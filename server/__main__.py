@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from swarm.server.server import Plan, Server
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+MAX_DRAIN_S = 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory for what was sent to the next servers, so that a lost one can be replaced without asking the"
         " client for everything again; 0 keeps nothing",
     )
+    add(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a server that is told to stop waits for its sessions to move to others; 0 doesn't wait, and a"
+        " second signal ends it at once",
+    )
     add("--adapters", nargs="+", default=(), metavar="ADAPTER", help="PEFT adapters to have from the start: directories"
         " or hub ids; clients may bring others")  # fmt: skip
     add("--max-adapter-memory", default="1GiB", metavar="SIZE", help="host memory for adapters; 0 takes none")
@@ -100,6 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _config(args: argparse.Namespace) -> ServerConfig:
     require_at_least(args, 1, "threads")
+    if not 0 <= args.drain_timeout <= MAX_DRAIN_S:
+        raise ConfigError(f"--drain-timeout {args.drain_timeout:g}, range 0..{MAX_DRAIN_S:g} seconds")
     if args.adapters and not parse_bytes(args.max_adapter_memory):
         raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(
@@ -127,6 +138,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         threads=args.threads,
         metrics_port=args.metrics_port,
         metrics_host=args.metrics_host,
+        drain_timeout_s=args.drain_timeout,
     )
 
 
@@ -182,7 +194,7 @@ async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") 
         await loading
         settle_heap()
         screen.online(server)
-        await server.serve_until(stop)
+        await server.serve_until(stop, on_drain=screen.draining)
     screen.stopped()
 
 

@@ -91,3 +91,5 @@ class ServerConfig:
     """Address on which the metrics are served."""
     announce_period_s: float = 20.0
     """How often the record is renewed; it expires after three periods."""
+    drain_timeout_s: float = 30.0
+    """How long a server that was told to stop waits for its sessions to move elsewhere; 0 doesn't."""

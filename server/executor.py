@@ -15,13 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
+from typing import TypeVar, cast
 
 import torch
 
 from swarm.adapters.delta import BlockDelta
 from swarm.errors import PeerBusy, PeerError, SwarmError
 from swarm.server.adapter_store import ADAPTER_BYTES
+from swarm.server.blocks.parcel import Layout
 from swarm.server.blocks.span import BlockSpan
+from swarm.server.cache_image import CacheImage, put_image, take_image
 from swarm.server.chooser import BatchRow
 from swarm.server.host_pages import HOST_BYTES, HostBudget, carry_out
 from swarm.server.memory import KvMemory
@@ -36,6 +39,7 @@ from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 STOP_TIMEOUT_S = 2.0
 """How long stopping waits for the batch that runs now."""
 
@@ -212,12 +216,76 @@ class Executor:
 
     async def pages_in_use(self) -> int:
         """Pages held by sessions, after all commands given so far."""
-        future: asyncio.Future[int] = self._loop.create_future()
+        return await self._ask(lambda: self._allocator.num_used)
 
-        def report() -> None:
-            self._loop.call_soon_threadsafe(future.set_result, self._allocator.num_used)
+    # -- sessions that come from another server, or go to one ---------------------------------------------------
 
-        self._commands.put(report)
+    async def layout(self, blocks: BlockRange) -> Layout:
+        """How what sessions have in these blocks travels.
+
+        Raises:
+            PeerBusy: the cache is full, and what its recurrent states look like is not known yet.
+        """
+        return await self._ask(lambda: self._layout(blocks))
+
+    async def take_image(self, session: CachedSession) -> CacheImage:
+        """What a session without work has in the cache, which it keeps.
+
+        Raises:
+            SwarmError: it has work, or has failed.
+        """
+        return await self._ask(lambda: take_image(session, self.span))
+
+    async def put_image(self, session: CachedSession, image: CacheImage) -> None:
+        """Let a session that did nothing yet go on from an image.
+
+        Raises:
+            SwarmError: there is no room, or the session has had work.
+        """
+        if session.is_closed or session.held_back:
+            raise PeerBusy("the session is over" if session.is_closed else "the session has work")
+        await self._ask(lambda: put_image(session, image, self.span, self._memory.host))
+
+    def _layout(self, blocks: BlockRange) -> Layout:
+        if self.span.stateful:
+            (page,) = self._allocator.allocate(1)
+            try:
+                self.span.learn_state(page)
+            finally:
+                self._allocator.free([page])
+        return self.span.layout(blocks)
+
+    async def _ask(self, command: Callable[[], T]) -> T:
+        """Let the device thread call this, after all commands given so far.
+
+        Raises:
+            SwarmError: as raised, or in place of what else was raised.
+        """
+        if self._ending is not None:
+            raise self._ending
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def answer(result: T | None, error: SwarmError | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(cast("T", result))
+
+        def run() -> None:
+            result: T | None = None
+            failure: SwarmError | None = None
+            try:
+                result = command()
+            except SwarmError as error:
+                failure = error
+            except (RuntimeError, MemoryError, ValueError) as error:
+                logger.exception("a command failed")
+                failure = PeerError(f"the device refused: {type(error).__name__}")
+            self._loop.call_soon_threadsafe(answer, result, failure)
+
+        self._commands.put(run)
         return await future
 
     def _new_row(self, blocks: BlockRange, adapter: str | None) -> CachedSequence:

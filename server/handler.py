@@ -2,33 +2,48 @@
 
 Stream ──InfoRequest──► info ─► Info
        ──OpenSession──► session: check, admit ─► ServedSession.run      until FIN, an error or silence
-       ──PushHello────► PushDesk ─► ServedSession.receive_pushes
+       ──PushHello────► PushDesk ─► ServedSession.receive_pushes, receive_state
        ──AdapterOffer, AdapterRequest──► AdapterDesk.serve
 """
 
+import asyncio
+import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 from swarm import __version__
 from swarm.errors import CheckpointMismatch, InvalidRequest, PeerBusy, SwarmError
 from swarm.protocol import ADAPTER_SERVICE, MAX_META_BYTES, MAX_PINGS, Info, InfoRequest, OpenSession, Ping
 from swarm.rates import Rate, Rates
+from swarm.registry import ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
 from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
 from swarm.server.meters import SessionMeter
+from swarm.server.moving import MoveDesk
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushDesk
+from swarm.server.relief import Guest, Replica, sessions_to_move
 from swarm.server.session import ServedSession
 from swarm.transport import Limits, Stream, Transport
 from swarm.transport.limits import Budget
 from swarm.types import ServerState
 
+logger = logging.getLogger(__name__)
+
 RUNNING_S = 30.0
 """A session that did something so recently counts as running."""
+QUIET_S = 2.0
+"""A session that can't move and did nothing for so long holds up nobody who wants to leave."""
+RELIEF_S = 60.0
+"""What a session is told that has to move for want of room; nothing happens to it after that."""
+LOOK_S = 0.25
+"""How often it is looked whether only such sessions are left."""
 FULL_LOAD_SESSIONS = 32
 """Running sessions at which a server calls itself fully loaded."""
 
@@ -68,9 +83,14 @@ class Handler:
         self.meter = SessionMeter()
         self._transport, self._started = transport, time.monotonic()
         self.pushes = PushDesk(transport, self._limits)
+        self._moves = MoveDesk(executor, self._limits, self.meter, self.pushes.open_state)
         self.adapters: AdapterDesk | None = None
         """None where this server takes none."""
         self._sessions: set[ServedSession] = set()
+        self._num_swapped = 0
+        """Pages that had left the cache when that was last looked at."""
+        self._left = asyncio.Event()
+        """A session has ended."""
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
         self._opens = Rates(Rate(burst=self._limits.max_new_sessions, per_s=self._limits.new_sessions_per_s))
@@ -192,6 +212,7 @@ class Handler:
             pending=self._pending,
             meter=self.meter,
             open_push=partial(self.pushes.open, client=stream.account),
+            move_desk=self._moves,
             adapters=self.adapters,
         )
         self._count(stream.account, 1, message.batch_size)
@@ -208,11 +229,68 @@ class Handler:
             self.meter.end(ending)
             self.pushes.remove(message.push_key)
             self._sessions.discard(session)
+            self._left.set()
             self._count(stream.account, -1, -message.batch_size)
 
     async def push(self, stream: Stream) -> None:
         """Let another server send steps into a session whose key it knows."""
         await self.pushes.serve(stream)
+
+    async def receive_state(self, stream: Stream) -> None:
+        """Let another server hand a session over to one whose key it knows, and that is still empty."""
+        await self.pushes.serve_state(stream)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let no more sessions in, and have those that are here moved to other servers.
+
+        Returns when all have gone, or at the latest after `timeout_s`. What can't move may go on until then; but nobody
+        waits for a session that does nothing and has nowhere to go.
+        """
+        self.state = ServerState.DRAINING
+        until = time.monotonic() + timeout_s
+        for session in self._sessions:
+            session.moves.ask(timeout_s)
+        while (left_s := until - time.monotonic()) > 0 and any(map(self._must_stay_for, self._sessions)):
+            self._left.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, LOOK_S)):
+                    await self._left.wait()
+
+    def relieve(self, replicas: Sequence[ServerRecord]) -> None:
+        """If sessions had to leave the cache since this was called last, ask some to move to servers with room.
+
+        Args:
+            replicas: servers of all our blocks.
+        """
+        before, self._num_swapped = self._num_swapped, self.executor.meter.num_swapped_out
+        if self.state is not ServerState.ONLINE or self._num_swapped == before:
+            return
+        used = {digest for session in self._sessions for digest in session.opened.adapters}
+        places = [
+            Replica(
+                free_pages=record.kv_free_tokens // PAGE_SIZE,
+                adapters=frozenset(it for it in used if any(note.is_about(it) for note in record.adapters)),
+            )
+            for record in replicas
+        ]
+        guests = [
+            Guest(
+                key=session,
+                num_pages=session.num_pages,
+                settled_at=session.moves.settled_at,
+                adapters=frozenset(session.opened.adapters),
+            )
+            for session in self._sessions
+        ]
+        num_pages = self.executor.total_tokens // PAGE_SIZE
+        asked = sessions_to_move(guests, places, num_pages, time.monotonic())
+        for session in asked:
+            session.moves.ask(RELIEF_S)
+        if asked:
+            logger.info("the cache is short: asked %d of %d sessions to move", len(asked), len(guests))
+
+    def _must_stay_for(self, session: ServedSession) -> bool:
+        return not session.moves.has_nowhere or time.monotonic() - session.last_active < QUIET_S
 
     async def adapter(self, stream: Stream) -> None:
         """Take adapters that were asked for, and give others those that are here."""

@@ -49,3 +49,9 @@ class HandlerLimits:
     """How long a client may leave its answer unread."""
     push_timeout_s: float = 120.0
     """How long the next server, which may have to wait itself, may make no room."""
+    move_timeout_s: float = 60.0
+    """How long handing a session over may take, to its end."""
+    max_arriving_bytes: int = 1 << 30
+    """Of sessions that come from other servers at once."""
+    gone_timeout_s: float = 10.0
+    """How long the client of a session that was handed over may keep it open here."""

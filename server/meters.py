@@ -112,6 +112,10 @@ class SessionMeter:
         """Sessions that came in the middle, because the server that had them was lost ..."""
         self.num_replayed = 0
         """... and the tokens that they brought along."""
+        self.num_given = self.given_bytes = 0
+        """Sessions that were handed to another server, and their size ..."""
+        self.num_taken = self.taken_bytes = 0
+        """... and those that came from one."""
         self.num_hops = 0
         """Receivers that were connected: next servers, or the client."""
         self.num_waits = 0
@@ -150,6 +154,16 @@ class SessionMeter:
         """A session began here in the middle, with so many tokens in its first message."""
         self.num_replays += 1
         self.num_replayed += num_tokens
+
+    def given(self, num_bytes: int) -> None:
+        """A session was handed to another server."""
+        self.num_given += 1
+        self.given_bytes += num_bytes
+
+    def took(self, num_bytes: int) -> None:
+        """A session has come from another server."""
+        self.num_taken += 1
+        self.taken_bytes += num_bytes
 
     def told(self, message: Message) -> None:
         """A session's client was told something."""

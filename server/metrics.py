@@ -154,6 +154,10 @@ def _sessions(handler: "Handler") -> Iterator[Metric]:
     yield _by("sessions_ended", "Sessions that are over: done, or the kind of error.", "reason", meter.ended)
     yield _counter("replays", "Sessions taken over from a server that was lost.", meter.num_replays)
     yield _counter("replayed_tokens", "Tokens in the first message of those.", meter.num_replayed)
+    moved = {"out": meter.num_given, "in": meter.num_taken}
+    moved_bytes = {"out": meter.given_bytes, "in": meter.taken_bytes}
+    yield _by("sessions_moved", "Sessions handed to other servers, and taken from them.", "way", moved)
+    yield _by("moved_bytes", "Size of these sessions.", "way", moved_bytes)
     yield _counter("hops", "Receivers connected: next servers, and clients as such.", meter.num_hops)
     yield _by("links_down", "Receivers lost, by fault.", "fault", meter.links_down)
     yield _counter("room_waits", "Times that a client was told to wait for room.", meter.num_waits)

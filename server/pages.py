@@ -373,6 +373,16 @@ class PageTable:
         self._allocator.free(reversed(self._pages))
         self._pages = []
 
+    def expect(self, length: int) -> None:
+        """An empty table becomes one that has given its pages back: `restore` brings those of `length` tokens.
+
+        Raises:
+            InvalidRequest: the sequence has tokens.
+        """
+        if self._length:
+            raise InvalidRequest(f"the sequence has {self._length} tokens already")
+        self._length = length
+
     def restore(self, pages: Sequence[int]) -> None:
         """Hold these pages, each then with one owner more, in place of those given back."""
         self._allocator.share(pages)

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from swarm.errors import (
     InvalidRequest,
@@ -23,7 +23,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.network.tasks import TaskSet
-from swarm.protocol import PUSH_SERVICE, Message, PushAccepted, PushHello
+from swarm.protocol import PUSH_SERVICE, STATE_SERVICE, Message, PushAccepted, PushHello
 from swarm.rates import Rate, Rates
 from swarm.server.limits import HandlerLimits
 from swarm.server.loopback import LocalStream
@@ -68,6 +68,14 @@ class PushTarget(Protocol):
 
     async def receive_pushes(self, stream: PushStream) -> None:
         """Take what comes on this stream until it ends."""
+
+
+@runtime_checkable
+class StateTarget(Protocol):
+    """A session that may become another one."""
+
+    async def receive_state(self, stream: PushStream) -> None:
+        """Become the session whose state comes on this stream."""
 
 
 async def greet(
@@ -141,11 +149,20 @@ class PushDesk:
 
     async def serve(self, stream: PushStream) -> None:
         """The push service: hand the stream to the session that it names."""
+        await (await self._target(stream)).receive_pushes(stream)
+
+    async def serve_state(self, stream: PushStream) -> None:
+        """The state service: hand the stream to the session that it names, which is to become another one."""
+        target = await self._target(stream)
+        if not isinstance(target, StateTarget):
+            raise InvalidRequest("that is no session: it can't become another one")
+        await target.receive_state(stream)
+
+    async def _target(self, stream: PushStream) -> PushTarget:
         hello, _ = await stream.receive(timeout_s=self._limits.open_timeout_s)
         if not isinstance(hello, PushHello):
             raise InvalidRequest(f"expected PushHello, got {type(hello).__name__}")
-        target = self._targets.get(hello.push_key) or await self._wait_for(hello.push_key, stream.peer_id)
-        await target.receive_pushes(stream)
+        return self._targets.get(hello.push_key) or await self._wait_for(hello.push_key, stream.peer_id)
 
     async def open(self, peer_id: str, *, client: str) -> PushStream:
         """A stream to the push service of a peer, which may be ourselves, for a client that named it.
@@ -160,6 +177,17 @@ class PushDesk:
         near, far = LocalStream.pair(peer_id)
         self._tasks.spawn(self._serve_local(far), name="push to ourselves")
         return near
+
+    async def open_state(self, peer_id: str, client: str) -> PushStream:
+        """A stream to the state service of another peer, for a client that named it.
+
+        Raises:
+            as `open`, and where it is ourselves.
+        """
+        self.charge(client)
+        if peer_id == self._transport.node.peer_id:
+            raise InvalidRequest("that is this server itself")
+        return await self._transport.open(peer_id, STATE_SERVICE, timeout_s=self._limits.push_open_timeout_s)
 
     async def close(self) -> None:
         """End the streams to ourselves; the transport ends all others."""

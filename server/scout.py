@@ -53,6 +53,12 @@ class Scout:
         measured = [(rtt_s, it.peer_id) for it in self._others if (rtt_s := self._pinger.rtt_s(it.peer_id)) is not None]
         return tuple(Ping(tag=peer_tag(peer_id), rtt_s=rtt_s) for rtt_s, peer_id in sorted(measured)[:MAX_PINGS])
 
+    @property
+    def replicas(self) -> tuple[ServerRecord, ...]:
+        """Servers that take sessions of all our blocks."""
+        online = (record for record in self._others if record.state is ServerState.ONLINE)
+        return tuple(record for record in online if record.blocks.covers(self._blocks))
+
     async def look(self) -> None:
         """Read the records if they are old, and measure the neighbours, for LOOK_TIMEOUT_S at most."""
         try:

@@ -80,6 +80,12 @@ class Screen:
         if self._console.is_terminal:
             self._console.print("Ctrl-C stops it; a second one at once.", style="dim")
 
+    def draining(self, num_sessions: int) -> None:
+        """It takes nobody any more, and waits until its sessions are elsewhere."""
+        limit = f"{self._config.drain_timeout_s:g} s at most; a second signal ends it at once"
+        self._line(f"DRAINING: {num_sessions} sessions move to other servers, {limit}")
+        sys.stdout.flush()
+
     def stopped(self) -> None:
         """It serves no more."""
         self.close()

@@ -28,6 +28,7 @@ from swarm.server.backlog import StepStart
 from swarm.server.control import Control
 from swarm.server.limits import HandlerLimits
 from swarm.server.push import PushStream, for_the_client, greet
+from swarm.server.session_state import Sent
 from swarm.server.work import Produced, ProducedRow
 from swarm.transport import EndOfStream
 
@@ -74,7 +75,7 @@ class Sender:
         self._target: PushStream | None = client if is_last else None
         self._max_tokens, self._open_push, self._limits = max_tokens, open_push, limits
         self._on_progress, self._on_client_lost = on_progress, on_client_lost
-        self._spec: TensorSpec
+        self._spec: TensorSpec | None = None
         self._waiting: tuple[PushStream, Message, memoryview] | None = None
         self._wake = asyncio.Event()
         self._forwarding: asyncio.Task[None] | None = None
@@ -97,10 +98,24 @@ class Sender:
         self._batch_tokens = max(self._batch_tokens, produced.batch_tokens)
 
     def _append_row(self, row: ProducedRow) -> None:
+        assert self._spec is not None
         outputs = row.hidden_states.to(torch_dtype(self._spec.dtype))
         if outputs.untyped_storage().nbytes() > outputs.nbytes:
             outputs = outputs.clone()  # or the history of one row would keep whole batches
         self.link.append(row.row, row.position, outputs)
+
+    # -- moving to another server ---------------------------------------------------------------------------------
+
+    def save(self) -> Sent | None:
+        """What another server needs to send on in place of us; None before the first output."""
+        spec = self._spec
+        return None if spec is None else Sent(link=self.link.save(), dtype=spec.dtype, encoding=spec.encoding)
+
+    def resume(self, sent: Sent | None) -> None:
+        """Go on, before anything was sent, where another server was."""
+        if sent is not None:
+            self._spec = TensorSpec(sent.dtype, (0, 1), sent.encoding)
+            self.link.resume(sent.link)
 
     # -- sending ------------------------------------------------------------------------------------------------
 
@@ -113,6 +128,11 @@ class Sender:
     def has_receiver(self) -> bool:
         """Whether there is anybody to send to."""
         return self._target is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left that the client is to get from us."""
+        return self._target is not self._client or (self._waiting is None and not self.link.num_unsent)
 
     def pump(self) -> None:
         """Send what the receiver lacks, as far as there is room; the task of `run` does the rest."""
@@ -150,6 +170,7 @@ class Sender:
         """The next message and to whom it goes; None when there is nothing, or nobody to send to."""
         if self._target is None or (chunk := self.link.next_chunk()) is None:
             return None
+        assert self._spec is not None
         spec, body = encode_tensor(chunk.hidden_states.to(torch_dtype(self._spec.dtype)), self._spec.encoding)
         return self._target, self._message(chunk, spec, self._take_trace()), body
 

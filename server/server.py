@@ -22,7 +22,7 @@ from swarm.directory import Directory
 from swarm.errors import ConfigError, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
 from swarm.pings import Pinger
-from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, TRAIN_SERVICE
+from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, STATE_SERVICE, TRAIN_SERVICE
 from swarm.registry import MAX_TIME_S, Registry, ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
@@ -104,6 +104,7 @@ class Server:
         self.node: Node
         self.executor: Executor
         self.handler: Handler | None = None
+        self.training: TrainingDesk
         self.state = ServerState.JOINING
         self.adapters: dict[str, str] = {}
         """Digests of the adapters that it was told to have."""
@@ -214,15 +215,16 @@ class Server:
             self.transport.serve(ADAPTER_SERVICE, self.handler.adapter)
         self.transport.serve(SESSION_SERVICE, self.handler.session)
         self.transport.serve(PUSH_SERVICE, self.handler.push)
+        self.transport.serve(STATE_SERVICE, self.handler.receive_state)
         self.transport.serve(INFO_SERVICE, self.handler.info)
-        desk = TrainingDesk(
+        self.training = TrainingDesk(
             self.executor,
             self.handler.pushes,
             model=plan.checkpoint.digest,
             model_name=plan.checkpoint.name,
             state=lambda: self.state,
         )
-        self.transport.serve(TRAIN_SERVICE, desk.serve)
+        self.transport.serve(TRAIN_SERVICE, self.training.serve)
         self._check_stopped("stopped after loading adapters")
         self.state = ServerState.ONLINE
         await self._announce()
@@ -254,8 +256,12 @@ class Server:
         self._stack.push_async_callback(metrics.close)
         self.metrics_url = metrics.url
 
-    async def serve_until(self, stop: asyncio.Event) -> None:
-        """Keep announcing until `stop` is set, then say OFFLINE and refuse new sessions.
+    async def serve_until(self, stop: asyncio.Event, *, on_drain: Callable[[int], None] = lambda count: None) -> None:
+        """Keep announcing until `stop` is set, then drain, and say OFFLINE.
+
+        Args:
+            stop: whether to go.
+            on_drain: is told how many sessions have to move, where there are any.
 
         Raises:
             PeerError: the device thread failed.
@@ -267,6 +273,10 @@ class Server:
             announcing.cancel()
             if is_over or await self._stopped_within(stop, self.config.announce_period_s):
                 break
+        if stop.is_set():
+            if self.handler is not None and self.handler.num_sessions and self.config.drain_timeout_s > 0:
+                on_drain(self.handler.num_sessions)
+            await self.drain(self.config.drain_timeout_s)
         await self.leave()
         self.node.check_access()
         if self.executor.died.is_set():
@@ -282,6 +292,20 @@ class Server:
         for end in ends:
             end.cancel()
         return any(event.is_set() for event in events)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let go of everybody: announce DRAINING, admit nobody, end training runs, have sessions moved elsewhere.
+
+        Returns when all sessions have gone, or at the latest after `timeout_s`; those that are left then are replayed
+        by their clients once this server is gone.
+        """
+        if self.handler is None or timeout_s <= 0:
+            return
+        self.state = self.handler.state = ServerState.DRAINING
+        self.training.drain()
+        announcing = asyncio.create_task(self._announce())
+        await self.handler.drain(timeout_s)
+        announcing.cancel()
 
     async def leave(self) -> None:
         """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""
@@ -301,8 +325,10 @@ class Server:
         await self._stack.aclose()
 
     async def renew(self) -> None:
-        """Look where the other servers are, and announce ourselves again."""
+        """Look where the other servers are, have sessions moved to them if need be, and announce ourselves again."""
         await self._scout.look()
+        if self.handler is not None:
+            self.handler.relieve(self._scout.replicas)
         await self._announce()
 
     async def _announce(self) -> None:

@@ -5,7 +5,8 @@
 
 The session stream is the session's life: when it ends, everything is freed. Both kinds of readers stop while the
 session has work enough; the session stream is read a little further, because what stands behind the steps (Probe,
-Forward) must be answered whatever happens. Every step is checked here; behind this module steps are trusted.
+Forward, HandOver) must be answered whatever happens. Every step is checked here; behind this module steps are trusted.
+A session may go to another server, or come from one: `server.session_moves`.
 """
 
 import asyncio
@@ -18,7 +19,18 @@ from typing import Any
 from swarm.codec import decode_tensor
 from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerTimeout, SwarmError
 from swarm.link import Accepted, Intake, StepChunk
-from swarm.protocol import Forward, OpenSession, Probe, ProbeResult, PushAccepted, SessionOpened, Step, Waiting
+from swarm.protocol import (
+    Forward,
+    HandOver,
+    OpenSession,
+    Probe,
+    ProbeResult,
+    PushAccepted,
+    SessionOpened,
+    StateTaken,
+    Step,
+    Waiting,
+)
 from swarm.server.adapter_desk import AdapterDesk, AdapterLease
 from swarm.server.backlog import Backlog, StepStart
 from swarm.server.control import Control
@@ -26,9 +38,12 @@ from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
 from swarm.server.meters import SessionMeter
+from swarm.server.moving import MoveDesk
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushStream
 from swarm.server.sender import Sender
+from swarm.server.session_moves import SessionMoves
+from swarm.server.session_state import SavedSession
 from swarm.server.work import Produced, Work
 from swarm.transport import EndOfStream, Stream
 from swarm.transport.limits import Budget
@@ -52,6 +67,7 @@ class ServedSession:
         pending: memory for steps that wait for room, shared by all sessions.
         meter: counts what the session does.
         open_push: opens push streams to peers.
+        move_desk: takes sessions to other servers, and from them.
         adapters: brings the session's adapters, where it uses any.
     """
 
@@ -67,10 +83,12 @@ class ServedSession:
         pending: Budget,
         meter: SessionMeter,
         open_push: Callable[[str], Awaitable[PushStream]],
+        move_desk: MoveDesk,
         adapters: AdapterDesk | None = None,
     ):
         self.last_active = time.monotonic()
-        self._stream, self._opened = stream, opened
+        self.opened = opened
+        self._stream = stream
         self._executor, self._limits, self._max_step_tokens = executor, limits, max_step_tokens
         self._budget, self._meter = budget, meter
         self._intake = Intake(opened.batch_size, max_length=opened.max_length, adapter_of=opened.adapter_of)
@@ -85,6 +103,9 @@ class ServedSession:
             limits=limits,
             on_progress=self._on_room,
             on_client_lost=self.end,
+        )
+        self.moves = SessionMoves(
+            self, move_desk, client=stream.account, control=self._control, limits=limits, on_end=self.end
         )
         self._cached = executor.open(
             opened.blocks,
@@ -155,6 +176,7 @@ class ServedSession:
         self._budget.forget(self, self._stream.account)
         self._pending.clear()
         self._count_pending(-self._pending_bytes)
+        await self.moves.close()
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
 
@@ -186,8 +208,10 @@ class ServedSession:
                 self._control.tell(self._answer(message))
             elif isinstance(message, Forward):
                 self._sender.forward(message, group)
+            elif isinstance(message, HandOver):
+                self.moves.hand_over(message, group)
             else:
-                raise InvalidRequest(f"expected Step, Forward or Probe, got {type(message).__name__}")
+                raise InvalidRequest(f"expected Step, Forward, Probe or HandOver, got {type(message).__name__}")
 
     async def receive_pushes(self, stream: PushStream) -> None:
         """Take the steps that the server before sends; a bad one ends this stream, not the session.
@@ -261,8 +285,10 @@ class ServedSession:
         """Whether more work is wanted now: not while outputs wait for a receiver that does not keep up.
 
         Outputs that nobody takes (the next server is lost, or not named yet) are kept anyway, as history; they hold the
-        session up only when they fill the memory for it.
+        session up only when they fill the memory for it. A session that moves takes nothing more.
         """
+        if self.moves.is_frozen:
+            return False
         num_tokens = self._backlog.num_tokens
         if self._sender.is_blocked or self._budget.is_full:
             num_tokens += self._sender.link.num_unsent
@@ -364,11 +390,12 @@ class ServedSession:
             order=accepted.order,
             base=base,
             num_tokens=accepted.num_tokens,
-            outputs_from=accepted.outputs_from if self._opened.is_last else (0,) * self._opened.batch_size,
+            outputs_from=accepted.outputs_from if self.opened.is_last else (0,) * self.opened.batch_size,
             hidden_states=accepted.hidden_states,
         )
         starts = tuple(end - count for end, count in zip(self._intake.lengths, work.num_tokens, strict=True))
         self._backlog.add(work, starts, start)
+        self.moves.use_room()
         self._executor.submit(self._cached, work)
 
     def _answer(self, probe: Probe) -> ProbeResult:
@@ -379,6 +406,60 @@ class ServedSession:
             produced=self._sender.link.lengths,
             is_waiting=self._is_waiting,
         )
+
+    # -- moving -------------------------------------------------------------------------------------------------
+
+    async def receive_state(self, stream: PushStream) -> None:
+        """Become the session that comes on this stream.
+
+        Raises:
+            SwarmError: what was wrong, or that the session has begun.
+        """
+        await self.moves.receive(stream)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that its tokens fill, not counting that beams and prompts share some."""
+        return sum(-(-length // PAGE_SIZE) for length in self._intake.lengths)
+
+    @property
+    def taken(self) -> StateTaken:
+        """How far this session is."""
+        return StateTaken(step_id=self._intake.step_id, received=tuple(self._intake.lengths))
+
+    def freeze(self) -> None:
+        """Take no more steps."""
+        self.moves.is_frozen = True
+
+    def thaw(self) -> None:
+        """Take steps again, those first that came meanwhile."""
+        self.moves.is_frozen = False
+        self._on_room()
+
+    async def settle(self) -> None:
+        """Wait until what was taken is done, and the client has what it is to get of it.
+
+        Raises:
+            PeerDisconnected: the session has ended.
+        """
+        while not self._over.is_set() and (self._backlog.num_tokens or not self._sender.is_settled):
+            self._room.clear()
+            await self._room.wait()
+        if self._over.is_set():
+            raise PeerDisconnected("the session has ended")
+
+    async def save(self) -> SavedSession:
+        """What another server needs to go on, while nothing is taken and nothing runs."""
+        image = await self._executor.take_image(self._cached)
+        return SavedSession(intake=self._intake.save(), image=image, sent=self._sender.save())
+
+    async def resume(self, saved: SavedSession) -> None:
+        """Go on, before the first step, where another server was."""
+        await self._executor.put_image(self._cached, saved.image)
+        self._intake.resume(saved.intake)
+        self._sender.resume(saved.sent)
+        self._was_reordered = True  # rows may share pages
+        self._budget.use(self, self._stream.account, self._sender.link)
 
     # -- the executor tells us ----------------------------------------------------------------------------------
 

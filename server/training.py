@@ -97,6 +97,7 @@ class TrainingDesk:
         self._executor, self._pushes, self._model, self._model_name = executor, pushes, model, model_name
         self._limits = limits or TrainingLimits()
         self._runs_of: Counter[str] = Counter()
+        self._runs: set[ServedTraining] = set()
 
     @property
     def num_runs(self) -> int:
@@ -113,14 +114,21 @@ class TrainingDesk:
         open_push = partial(self._pushes.open, client=stream.account)
         run = ServedTraining(stream, message, executor=self._executor, open_push=open_push, limits=self._limits)
         self._runs_of[stream.account] += 1
+        self._runs.add(run)
         self._pushes.add(message.push_key, run)
         try:
             await run.run()
         finally:
             self._pushes.remove(message.push_key)
+            self._runs.discard(run)
             self._runs_of[stream.account] -= 1
             if not self._runs_of[stream.account]:
                 del self._runs_of[stream.account]
+
+    def drain(self) -> None:
+        """End all runs: their clients do elsewhere what they have not got from here."""
+        for run in list(self._runs):
+            run.end(PeerBusy(f"the server is {self._state().name}", retry_after_s=60.0))
 
     def _admit(self, message: OpenTraining, account: str) -> None:
         span, limits = self._executor.span, self._limits
@@ -231,6 +239,11 @@ class ServedTraining:
         finally:
             await self._links.close()
             self._executor.train(lambda trainer: trainer.close(self._run))
+
+    def end(self, error: SwarmError) -> None:
+        """End the run; the client is told `error`."""
+        self._error = error
+        self._failed.set()
 
     async def receive_pushes(self, stream: PushStream) -> None:
         """Take what the server before sends.

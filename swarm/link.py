@@ -72,6 +72,40 @@ class StepChunk:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkState:
+    """A link between two messages, for whoever goes on with it."""
+
+    step_id: int
+    order: tuple[int, ...] | None
+    base: tuple[int, ...]
+    outputs_from: tuple[int, ...]
+    starts: tuple[int, ...]
+    """Per row the position of the first hidden state that is kept."""
+    kept: tuple[tuple[torch.Tensor, ...], ...]
+    """Per row pieces [n, hidden] of what is kept from there on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeState:
+    """An intake between two messages, for whoever goes on with it; `base` is None where no step has begun without any
+    new tokens.
+    """
+
+    step_id: int
+    lengths: tuple[int, ...]
+    outputs_from: tuple[int, ...]
+    order: tuple[int, ...] | None
+    base: tuple[int, ...] | None
+
+    def lengths_after(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """What rows of these lengths have once the step's order and base are applied."""
+        if self.base is None:
+            return tuple(lengths)
+        ordered = lengths if self.order is None else [lengths[old] for old in self.order]
+        return tuple(map(min, ordered, self.base))
+
+
 class Link:
     """The sending end: per row the history of what belongs to the receiver, and how much of it the receiver holds.
 
@@ -178,6 +212,29 @@ class Link:
                 raise HistoryLost(f"the receiver holds {count} tokens, history begins at {history.start}")
         self._held, self._as_of = now_held, as_of
         self._max_step_tokens, self.leads_to_client, self.is_connected = max_step_tokens, to_client, True
+
+    def save(self) -> LinkState:
+        """What another link needs to go on in place of this one."""
+        return LinkState(
+            step_id=self.step_id,
+            order=self._order,
+            base=self._base,
+            outputs_from=self._outputs_from,
+            starts=tuple(row.start for row in self._history),
+            kept=tuple(tuple(row.slice(row.start, row.length)) for row in self._history),
+        )
+
+    def resume(self, state: LinkState) -> None:
+        """Go on, before anything else was done, where another link was. Whoever it led to holds nothing, as far as
+        known; only the client has had all that it was to get."""
+        self.step_id, self._order, self._base = state.step_id, state.order, state.base
+        self._outputs_from = state.outputs_from
+        for row, start, pieces in zip(self._history, state.starts, state.kept, strict=True):
+            row.restart(start)
+            for piece in pieces:
+                row.append(piece)
+        if self._is_last:
+            self._held = list(self.lengths)
 
     def disconnect(self) -> None:
         """The receiver is gone; what belongs to it is kept for the next."""
@@ -331,6 +388,22 @@ class Intake:
             outputs_from=self._outputs_from,
             hidden_states=hidden_states,
         )
+
+    def save(self) -> IntakeState:
+        """What another intake needs to go on in place of this one."""
+        order, base = self._begun or (None, None)
+        return IntakeState(
+            step_id=self.step_id,
+            lengths=tuple(self.lengths),
+            outputs_from=self._outputs_from,
+            order=order,
+            base=base,
+        )
+
+    def resume(self, state: IntakeState) -> None:
+        """Go on, before anything came in, where another intake was."""
+        self.step_id, self.lengths, self._outputs_from = state.step_id, list(state.lengths), state.outputs_from
+        self._begun = None if state.base is None else (state.order, state.base)
 
     def rolls_back(self, chunk: StepChunk) -> bool:
         """Whether this chunk begins a step that forgets tokens."""

@@ -352,6 +352,48 @@ class Session:
         if part.feed is not None:
             part.feed.connect(held=part.held, as_of=self._as_of, max_step_tokens=max_step_tokens)
 
+    def new_link(self) -> int:
+        """A number for a link that may take the place of another; see `moved`."""
+        self._next_link += 1
+        return self._next_link - 1
+
+    def moved(
+        self,
+        link: int,
+        new_link: int,
+        hop: Hop,
+        *,
+        max_step_tokens: int,
+        can_rollback: bool,
+        step_id: int,
+        received: Sequence[int],
+    ) -> bool:
+        """The server of `link` has handed what it had to another one, where a session of the same blocks is open.
+
+        Args:
+            link: is in use no more.
+            new_link: from `new_link`.
+            hop: the other server.
+            max_step_tokens, can_rollback: as in `opened`.
+            step_id: the latest step that the other server has seen.
+            received: tokens of each row that it has then.
+
+        Returns:
+            Whether it takes the place of the first; not when that has been lost meanwhile, or when it has less.
+        """
+        part = self._find(link)
+        if part is None or not part.is_open or hop.blocks != part.blocks or not self._has(part, step_id, received):
+            return False
+        part.hop, part.link, part.told, part.epoch = hop, new_link, _NOWHERE, -1
+        part.proven_from = self._step_id + 1  # results of the step under way may have come through the first
+        part.max_step_tokens, part.can_rollback = max_step_tokens, can_rollback
+        if part.feed is not None:
+            part.feed.connect(held=part.held, as_of=self._as_of, max_step_tokens=max_step_tokens)
+        index = self._parts.index(part)
+        for position in range(index, min(index + 2, len(self._parts))):
+            self._feed_if_needed(position)
+        return True
+
     def received(
         self,
         link: int,
@@ -440,6 +482,12 @@ class Session:
     def _as_of(self) -> int:
         """The step after which the servers hold `_committed`."""
         return self._step_id if self._step is None else self._step_id - 1
+
+    def _has(self, part: _Part, step_id: int, received: Sequence[int]) -> bool:
+        """Whether a server that has so much has all that the hop's server surely held."""
+        step = self._step
+        held = part.held if step is None or step_id < self._step_id else self._translated(part.held, step)
+        return len(received) == len(held) and all(has >= least for has, least in zip(received, held, strict=True))
 
     def _lacks_history(self, part: _Part) -> bool:
         """Whether the client feeds a hop, and what it has not received of that hop's history is on the way, or lost."""

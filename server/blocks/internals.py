@@ -13,7 +13,7 @@ LinearAttentionCacheLayerMixin, `rotary_emb`-like modules beside the layers, `or
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -379,14 +379,19 @@ class SequenceState(DynamicCache):
                     for name, state in states.items():
                         states[name] = None if state is None else state.to(device)
 
+    def tensors(self, layers: Iterable[int]) -> list[Tensor]:
+        """What these layers have put here, in a fixed order."""
+        entries = [self.layers[layer] for layer in layers if layer < len(self.layers)]
+        return [
+            state
+            for entry in entries
+            if isinstance(entry, LinearAttentionCacheLayerMixin)
+            for states in (entry.conv_states, entry.recurrent_states)
+            for _, state in sorted(states.items())
+            if state is not None
+        ]
+
     @property
     def num_bytes(self) -> int:
         """Memory that the state takes now."""
-        tensors = [
-            state
-            for entry in self.layers
-            if isinstance(entry, LinearAttentionCacheLayerMixin)
-            for state in (*entry.conv_states.values(), *entry.recurrent_states.values())
-            if state is not None
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors(range(len(self.layers))))

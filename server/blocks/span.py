@@ -25,6 +25,7 @@ from swarm.server.blocks.adapters import SpanAdapters
 from swarm.server.blocks.attention import LayerAttention
 from swarm.server.blocks.block import Block, prepare
 from swarm.server.blocks.internals import Ropes, SequenceState, trace_calls
+from swarm.server.blocks.parcel import Layout, SavedPages, pack, unpack
 from swarm.server.blocks.plain_decoder import RotaryTables
 from swarm.server.blocks.probe import Prober
 from swarm.server.blocks.quirks import quirks_of
@@ -72,6 +73,7 @@ class BlockSpan:
         self._loaded = tuple(loaded)
         self._ropes = ropes
         self._step, self._current = step, current
+        self._state_template: SequenceState | None = None
         for block in loaded:
             if block.attention is not None:
                 block.attention.allocate(num_pages, dtype, device)
@@ -195,6 +197,60 @@ class BlockSpan:
         """Move recurrent states back to the device."""
         for state in states:
             state.move_to(self.device)
+
+    def learn_state(self, page: int) -> None:
+        """Run a token in this page, which nobody owns, to learn what rows' recurrent states look like."""
+        if self._state_template is not None or not self.stateful:
+            return
+        state = SequenceState(self.config)
+        rows = torch.zeros(1, self.hidden_size)
+        self.run([Chunk(hidden_states=rows, position=0, pages=[page], entry=self.blocks.start, exit=self.blocks.end,
+                        state=state)])  # fmt: skip
+        state.move_to(torch.device("cpu"))
+        self._state_template = state
+
+    def layout(self, blocks: BlockRange) -> Layout:
+        """How `pack_cache` lays out what sessions have in these blocks.
+
+        Raises:
+            InvalidRequest: the blocks keep a recurrent state, and `learn_state` was not called.
+        """
+        states: Sequence[Tensor] = ()
+        if self.stateful:
+            if self._state_template is None:
+                raise InvalidRequest("what recurrent states look like is not known yet")
+            states = self._state_template.tensors(blocks)
+        return Layout(
+            dtype=self.dtype,
+            kv_shapes=tuple(attention.kv_shape for attention in self._attentions(blocks)),
+            states=tuple((tuple(tensor.shape), tensor.dtype) for tensor in states),
+        )
+
+    def pack_cache(self, saved: SavedPages, states: Sequence[SequenceState], blocks: BlockRange) -> bytearray:
+        """What `read_pages` gave, and recurrent states, as bytes.
+
+        Raises:
+            as `layout`.
+        """
+        return pack(self.layout(blocks), saved, (state.tensors(blocks) for state in states))
+
+    @torch.inference_mode()
+    def unpack_cache(
+        self, data: memoryview | bytearray, num_pages: int, num_states: int, blocks: BlockRange
+    ) -> tuple[SavedPages, list[SequenceState]]:
+        """What `pack_cache` was given; the states lie in host memory.
+
+        Raises:
+            InvalidRequest: the data has another size; or as `layout`.
+        """
+        pages, rows = unpack(self.layout(blocks), data, num_pages, num_states if self.stateful else 0)
+        states = []
+        for tensors in rows:
+            assert self._state_template is not None
+            states.append(self._state_template.fork())
+            for own, given in zip(states[-1].tensors(blocks), tensors, strict=True):
+                own.copy_(given)
+        return pages, states
 
     def shape(self, block: int) -> BlockShape:
         """What adapters may change in a block.

@@ -9,7 +9,7 @@ depend on all inputs before, so a lost token shows.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 
 import torch
@@ -324,6 +324,12 @@ class FakePeers:
             hops.append(Hop(peer_id=server.peer_id, blocks=BlockRange(position, end)))
             position = end
         return tuple(hops)
+
+    async def replica(self, blocks: BlockRange, *, without: Collection[str], **wishes: object) -> Hop:
+        for server in self.servers:
+            if server.blocks.covers(blocks) and server.peer_id not in without:
+                return Hop(peer_id=server.peer_id, blocks=blocks)
+        raise RouteNotFound(f"nobody else serves {blocks}", missing=list(blocks))
 
     def failed(self, peer_id: str, error: Exception) -> None:
         self.failures.append(peer_id)

@@ -11,7 +11,7 @@ from swarm.client import peers as peers_module
 from swarm.client.peers import NUM_ACQUAINTANCES, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
-from swarm.errors import PeerDisconnected
+from swarm.errors import PeerDisconnected, RouteNotFound
 from swarm.registry import ServerRecord
 from swarm.types import BlockRange, ServerState
 
@@ -230,3 +230,36 @@ async def test_ways_are_measured_again_with_the_records_and_first_to_those_that_
     peers.keep_fresh()
     await peers._reader
     assert len(asked) == 1 and "p7" in asked[0] and len(asked[0]) == NUM_ACQUAINTANCES
+
+
+async def test_a_session_moves_to_the_best_server_that_has_all_its_blocks(peers):
+    """Room and load decide; who has only a part of the blocks, or was tried, is out of the question."""
+    blocks = BlockRange(0, 2)
+    part = record("part", blocks=BlockRange(0, 1), decode_tps=1e6)
+    leaving = record("leaving", state=ServerState.DRAINING, decode_tps=1e6)
+    await read(
+        peers,
+        record("old", decode_tps=1e6),
+        part,
+        leaving,
+        record("full", kv_free_tokens=99),
+        record("busy", load=0.9),
+        record("good"),
+    )
+    found, tried = [], {"old"}
+    for _ in range(3):
+        hop = await peers.replica(blocks, without=tried, num_tokens=100)
+        assert hop.blocks == blocks
+        found.append(hop.peer_id)
+        tried.add(hop.peer_id)
+    assert found == ["good", "busy", "full"]
+    with pytest.raises(RouteNotFound, match="no other server holds blocks 0:2"):
+        await peers.replica(blocks, without=tried)
+
+
+async def test_a_replica_that_has_just_come_is_found(peers):
+    """Where nobody is known, the records are read again."""
+    await read(peers, record("old"))
+    peers._directory._registry.records = (record("old"), record("new"))
+    peers._directory._refreshed_at -= 1.0
+    assert (await peers.replica(BlockRange(0, 2), without={"old"})).peer_id == "new"

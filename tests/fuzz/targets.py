@@ -42,6 +42,8 @@ from swarm.private.certificates import Passport, Role, read_invitation, read_pas
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import Revocations, decode_revocations, encode_revocations, revoke
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.session_state import Arrival, pack
 from swarm.transport.direct import Certificate, Offer, _check_offer
 from swarm.transport.frames import HELLO_PREFIX, FrameDecoder, Kind, encode_frame
 from swarm.transport.limits import Limits
@@ -52,6 +54,7 @@ from tests.fuzz.adapter_targets import ADAPTER_TARGETS
 from tests.fuzz.dht import DhtHandlers
 from tests.fuzz.http_targets import HTTP_TARGETS
 from tests.fuzz.target import MSGPACK, Target, framed, pieces
+from tests.server.test_session_state import HIDDEN, LAYOUT, MAX_LENGTH, OPENED, saved_session
 from tests.swarm.private.labs import Lab
 from tests.swarm.test_protocol import MESSAGES, STEP
 
@@ -215,6 +218,48 @@ def session_seeds() -> list[bytes]:
     again = msgspec.structs.replace(forward, held=(2, 2), as_of=1)
     sequences: list[list[protocol.Message]] = [[prompt, decode], [forward, prompt, decode, beam, again], [decode]]
     return [framed(protocol.encode(it) for it in sequence) for sequence in sequences]
+
+
+def state(data: bytes) -> None:
+    """A session that another server hands over: its books are those of the rows, its pages are pages that there are."""
+    arrival: Arrival | None = None
+    for piece in pieces(data):
+        if arrival is None:
+            found = protocol.decode(piece)
+            if not isinstance(found, protocol.SessionState):
+                return
+            arrival = Arrival(found, OPENED, LAYOUT, HIDDEN)
+            if arrival.num_bytes > 1 << 16:
+                return
+            arrival.allocate()
+        else:
+            arrival.take(protocol.StatePart(offset=int.from_bytes(piece[:4], "big")), memoryview(piece[4:]))
+    if arrival is None or not arrival.is_whole:
+        return
+    saved = arrival.finish()
+    intake, link = Intake(2, max_length=MAX_LENGTH), Link(2, to_client=False)
+    intake.resume(saved.intake)
+    assert all(0 <= length <= MAX_LENGTH for length in (*intake.lengths, *saved.image.lengths))
+    for length, pages in zip(saved.image.lengths, saved.image.layouts, strict=True):
+        assert len(pages) == -(-length // PAGE_SIZE) and all(0 <= page < saved.image.num_pages for page in pages)
+    if saved.sent is not None:
+        link.resume(saved.sent.link)
+        link.connect(held=link.lengths, as_of=link.step_id)
+        assert link.history_bytes <= 1 << 16
+
+
+def state_seeds() -> list[bytes]:
+    seeds = []
+    for saved in (
+        saved_session(),
+        saved_session((3, 0), order=(0, 0), base=(3, 1)),
+        replace(saved_session(), sent=None),
+    ):
+        message, body = pack(saved, OPENED, LAYOUT)
+        cut = len(body) // 2
+        parts = [(0).to_bytes(4, "big") + body[:cut], cut.to_bytes(4, "big") + body[cut:]]
+        seeds.append(framed([protocol.encode(message), *parts]))
+    return seeds
 
 
 # --- records and the DHT ---
@@ -462,6 +507,7 @@ TARGETS: dict[str, Target] = {
     "offer": Target(run=offer, seeds=offer_seeds),
     "handshake": Target(run=handshake, seeds=handshake_seeds, expected=(ssl.SSLError,)),
     "session": Target(run=session, seeds=session_seeds),
+    "state": Target(run=state, seeds=state_seeds),
     "record": Target(run=record, seeds=record_seeds, expected=()),
     "server_record": Target(run=server_record, seeds=server_record_seeds),
     "model_entry": Target(run=model_entry, seeds=model_entry_seeds, expected=MSGPACK),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest_asyncio
 
 from swarm.network import Node, NodeConfig
-from swarm.protocol import PUSH_SERVICE, SESSION_SERVICE
+from swarm.protocol import PUSH_SERVICE, SESSION_SERVICE, STATE_SERVICE
 from swarm.transport import Transport
 from tests.server.fakes import Chain, FakeExecutor, make_handler
 
@@ -40,6 +40,7 @@ async def chain_of(nodes: list[Node], num_servers: int = 3, *, executor: Any = N
             handler = make_handler(fake, transport, **limits)
             transport.serve(SESSION_SERVICE, handler.session)
             transport.serve(PUSH_SERVICE, handler.push)
+            transport.serve(STATE_SERVICE, handler.receive_state)
             stack.push_async_callback(handler.close)
             transports.append(transport)
             handlers.append(handler)

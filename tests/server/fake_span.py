@@ -95,6 +95,20 @@ class FakeSpan:
         assert len(saved) == len(pages)
         self.cells[list(pages)] = saved
 
+    def pack_cache(self, saved, states, blocks):
+        totals = torch.tensor([state.total for state in states], dtype=torch.float64)
+        return bytearray(saved.numpy().tobytes() + totals.numpy().tobytes())
+
+    def unpack_cache(self, data, num_pages, num_states, blocks):
+        numbers = torch.frombuffer(data, dtype=torch.float64)
+        num_cells = num_pages * PAGE_SIZE
+        states = []
+        for total in numbers[num_cells:].tolist():
+            states.append(FakeState())
+            states[-1].total, states[-1].is_parked = total, True
+        assert len(states) == (num_states if self.stateful else 0)
+        return numbers[:num_cells].view(num_pages, PAGE_SIZE), states
+
     def park_states(self, states):
         for state in states:
             assert not state.is_parked

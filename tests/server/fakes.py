@@ -13,7 +13,7 @@ import torch
 
 from swarm.adapters.delta import BlockDelta
 from swarm.codec import decode_tensor, encode_tensor
-from swarm.errors import SwarmError
+from swarm.errors import PeerBusy, SwarmError
 from swarm.protocol import (
     SESSION_SERVICE,
     Encoding,
@@ -24,6 +24,8 @@ from swarm.protocol import (
     Step,
     StepResult,
 )
+from swarm.server.blocks.parcel import Layout, pack, unpack
+from swarm.server.cache_image import CacheImage
 from swarm.server.handler import Handler
 from swarm.server.limits import HandlerLimits
 from swarm.server.meters import BatchMeter
@@ -135,6 +137,37 @@ class FakeExecutor:
     def close(self, session: FakeCache) -> None:
         self.sessions.remove(session)
         session.queue.clear()
+
+    async def layout(self, blocks: BlockRange) -> Layout:
+        return Layout(dtype=torch.float32, kv_shapes=((1, HIDDEN, 0),))
+
+    async def take_image(self, session: FakeCache) -> CacheImage:
+        """The rows, each in pages of its own; what is beside them is NaN."""
+        assert not session.queue
+        counts = [-(-len(row) // PAGE_SIZE) for row in session.rows]
+        pages = torch.full((sum(counts) * PAGE_SIZE, HIDDEN), torch.nan)
+        layouts, first = [], 0
+        for row, count in zip(session.rows, counts, strict=True):
+            pages[first * PAGE_SIZE : first * PAGE_SIZE + len(row)] = row
+            layouts.append(tuple(range(first, first + count)))
+            first += count
+        saved = [(pages.view(1, -1, PAGE_SIZE * HIDDEN), torch.empty(1, first, 0))]
+        return CacheImage(
+            lengths=tuple(map(len, session.rows)),
+            num_pages=first,
+            layouts=tuple(layouts),
+            content=pack(await self.layout(self.span.blocks), saved, []),
+        )
+
+    async def put_image(self, session: FakeCache, image: CacheImage) -> None:
+        if session not in self.sessions:
+            raise PeerBusy("the session is over")
+        saved, _ = unpack(await self.layout(self.span.blocks), image.content, image.num_pages, 0)
+        pages = saved[0][0].reshape(-1, PAGE_SIZE, HIDDEN)
+        session.rows = [
+            pages[list(layout)].reshape(-1, HIDDEN)[:length].clone()
+            for layout, length in zip(image.layouts, image.lengths, strict=True)
+        ]
 
     def hold(self) -> None:
         """Run nothing until `release`."""

@@ -275,7 +275,7 @@ async def test_a_replay_that_still_runs_when_the_next_step_comes_is_not_dropped(
         (make_step(0, [tokens(33)], positions=[0]), "1 to 32 tokens"),
         (make_step(0, [tokens(0)], positions=[0]), "1 to 32 tokens"),
         ((make_step(0, [tokens(2)], positions=[0])[0], memoryview(b"short")), "bytes"),
-        ((PushAccepted(), b""), "expected Step, Forward or Probe"),
+        ((PushAccepted(), b""), "expected Step, Forward, Probe or HandOver"),
         ((make_step(0, [tokens(1)], positions=[0])[0], memoryview(bytes(16 * 64))), "bytes"),
         ((Forward(epoch=0, peer_id="", push_key=bytes(16), held=(0, 0), as_of=-1, max_step_tokens=1), b""), "1 rows"),
     ],

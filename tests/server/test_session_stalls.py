@@ -93,7 +93,7 @@ async def test_a_push_stream_that_comes_when_the_session_ends_is_not_kept(nodes:
     """It would stay open for ever, since whoever ends the streams has been there already."""
     async with chain_of(nodes, 1) as chain:
         hop = await chain.open(0, is_last=True)
-        session = chain.handlers[0]._desk._targets[hop.push_key]
+        session = chain.handlers[0].pushes._targets[hop.push_key]
         await hop.stream.close()
         await eventually(lambda: not chain.executors[0].sessions)
         near, far = LocalStream.pair("x")

@@ -46,6 +46,8 @@ class Trouble(Enum):
     """A server drops its history."""
     REFUSE = auto()
     """The next session that is opened fails instead."""
+    MOVE = auto()
+    """A server takes nothing more, and gives what it has to another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,14 @@ class Broken:
     epoch: int
 
 
-Message = StepChunk | Connect | Opened | Down | Ended | Broken
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Another server has the session; what was for the client was sent before."""
+
+    link: int
+
+
+Message = StepChunk | Connect | Opened | Down | Ended | Broken | Moved
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -130,6 +139,7 @@ class FakeServer:
         self.link, self.hop, self.is_last = link, hop, is_last
         self.max_step_tokens, self.can_rollback = max_step_tokens, can_rollback
         self.is_up = True
+        self.is_frozen = self.is_gone = False
         self.intake = Intake(num_rows, max_length=10_000)
         self.out = Link(num_rows, to_client=is_last)
         self.jobs: deque[Accepted] = deque()
@@ -142,6 +152,12 @@ class FakeServer:
         assert self.can_rollback or not self.intake.rolls_back(chunk), "a recurrent server cannot roll back"
         if (accepted := self.intake.accept(chunk)) is not None:
             self.jobs.append(accepted)
+
+    def succeed(self, other: "FakeServer") -> None:
+        """Go on where another server was."""
+        self.intake.resume(other.intake.save())
+        self.out.resume(other.out.save())
+        self._cache = [list(row) for row in other._cache]
 
     def compute(self) -> None:
         """Run the next job; its outputs belong to the receiver then."""
@@ -197,6 +213,7 @@ class FakeChain:
         self.epochs: dict[int, int] = {}
         """The last epoch that each server was told of."""
         self.clock = 0
+        self.num_moves = 0
         self._rng = random.Random(seed)
         self._faults = deque(sorted(faults, key=lambda fault: fault.at))
         self.find_route = find_route or self._random_route
@@ -245,6 +262,7 @@ class FakeChain:
         self._wires = [wire for wire in self._wires if wire.messages or not wire.is_broken]
         happenings = [partial(self._deliver, wire) for wire in self._wires if wire.messages]
         happenings += [partial(self._compute, server) for server in self.servers.values() if server.jobs]
+        happenings += [partial(self._hand_over, server) for server in self.servers.values() if self._can_go(server)]
         if not happenings:
             return False
         self._rng.choice(happenings)()
@@ -336,6 +354,8 @@ class FakeChain:
             self.session.opened(source.link, **limits)
         elif isinstance(message, Ended):
             self.session.failed(source.link)
+        elif isinstance(message, Moved):
+            self._replace(source, self.servers[message.link])
         elif isinstance(message, Down):
             target = self.targets[message.epoch]
             if message.fault is LinkFault.UNREACHABLE and target is not None and not self.servers[target].is_up:
@@ -358,6 +378,8 @@ class FakeChain:
 
     def _take(self, wire: Wire, server: FakeServer, chunk: StepChunk) -> None:
         """A chunk that doesn't fit ends its push stream; only what was given up in favour of another may not fit."""
+        if server.is_frozen:
+            return
         try:
             server.accept(chunk)
         except InvalidRequest:
@@ -393,6 +415,47 @@ class FakeChain:
     def _pump(self, server: FakeServer) -> None:
         while (chunk := server.out.next_chunk()) is not None:
             self._send(server.push or self._down[server.link], chunk)
+
+    # -- moves --------------------------------------------------------------------------------------------------
+
+    def move(self, link: int) -> None:
+        """Let a server give what it has to another one, as soon as it has nothing to do."""
+        self.servers[link].is_frozen = True
+
+    def _can_go(self, server: FakeServer) -> bool:
+        return server.is_frozen and server.is_up and not server.is_gone and not server.jobs
+
+    def _hand_over(self, server: FakeServer) -> None:
+        """What the other server has is fixed from now on; the client hears of it later."""
+        server.is_gone = True
+        link, hop = self.session.new_link(), Hop(peer_id=f"peer{self._rng.randrange(6)}", blocks=server.hop.blocks)
+        heir = self.servers[link] = FakeServer(
+            link,
+            hop,
+            self.session.batch_size,
+            is_last=server.is_last,
+            max_step_tokens=self._rng.choice(self._max_step_tokens),
+            can_rollback=server.can_rollback,
+        )
+        heir.succeed(server)
+        self._down[server.link].put(Moved(link))
+
+    def _replace(self, server: FakeServer, heir: FakeServer) -> None:
+        """The client knows where its session is."""
+        is_moved = self.session.moved(
+            server.link,
+            heir.link,
+            heir.hop,
+            max_step_tokens=heir.max_step_tokens,
+            can_rollback=heir.can_rollback,
+            step_id=heir.intake.step_id,
+            received=heir.intake.lengths,
+        )
+        if is_moved:
+            self.num_moves += 1
+            self._up[heir.link], self._down[heir.link] = self._wire(None, heir), self._wire(heir, None)
+        else:
+            self.session.failed(server.link)
 
     # -- trouble ------------------------------------------------------------------------------------------------
 
@@ -438,6 +501,8 @@ class FakeChain:
             server = in_use[fault.pick % len(in_use)]
             if fault.trouble is Trouble.KILL:
                 self._kill(server)
+            elif fault.trouble is Trouble.MOVE:
+                self.move(server.link)
             elif fault.trouble is Trouble.GIVE_UP:
                 self.session.failed(server.link)
             else:

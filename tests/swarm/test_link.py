@@ -250,7 +250,10 @@ steps = st.lists(
 def test_any_mixture_of_resent_chunks_yields_the_rows_once(
     plan: list[tuple[tuple[int, int] | None, tuple[int, int], tuple[int, int]]], data: st.DataObject
 ) -> None:
-    """A receiver that gets every chunk at least once, and old ones again, holds exactly the sender's rows."""
+    """A receiver that gets every chunk at least once, and old ones again, holds exactly the sender's rows.
+
+    Also where another link, or another intake, goes on in place of the first.
+    """
     link, intake = connected(2, max_step_tokens=data.draw(st.integers(1, 4))), Intake(2, max_length=100)
     rows: list[list[float]] = [[], []]
     there: list[list[float]] = [[], []]
@@ -268,11 +271,25 @@ def test_any_mixture_of_resent_chunks_yields_the_rows_once(
             link.append(index, base[index], numbers(*new))
         if data.draw(st.booleans()):  # a replay of what the receiver has
             link.connect(held=[data.draw(st.integers(0, held)) for held in link.held], as_of=step_id)
+        if data.draw(st.booleans()):
+            link = successor(link)
+        if data.draw(st.booleans()):
+            before, intake = intake, Intake(2, max_length=100)
+            intake.resume(before.save())
         for fresh in drain(link):
             past.append(fresh)
             for message in (fresh, *data.draw(st.lists(st.sampled_from(past), max_size=2))):
                 there = deliver(intake, message, there)
         assert there == rows and intake.lengths == [len(row) for row in rows]
+
+
+def successor(link: Link) -> Link:
+    """A link that goes on where this one is, to the same receiver."""
+    other = Link(len(link.lengths), to_client=False)
+    other.resume(link.save())
+    assert not other.is_connected and other.lengths == link.lengths and other.history_bytes == link.history_bytes
+    other.connect(held=link.held, as_of=link.step_id, max_step_tokens=2)
+    return other
 
 
 def deliver(intake: Intake, message: StepChunk, rows: list[list[float]]) -> list[list[float]]:
@@ -318,3 +335,26 @@ def test_a_chunk_that_does_not_fit_is_refused_and_changes_nothing(message: StepC
             attempt(message)
     assert intake.step_id == 0 and intake.lengths == [2, 2]
     assert taken(intake.accept(chunk(1, (2, 2), (2, 2), [5], []))) == ((1, 0), [5], True)
+
+
+def test_a_link_to_the_client_goes_on_behind_what_the_client_has() -> None:
+    """What was sent is not sent again by another server; what comes next is."""
+    first, second = Link(1, to_client=True), Link(1, to_client=True)
+    begin(first, 0, [0])
+    first.append(0, 0, numbers(1, 2))
+    assert len(drain(first)) == 1
+    second.resume(first.save())
+    assert drain(second) == []
+    second.append(0, 2, numbers(3))
+    (last,) = drain(second)
+    assert (last.positions, last.num_tokens) == ((2,), (1,))
+
+
+def test_an_intake_knows_what_is_still_to_be_done_of_a_step_without_tokens() -> None:
+    """Order and rollback of a step that has begun are applied to what another cache has."""
+    intake = Intake(2, max_length=10)
+    intake.accept(chunk(0, (0, 0), (0, 0), [1, 2], [3, 4]))
+    assert intake.save().lengths_after((2, 2)) == (2, 2)
+    intake.accept(chunk(1, (2, 1), (2, 1), [], [4], order=(1, 1)))  # row 1 holds that already
+    state = intake.save()
+    assert state.lengths_after((2, 2)) == state.lengths == (2, 2)

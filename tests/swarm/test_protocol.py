@@ -18,21 +18,29 @@ from swarm.protocol import (
     AdapterPart,
     AdapterRequest,
     DType,
+    Encoding,
     Forward,
     Forwarding,
+    HandedOver,
+    HandOver,
     HopTrace,
     Info,
     InfoRequest,
     LinkDown,
     LinkFault,
     Message,
+    MoveAway,
     OpenSession,
     OpenTraining,
     Probe,
     ProbeResult,
     PushAccepted,
     PushHello,
+    SentState,
     SessionOpened,
+    SessionState,
+    StatePart,
+    StateTaken,
     Step,
     StepResult,
     TensorSpec,
@@ -74,6 +82,29 @@ OPEN = OpenSession(
     batch_size=1,
     max_length=5,
     is_last=False,
+)
+STATE = SessionState(
+    start=0,
+    end=4,
+    dtype=DType.FLOAT32,
+    lengths=(5, 2),
+    num_pages=2,
+    cache_bytes=1 << 20,
+    step_id=7,
+    received=(5, 2),
+    outputs_from=(4, 1),
+    order=None,
+    base=None,
+    sent=SentState(
+        step_id=7,
+        order=(1, 0),
+        base=(4, 1),
+        outputs_from=(4, 1),
+        starts=(0, 2),
+        ends=(5, 2),
+        dtype=DType.BFLOAT16,
+        encoding=Encoding.RAW,
+    ),
 )
 MESSAGES: list[Message] = [
     InfoRequest(),
@@ -123,6 +154,12 @@ MESSAGES: list[Message] = [
     AdapterOffer(digest="d" * 64),
     AdapterPart(block=None, offset=0, num_bytes=100),
     AdapterLoading(num_bytes=10, total_bytes=100),
+    MoveAway(within_s=30.0),
+    HandOver(nonce=4, peer_id="12D3KooW", push_key=b"k" * 16),
+    HandedOver(nonce=4, is_done=False, text="no room"),
+    STATE,
+    StatePart(offset=0),
+    StateTaken(step_id=7, received=(5, 2)),
 ]
 by_name = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 
@@ -214,6 +251,17 @@ SPEC = [2, [1, 576], 0]
         [3, KEY, KEY, "a" * 64, 0, 4, 1, 5, False, ["d" * 64], [-2]],
         [3, KEY, KEY, "a" * 64, 0, 4, 1, 5, False, ["d" * 64], [128]],
         [3, KEY, KEY, "a" * 64, 0, 4, 1, 5, False, ["d" * 64], [0], ["p"] * 9],
+        [80, -1.0],
+        [81, 1, "p", b"k" * 15],
+        [81, -1, "p", KEY],
+        [82, 1, True, "x" * 1025],
+        [83, 0, 4, 9, [5], 1, 10, 7, [5], [4], None, None, None],
+        [83, 0, 4, 0, [5], -1, 10, 7, [5], [4], None, None, None],
+        [83, 0, 4, 0, [-5], 1, 10, 7, [5], [4], None, None, None],
+        [83, 0, 4, 0, [5], 1, 1 << 60, 7, [5], [4], None, None, None],
+        [83, 0, 4, 0, [5], 1, 10, 7, [5], [4], None, None, [7, None, [4], [4], [0], [5], 0]],
+        [84, -1],
+        [85, -2, [1]],
         [99, 1],
     ],
 )
@@ -245,6 +293,17 @@ def test_the_largest_step_fits_into_a_message() -> None:
         trace=trace,
     )
     assert decode(encode(step)) == step
+
+
+def test_the_largest_state_of_a_session_fits_into_a_message() -> None:
+    """1024 rows of the largest positions stay below the limit; numbers of pages are in the body."""
+    rows = (protocol.MAX_LENGTH,) * protocol.MAX_BATCH_SIZE
+    sent = SentState(step_id=1 << 62, order=rows, base=rows, outputs_from=rows, starts=rows, ends=rows,
+                     dtype=DType.FLOAT32, encoding=Encoding.RAW)  # fmt: skip
+    state = SessionState(start=0, end=4096, dtype=DType.FLOAT32, lengths=rows, num_pages=protocol.MAX_LENGTH,
+                         cache_bytes=1 << 48, step_id=1 << 62, received=rows, outputs_from=rows, order=rows, base=rows,
+                         sent=sent)  # fmt: skip
+    assert decode(encode(state)) == state
 
 
 def test_an_empty_block_range_is_refused() -> None:

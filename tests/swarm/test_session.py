@@ -220,6 +220,56 @@ def test_failures_one_step_apart_replay_each_span_once() -> None:
     assert user.chain.tokens == {(CLIENT, 4): 24, (4, 3): 1, (3, LAST): 1, (LAST, CLIENT): 1}
 
 
+@pytest.mark.parametrize("push", [True, False])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_hops_that_move_between_steps_replay_nothing(which: tuple[int, ...], push: bool) -> None:
+    """The next step costs what every step costs, and comes through the other servers."""
+    user = ready_to_decode(push=push)
+    old = list(user.session.hops)
+    for index in which:
+        user.chain.move(old[index])
+    user.chain.settle()
+    new = list(user.session.hops)
+    assert [a != b for a, b in zip(old, new, strict=True)] == [index in which for index in range(3)]
+    user.decode()
+    user.decode()
+    assert sum(user.chain.tokens.values()) == 2 * (4 if push else 6)
+    assert user.session.num_replays == 0 and user.chain.num_moves == len(which)
+
+
+@pytest.mark.parametrize("at", range(0, 40, 3))
+@pytest.mark.parametrize("push", [True, False])
+def test_a_hop_that_moves_inside_a_step_costs_that_step_again_at_most(at: int, push: bool) -> None:
+    """Whatever of the step was under way, nothing is lost, and nothing from before it is sent again."""
+    for index in range(3):
+        user = ready_to_decode(push=push, seed=at)
+        # a server that sends to the client keeps no history, so that a rollback after a move may cost a replay
+        user.begin(Turn(order=(0,), rolled_back=(2 * push,), num_tokens=(3,), num_outputs=(1,)))
+        for _ in range(at):
+            user.chain.advance()
+        user.chain.move(list(user.session.hops)[index])
+        user.finish()
+        user.chain.settle()
+        user.decode()
+        assert user.chain.num_moves == 1 and user.session.num_replays == 0
+        assert max(user.chain.tokens.values()) <= 8 + (0 if push else 6)
+
+
+def test_a_server_that_has_less_than_the_one_before_is_not_taken() -> None:
+    """Who says it has the session, and lacks tokens, rows or the step, takes nobody's place."""
+    user = ready_to_decode()
+    session, link = user.session, list(user.session.hops)[1]
+    hop = session.hops[link]
+    where = {"max_step_tokens": 8, "can_rollback": True}
+    for step_id, received in ((2, (21,)), (-1, (0,)), (2, ()), (2, (22, 22))):
+        assert not session.moved(link, session.new_link(), hop, step_id=step_id, received=received, **where)  # type: ignore[arg-type]
+    other = Hop(peer_id="p", blocks=BlockRange(0, 1))
+    assert not session.moved(link, session.new_link(), other, step_id=2, received=(22,), **where)  # type: ignore[arg-type]
+    assert not session.moved(99, session.new_link(), hop, step_id=2, received=(22,), **where)  # type: ignore[arg-type]
+    assert list(session.hops)[1] == link
+    user.decode()
+
+
 def test_all_hops_lost_at_once_are_replayed_from_the_client() -> None:
     """With no server left that knows anything, the client's history feeds a new chain."""
     user = ready_to_decode()

@@ -1,0 +1,123 @@
+"""What one session does about moving: asks its client to, gives itself to another server, or becomes what comes.
+
+    ask ─► MoveAway ~~► client ~~HandOver~~► hand_over ─► MoveDesk.give ─► HandedOver ~~► client, which then leaves
+                               └~~HandOver to nobody~~► has_nowhere
+    receive ─► MoveDesk.take ─► StateTaken ~~► client
+
+While `is_frozen`, the session takes no steps. It knows what it may do; how a session travels is `server.moving`'s.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from math import inf
+
+from swarm.errors import InvalidRequest, PeerDisconnected, SwarmError
+from swarm.protocol import HandedOver, HandOver, MoveAway
+from swarm.server.control import Control
+from swarm.server.limits import HandlerLimits
+from swarm.server.moving import Movable, MoveDesk
+from swarm.server.push import PushStream, for_the_client
+
+logger = logging.getLogger(__name__)
+
+
+class SessionMoves:
+    """The moves of one session.
+
+    Args:
+        session: that moves.
+        desk: moves it.
+        client: who pays.
+        control: tells the client.
+        limits: how long a client may stay that was handed over.
+        on_end: ends the session.
+    """
+
+    def __init__(
+        self,
+        session: Movable,
+        desk: MoveDesk,
+        *,
+        client: str,
+        control: Control,
+        limits: HandlerLimits,
+        on_end: Callable[[], None],
+    ):
+        self.is_frozen = self.is_gone = False
+        """Whether no steps are taken; whether another server has the session."""
+        self.has_nowhere = False
+        """Whether the client knows nobody who would take it."""
+        self.settled_at = -inf
+        """When it has come from another server, or was last asked to go to one, by the monotonic clock."""
+        self._session, self._desk, self._client, self._control = session, desk, client, control
+        self._limits, self._on_end = limits, on_end
+        self._leaving: asyncio.Task[None] | None = None
+        self._arriving: PushStream | None = None
+        """Brings the session that this one becomes."""
+        self._promised_pages = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ask(self, within_s: float) -> None:
+        """Ask the client to have the session moved; nothing more is asked of one that has moved."""
+        if not self.is_gone:
+            self.has_nowhere, self.settled_at = False, time.monotonic()
+            self._control.tell(MoveAway(within_s=min(max(within_s, 0.0), 86400.0)))
+
+    def hand_over(self, message: HandOver, group: asyncio.TaskGroup) -> None:
+        """The client says to whom the session goes."""
+        if not message.peer_id:
+            self.has_nowhere = True
+        elif self._leaving is not None or self._arriving is not None or self.is_gone:
+            self._answer(message, "the session is on its way already")
+        else:
+            self._leaving = group.create_task(self._leave(message))
+
+    async def _leave(self, message: HandOver) -> None:
+        try:
+            await self._desk.give(self._session, message, self._client)
+        except SwarmError as error:
+            logger.info("can't give a session to %s: %s", message.peer_id, error)
+            self._session.thaw()
+            self._answer(message, for_the_client(error))
+        else:
+            self.is_gone = True
+            self._answer(message)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._limits.gone_timeout_s, self._on_end)
+        finally:
+            self._leaving = None
+
+    def _answer(self, message: HandOver, why_not: str = "") -> None:
+        self._control.tell(HandedOver(nonce=message.nonce, is_done=not why_not, text=why_not[:1024]))
+
+    async def receive(self, stream: PushStream) -> None:
+        """Become the session that comes on this stream; the client is told when it has come.
+
+        Raises:
+            SwarmError: why not; the session is as it was then.
+        """
+        if self._session.taken.step_id >= 0 or self._leaving is not None or self._arriving is not None:
+            raise InvalidRequest("the session has begun: it can't become another one")
+        self._arriving = stream
+        try:
+            self._promised_pages = await self._desk.take(self._session, stream)
+        finally:
+            self._arriving = None
+        self.settled_at = time.monotonic()
+        self._control.tell(self._session.taken)
+
+    def use_room(self) -> None:
+        """The session has work, so that it gets pages like any other: none need be kept for it."""
+        if self._promised_pages:
+            self._desk.release(self._promised_pages)
+            self._promised_pages = 0
+
+    async def close(self) -> None:
+        """The session is over."""
+        self.use_room()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._arriving is not None:
+            await self._arriving.abort(PeerDisconnected("the session has ended"))

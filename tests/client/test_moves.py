@@ -1,0 +1,294 @@
+"""Sessions that move to another server in the middle: between handlers and a real client, on made-up devices."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from types import SimpleNamespace
+
+import pytest
+import pytest_asyncio
+import torch
+
+from swarm.client import moves
+from swarm.client.moves import MAX_ASKED
+from swarm.client.session import RemoteSession, SessionConfig
+from swarm.network import Node, NodeConfig
+from swarm.server import handler
+from swarm.server.session_moves import SessionMoves
+from swarm.types import BlockRange
+from tests.client.fake_server import FakePeers
+from tests.server.conftest import chain_of
+from tests.server.fakes import MODEL, Chain, eventually, run_blocks, tokens
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SPANS = (BlockRange(0, 2), BlockRange(2, 4), BlockRange(4, 6))
+DRAIN_S = 20.0
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def nodes() -> AsyncIterator[list[Node]]:
+    """A client and six servers."""
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(await Node.start(NodeConfig(host="127.0.0.1")))
+        config = NodeConfig(host="127.0.0.1", initial_peers=first.addresses)
+        others = await asyncio.gather(*(Node.start(config) for _ in range(6)))
+        for node in others:
+            await stack.enter_async_context(node)
+        yield [first, *others]
+
+
+class Swarm:
+    """Two servers for each of three spans, and sessions over them; the first three are used first."""
+
+    def __init__(self, chain: Chain):
+        self.chain = chain
+        for index in range(3):
+            chain.executors[index + 3].constant = chain.executors[index].constant
+        servers = [SimpleNamespace(peer_id=chain.peer_id(index), blocks=SPANS[index % 3]) for index in range(6)]
+        self.peers = FakePeers(servers)  # type: ignore[arg-type]
+        self.peers.model = MODEL
+
+    def session(self, rows: int = 1, **config) -> RemoteSession:
+        settings = SessionConfig(**{"max_wait_s": 60.0, "late_s": 60.0, **config})
+        return RemoteSession(self.peers, self.chain.client, batch_size=rows, max_length=512, config=settings)  # type: ignore[arg-type]
+
+    def on(self, session: RemoteSession) -> list[int]:
+        """Which servers a session uses."""
+        return [[self.chain.peer_id(index) for index in range(6)].index(hop.peer_id) for hop in session.route]
+
+    async def drain(self, index: int) -> None:
+        """As a server does that was told to stop; all its sessions are gone then."""
+        await self.chain.handlers[index].drain(DRAIN_S)
+        assert not self.chain.handlers[index].num_sessions
+
+    def num_run(self) -> list[int]:
+        return [executor.num_tokens_run for executor in self.chain.executors]
+
+
+def expected(row: torch.Tensor) -> torch.Tensor:
+    for constant in (10, 20, 30):
+        row = run_blocks(row, constant)
+    return row
+
+
+@pytest.mark.parametrize("push", [True, False], ids=["push", "star"])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+async def test_an_idle_session_moves_and_goes_on(nodes, push, which):
+    """Every hop, neighbours, all: the next step goes to the new server, and nobody computes anything again."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session(2, push=push)
+        rows = [tokens(40, 1), tokens(25, 2)]
+        await session.step(torch.cat(rows), positions=[0, 0], num_tokens=[40, 25], num_outputs=[1, 1])
+        await asyncio.gather(*(swarm.drain(index) for index in which))
+        assert swarm.on(session) == [index + 3 if index in which else index for index in range(3)]
+        for seed in range(3):
+            new = tokens(2, seed)
+            rows = [torch.cat([row, token[None]]) for row, token in zip(rows, new, strict=True)]
+            outputs = await session.step(new, positions=[len(row) - 1 for row in rows], num_tokens=[1, 1])
+            assert torch.equal(outputs, torch.cat([expected(row)[-1:] for row in rows]))
+        before, after = swarm.num_run()[:3], swarm.num_run()[3:]
+        assert [a + b for a, b in zip(before, after, strict=True)] == [71, 71, 71]
+        assert session.machine.num_replays == 0 and session.moves.num_moves == len(which)
+        assert swarm.peers.failures == []
+        await session.close()
+        await eventually(lambda: chain.pages == 0, "freed pages")
+
+
+@pytest.mark.parametrize("push", [True, False], ids=["push", "star"])
+@pytest.mark.parametrize("index", range(3))
+async def test_a_session_moves_in_the_middle_of_a_prompt(nodes, index, push):
+    """The old server finishes what it has taken, the rest of the chunks goes to the new one."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session(push=push, chunk_tokens=16)
+        row = tokens(8)
+        await session.step(row, positions=[0], num_tokens=[8])
+        chain.executors[index].hold()
+        new = tokens(90, 1)
+        running = asyncio.create_task(session.step(new, positions=[8], num_tokens=[90], num_outputs=[1]))
+        await eventually(lambda: bool(chain.executors[index].sessions[0].queue), "work")
+        draining = asyncio.create_task(swarm.drain(index))
+        await eventually(lambda: any(chain.executors[index + 3].sessions), "an heir")
+        chain.executors[index].release()
+        row = torch.cat([row, new])
+        assert torch.equal(await running, expected(row)[-1:])
+        await draining
+        assert swarm.on(session)[index] == index + 3 and session.machine.num_replays == 0
+        run = swarm.num_run()
+        assert [a + b for a, b in zip(run[:3], run[3:], strict=True)] == [98, 98, 98]
+        await session.close()
+        await eventually(lambda: chain.pages == 0, "freed pages")
+
+
+@pytest.mark.parametrize("push", [True, False], ids=["push", "star"])
+async def test_beams_and_rollbacks_around_moves(nodes, push):
+    """Permuted and cut rows come out right before and after a move, whichever server has moved."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session(2, push=push)
+        rows = [tokens(40, 1), tokens(25, 2)]
+        await session.step(torch.cat(rows), positions=[0, 0], num_tokens=[40, 25], num_outputs=[1, 1])
+        steps = [((1, 0), (25, 40)), ((0, 0), (26, 20)), ((1, 1), (21, 21)), (None, (22, 15))]
+        for number, (order, keep) in enumerate(steps):
+            if number:
+                await swarm.drain(number - 1)
+            rows = [rows[old][:length] for old, length in zip(order or (0, 1), keep, strict=True)]
+            new = tokens(2, 3 + number)
+            rows = [torch.cat([row, token[None]]) for row, token in zip(rows, new, strict=True)]
+            outputs = await session.step(new, positions=keep, num_tokens=[1, 1], order=order)
+            assert torch.equal(outputs, torch.cat([expected(row)[-1:] for row in rows]))
+        assert swarm.on(session) == [3, 4, 5]
+        await session.close()
+        await eventually(lambda: chain.pages == 0, "freed pages")
+
+
+async def test_who_has_moved_is_replaced_like_any_server(nodes):
+    """After a move the history lies at the new server, which feeds a replacement of the next one with it."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        await swarm.drain(0)
+        await chain.transports[1].close()
+        for seed in range(2):
+            new = tokens(1, seed)
+            row = torch.cat([row, new])
+            outputs = await session.step(new, positions=[len(row) - 1], num_tokens=[1])
+            assert torch.equal(outputs, expected(row)[-1:])
+        assert swarm.on(session) == [3, 4, 2] and session.machine.num_replays == 1
+        assert chain.executors[3].num_tokens_run == 2 and chain.executors[4].num_tokens_run == 32
+        await session.close()
+
+
+async def test_where_one_has_no_room_the_next_is_asked(nodes):
+    """A replica that is full refuses before a byte has come, and another takes the session."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        other = SimpleNamespace(peer_id=chain.peer_id(3), blocks=SPANS[1])  # another replica of the second span
+        swarm.peers.servers.insert(2, other)  # type: ignore[arg-type]
+        chain.executors[3].num_pages = 2
+        session = swarm.session()
+        row = tokens(40)
+        await session.step(row, positions=[0], num_tokens=[40], num_outputs=[1])
+        await swarm.drain(1)
+        assert swarm.on(session) == [0, 4, 2] and swarm.peers.failures == []
+        assert not chain.handlers[3].num_sessions and not chain.executors[3].pages
+        assert chain.handlers[1].meter.given_bytes == chain.handlers[4].meter.taken_bytes > 0
+        await session.close()
+
+
+async def test_with_nobody_to_go_to_a_session_stays_until_the_end(nodes, monkeypatch):
+    """It goes on; a server that leaves does not wait for it once it is quiet; then it is replayed as ever."""
+    monkeypatch.setattr(handler, "QUIET_S", 0.05)
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        hidden, swarm.peers.servers = swarm.peers.servers, swarm.peers.servers[:3]
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        await chain.handlers[1].drain(DRAIN_S)  # returns when the session is quiet
+        assert chain.handlers[1].num_sessions == 1 and swarm.on(session) == [0, 1, 2]
+        swarm.peers.servers = hidden
+        await chain.transports[1].close()
+        new = tokens(1, 1)
+        row = torch.cat([row, new])
+        assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        assert session.machine.num_replays == 1
+        await session.close()
+
+
+@pytest.mark.parametrize("who", ["old", "new"])
+async def test_a_server_that_dies_while_a_session_travels_costs_a_replay_at_most(nodes, monkeypatch, who):
+    """Half of the state is there: neither that nor the other half is used."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        dying = asyncio.Event()
+
+        async def stop(cache):
+            dying.set()
+            await asyncio.sleep(3600)
+
+        monkeypatch.setattr(chain.executors[1 if who == "old" else 4], "layout", stop)
+        draining = asyncio.create_task(chain.handlers[1].drain(DRAIN_S))
+        await dying.wait()
+        await chain.transports[1 if who == "old" else 4].close()
+        new = tokens(1, 1)
+        row = torch.cat([row, new])
+        assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        draining.cancel()
+        await session.close()
+        await eventually(lambda: not chain.executors[1].pages and not chain.executors[4].pages, "freed pages")
+
+
+async def test_a_closed_session_takes_its_move_along(nodes):
+    """Nothing is left at either server when the client leaves in the middle of a move."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        await session.step(tokens(30), positions=[0], num_tokens=[30], num_outputs=[1])
+        chain.executors[1].hold()
+        running = asyncio.create_task(session.step(tokens(1), positions=[30], num_tokens=[1]))
+        await eventually(lambda: bool(chain.executors[1].sessions[0].queue), "work")
+        draining = asyncio.create_task(swarm.drain(1))
+        await eventually(lambda: any(chain.executors[4].sessions), "an heir")
+        await session.close()
+        await asyncio.gather(running, return_exceptions=True)
+        await draining
+        await eventually(lambda: not any(executor.sessions for executor in chain.executors), "no sessions")
+
+
+async def test_a_server_that_asks_again_and_again_is_replaced(nodes):
+    """It could have us open sessions everywhere; and what it says of others is not believed."""
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        (served,) = chain.handlers[1]._sessions
+        hand_over = served.moves.hand_over
+
+        def refuse(message, group):
+            if message.peer_id:
+                served.moves._answer(message, "not yet")
+            else:
+                hand_over(message, group)
+
+        served.moves.hand_over = refuse
+        for _ in range(MAX_ASKED):
+            served.moves.ask(60.0)
+            await eventually(lambda: served.moves.has_nowhere, "the end of an attempt")
+        served.moves.ask(60.0)
+        await eventually(lambda: not chain.handlers[1].num_sessions, "the end of its session")
+        assert swarm.peers.failures == [chain.peer_id(1)]
+        new = tokens(1, 1)
+        row = torch.cat([row, new])
+        assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        await session.close()
+
+
+async def test_where_nobody_says_that_the_session_has_come_it_is_replayed(nodes, monkeypatch):
+    """The old server has done its part: its word is not enough."""
+
+    async def take_in_silence(own, stream):
+        await own._desk.take(own._session, stream)
+
+    monkeypatch.setattr(SessionMoves, "receive", take_in_silence)
+    monkeypatch.setattr(moves, "TAKEN_TIMEOUT_S", 0.05)
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        session = swarm.session()
+        row = tokens(30)
+        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
+        await swarm.drain(1)
+        new = tokens(1, 1)
+        row = torch.cat([row, new])
+        assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        assert session.machine.num_replays == 1 and session.moves.num_moves == 0
+        await session.close()
+        await eventually(lambda: chain.pages == 0, "freed pages")
