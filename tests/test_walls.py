@@ -16,7 +16,7 @@ FOLDERS = {"swarm": "swarm", "client": "swarm.client", "server": "swarm.server",
 ROOMS = {
     "kernels": {"torch", "triton", "swarm.kernels"},
     "swarm": {"torch", "numpy", "hivemind", "msgspec", "cryptography", "uvloop", "base58", "shtab", "swarm"},
-    "swarm/adapters": {"torch", "safetensors", "huggingface_hub", "msgspec", "swarm"},
+    "swarm/adapters": {"torch", "numpy", "safetensors", "huggingface_hub", "msgspec", "swarm"},
     "swarm/api": {"torch", "transformers", "jinja2", "msgspec", "cryptography", "starlette", "uvicorn", "swarm"},
     "swarm/checkpoint": {
         "torch",
