@@ -110,6 +110,20 @@ def with_common_a(updates: Sequence[Update], weights: Sequence[float]) -> Update
     }
 
 
+def padded(update: Update, rank: int) -> Update:
+    """The same update with rows and columns of zeros, so that each linear has this rank."""
+    found = {}
+    for site, (linear,) in _together([update]).items():
+        a, b = _given(linear.a_rI), _given(linear.b_Or)
+        more = rank - linear.rank
+        found[site] = LinearDelta(
+            a_rI=torch.cat([a, a.new_zeros(more, a.shape[1])]),
+            b_Or=torch.cat([b, b.new_zeros(b.shape[0], more)], 1),
+            scale=linear.scale,
+        )
+    return _by_block(found)
+
+
 def distance(update: Update, base: Update | None) -> float:
     """The Frobenius norm of what an update has changed in all weights together, beginning at `base` (None: at zero)."""
     parts, weights = ([update], [1.0]) if base is None else ([update, base], [1.0, -1.0])

@@ -22,7 +22,7 @@ from swarm.federated.aggregate import Update
 from swarm.federated.agreement import Head, Round, Terms, best_head, contribute
 from swarm.federated.delivery import Bytes, Delivery
 from swarm.federated.roll import PERIOD_S, Roll
-from swarm.federated.updates import Rules, pack_update
+from swarm.federated.updates import Rules
 from swarm.identity import Identity
 from swarm.network.tasks import TaskSet
 from swarm.protocol import FEDERATED_SERVICE, AdapterRequest, Contribution, FederatedBallot, Message
@@ -124,12 +124,13 @@ class Exchange:
     # -- what a client does ---------------------------------------------------------------------------------------
 
     async def round(
-        self, update: Update, num_examples: int, rules: Rules, *, min_clients: int, timeout_s: float
+        self, own: LoadedAdapter, update: Update, num_examples: int, rules: Rules, *, min_clients: int, timeout_s: float
     ) -> Outcome:
         """Put in our update, and find out whose count.
 
         Args:
-            update: ours.
+            own: our update as bytes.
+            update: the same as numbers.
             num_examples: that it was trained on.
             rules: what an update of this round looks like.
             min_clients: fewer make no round.
@@ -138,7 +139,6 @@ class Exchange:
         Raises:
             RoundFailed: too few have come. Behind: the others are in another round.
         """
-        own = pack_update(update, rules.layout)
         contribution = contribute(self._identity, self._run, self.head, own.digest, num_examples)
         now = _now()
         terms = Terms(
