@@ -56,7 +56,7 @@ class RoundResult:
     refused: Mapping[str, str]
     """Whose update did not count, and why."""
     rank: int
-    """Of all that was learnt."""
+    """Of what all have learnt until now."""
     bytes_sent: int
     bytes_received: int
     """Of adapters in this round, by this client."""
@@ -272,7 +272,7 @@ class FederatedRun:
         counted = self._exchange.bytes
         return RoundResult(
             round=number, clients=clients, took_part=self.peer_id in clients, refused=refused,
-            rank=rank_of(self.current()), bytes_sent=counted.sent - before[0],
+            rank=rank_of(self._stage(self.number).base), bytes_sent=counted.sent - before[0],
             bytes_received=counted.received - before[1],
         )  # fmt: skip
 
