@@ -27,6 +27,9 @@ from swarm.federated.low_rank import Floats, squared_norm, truncate
 Update = Mapping[int, BlockDelta]
 """A LoRA adapter, by block: linears with A, B and a scale, and nothing else."""
 
+A_NORM = 3.0**-0.5
+"""Of a row of A, as PEFT draws it: uniform within +-1 / sqrt(I)."""
+
 _Site = tuple[int, str]
 
 
@@ -58,6 +61,9 @@ def stacked(updates: Sequence[Update], weights: Sequence[float]) -> Update:
 def truncated(updates: Sequence[Update], weights: Sequence[float], *, rank: int, scale: float = 1.0) -> Update:
     """The weighted sum of the updates' products, as near as a rank allows.
 
+    The singular values go into B, and rows of A have the norm that they had when training began. SLoRA gives both
+    factors their roots; then A, and with it each step of an optimiser such as Adam, is small while little was learnt.
+
     Args:
         updates: of any ranks.
         weights: their factors; they need not sum up to 1.
@@ -72,8 +78,8 @@ def truncated(updates: Sequence[Update], weights: Sequence[float], *, rank: int,
         result = truncate(b_ROL, a_RIL, rank)
         for index, site in enumerate(alike):
             found[site] = LinearDelta(
-                a_rI=_rounded(result.a_KIL[:, :, index]),
-                b_Or=_rounded(result.b_KOL[:, :, index].T / scale),
+                a_rI=_rounded(result.a_KIL[:, :, index] * A_NORM),
+                b_Or=_rounded(result.b_KOL[:, :, index].T / (scale * A_NORM)),
                 scale=scale,
             )
     return _by_block(found)

@@ -5,11 +5,11 @@
     ballots: what others hold ─hear─► all reachable contributors have the same view? ─► decision, for good
 
 Each client tells the others what it holds, and takes over what they hold: views only grow. Collecting ends when all
-whom the client expects are there, or at its deadline. Then the first to see that all contributors whom it can reach
-have just its view makes that view final, and never changes it. Nobody else can make another view final, unless it can't
-reach that client: it would have had to see this view, or a larger one, as that client's. Whoever hears of a final view
-takes it over: it has had just this view itself, or it came late, and then most of the others say so. So clients that
-reach each other agree, whoever vanishes at whatever moment.
+whom the client expects are there, or at its deadline. Then the first to see that all whom it can reach have just its
+view, or have answered this view that they hold nothing yet, makes it final, and never changes it. Nobody else can make
+another view final, unless it can't reach that client, which would have to answer with that view. Whoever hears of a
+final view takes it over: it has had just this view itself, or it came late, and then most whom the view names say so.
+So clients that reach each other agree, whoever vanishes at whatever moment.
 
 When a client stays silent but reachable until the last deadline, the view that is there is taken. Then, or when a
 network falls apart, groups may have different results; their next ballots show it (`head`), and most of them win
@@ -89,8 +89,10 @@ class Round:
     def __init__(self, terms: Terms, own: Contribution):
         self.terms = terms
         self.me = own.peer_id
+        self.peers: set[str] = set()
+        """The others in the run, as far as known."""
         self.expected: set[str] = set()
-        """Peers that are in the run, as far as known, and may still contribute."""
+        """Those of them who may still contribute, and are waited for."""
         self.unreachable: set[str] = set()
         self.refused: dict[str, str] = {}
         """Peer -> what is wrong with its update."""
@@ -99,6 +101,8 @@ class Round:
         self._held: set[str] = {own.digest}
         self._views: dict[str, dict[str, str]] = {}
         """By peer, what it was heard to hold."""
+        self._absent: dict[str, View] = {}
+        """By peer that holds nothing yet, which of our views it has answered so."""
         self._others_final: dict[str, View] = {}
         self._shown: list[View] = []
         """Views that others may have seen as ours."""
@@ -128,9 +132,17 @@ class Round:
                 raise PeerMisbehaved(f"more than {MAX_CLIENTS} clients in a round", peer_id=it.peer_id)
             self._known[it.peer_id] = [*known, it]
 
-    def hear(self, peer_id: str, ballot: FederatedBallot) -> None:
-        """What a peer holds for this round; what it lists was added before."""
+    def hear(self, peer_id: str, ballot: FederatedBallot, *, to: FederatedBallot | None = None) -> None:
+        """What a peer holds for this round; what it lists was added before.
+
+        Args:
+            peer_id: who says so.
+            ballot: what it says.
+            to: our ballot, which this answers; None where the peer speaks first.
+        """
         if not ballot.contributions:
+            if to is not None:
+                self._absent[peer_id] = _view(to.contributions)
             return
         seen = _view(ballot.contributions)
         view = self._views.setdefault(peer_id, {})
@@ -223,17 +235,28 @@ class Round:
         waits = (self.expected | self.contributors) - self.unreachable - set(view) - set(self.refused)
         if waits and now < self.terms.collect_until:
             return None
-        partners = [peer_id for peer_id in view if peer_id != self.me and peer_id not in self.unreachable]
-        return view if all(self._views.get(peer_id) == view for peer_id in partners) else None
+        return view if all(self._agrees(peer_id, view) for peer_id in self._partners(view)) else None
+
+    def _partners(self, view: View) -> set[str]:
+        """Whom we have to hear: all but contributors whose updates can't be had, or aren't good."""
+        left_out = self.contributors - set(view)
+        return (self.peers | self.contributors) - left_out - self.unreachable - {self.me}
+
+    def _agrees(self, peer_id: str, view: View) -> bool:
+        return (self._views.get(peer_id) if peer_id in view else self._absent.get(peer_id)) == view
 
     def _finals(self) -> list[View]:
-        """Final views of others that we believe."""
-        said = Counter(tuple(sorted(final.items())) for final in self._others_final.values())
-        num_others = len(self.contributors - self.unreachable)
-        return [
-            dict(final) for final, number in sorted(said.items())
-            if dict(final) in self._shown or 2 * number > num_others
-        ]  # fmt: skip
+        """Final views of others that we believe: we have had them ourselves, or most whom they name say so."""
+        found: dict[tuple[tuple[str, str], ...], set[str]] = {}
+        for peer_id, final in self._others_final.items():
+            found.setdefault(tuple(sorted(final.items())), set()).add(peer_id)
+        return [dict(final) for final, by in sorted(found.items()) if self._is_believed(dict(final), by)]
+
+    def _is_believed(self, final: View, said_by: set[str]) -> bool:
+        if final in self._shown:
+            return True
+        named = {peer_id for peer_id, what in final.items() if what != TWICE} - self.unreachable - {self.me}
+        return _num_counting(final) >= self.terms.min_clients and 2 * len(said_by & named) > len(named)
 
     def _has_all(self, view: View) -> bool:
         """Whether all that counts in a view is here."""

@@ -148,6 +148,7 @@ class Exchange:
         self._delivery.offer(own)
         self._read = {own.digest: update}
         self._round, self._rules = Round(terms, contribution), rules
+        self._round.peers |= set(self._heads)
         self._heads.clear()
         self._complaints.clear()
         try:
@@ -207,7 +208,7 @@ class Exchange:
             best = best_head(self.head, self._heads.values())
             if best.round > self.head.round + 1 or (best.round == self.head.round and best != self.head):
                 raise Behind
-            for peer_id in sorted((this.expected | this.contributors) - this.unreachable - set(self._talking)):
+            for peer_id in sorted((this.peers | this.contributors) - this.unreachable - set(self._talking)):
                 task = self._tasks.spawn(self._converse(this, peer_id), name=f"round with {peer_id}")
                 self._talking[peer_id] = task
             await _event_or(self._changed, POLL_S)
@@ -222,9 +223,11 @@ class Exchange:
 
     async def _look_for_others(self, this: Round) -> None:
         """Who is there now is waited for; who comes later counts if it is in time."""
-        while not this.expected and _now() < this.terms.collect_until:
+        while _now() < this.terms.collect_until:
             try:
-                this.expected |= set(await self._roll.peers())
+                found = set(await self._roll.peers())
+                this.peers |= found
+                this.expected |= found
                 return
             except SwarmError as error:
                 log.info("the DHT does not say who takes part: %s", error)
@@ -238,7 +241,7 @@ class Exchange:
             try:
                 answer = await self._ask(peer_id, ballot)
                 failures = 0
-                self._hear(peer_id, answer)
+                self._hear(peer_id, answer, to=ballot)
                 await self._fetch_missing(this, peer_id, with_others=_now() - started > OTHERS_AFTER_S)
             except PeerBusy as error:
                 await asyncio.sleep(min(error.retry_after_s, MAX_REST_S))
@@ -267,7 +270,7 @@ class Exchange:
             raise PeerMisbehaved(f"expected a ballot of round {ballot.round}, got {_name(answer)}", peer_id=peer_id)
         return answer
 
-    def _hear(self, peer_id: str, ballot: FederatedBallot) -> None:
+    def _hear(self, peer_id: str, ballot: FederatedBallot, *, to: FederatedBallot | None = None) -> None:
         """Take over what a peer says of our round, and where it is.
 
         Raises:
@@ -277,6 +280,7 @@ class Exchange:
         this = self._round
         if this is None:
             return
+        this.peers.add(peer_id)
         if head != this.terms.head:
             this.expected.discard(peer_id)  # it is elsewhere
         if peer_id in this.unreachable:
@@ -289,7 +293,7 @@ class Exchange:
                 log.warning("what %s says of round %d is refused: %s", peer_id, ballot.round, error)
                 self._complaints[peer_id] = str(error)
                 raise
-            this.hear(peer_id, ballot)
+            this.hear(peer_id, ballot, to=to)
         self._changed.set()
 
     # -- adapters of others -----------------------------------------------------------------------------------------

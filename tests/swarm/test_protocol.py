@@ -17,7 +17,9 @@ from swarm.protocol import (
     AdapterOffer,
     AdapterPart,
     AdapterRequest,
+    Contribution,
     DType,
+    FederatedBallot,
     Forward,
     Forwarding,
     HopTrace,
@@ -117,6 +119,15 @@ MESSAGES: list[Message] = [
     AdapterOffer(digest="d" * 64),
     AdapterPart(block=None, offset=0, num_bytes=100),
     AdapterLoading(num_bytes=10, total_bytes=100),
+    FederatedBallot(
+        run="a" * 64,
+        round=3,
+        base="b" * 64,
+        contributions=(Contribution("12D3", "d" * 64, 100, bytes(64)),),
+        is_final=False,
+        head_round=4,
+        head_base="c" * 64,
+    ),
 ]
 by_name = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 
