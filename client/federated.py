@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import msgspec
 from torch import nn
@@ -199,8 +199,7 @@ class FederatedRun:
 
     def current(self) -> Update:
         """All that was learnt, as one adapter by block; with "stack", its rank is the sum of the parts'."""
-        stage: Stage = self._stage(self.number)
-        return stage.current()
+        return self._stage(self.number).current()
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Write all that was learnt as one LoRA adapter: PEFT's files, for PEFT and for the swarm alike."""
@@ -226,7 +225,7 @@ class FederatedRun:
 
     # -- details --------------------------------------------------------------------------------------------------
 
-    def _stage(self, number: int) -> Any:
+    def _stage(self, number: int) -> Stage:
         return self._warmup if self._warmup is not None and number < self.settings.warmup_rounds else self._main
 
     def _enter(self, start: Update) -> None:
@@ -239,9 +238,9 @@ class FederatedRun:
         self._loop.run(self._exchange.announce())
 
     def _advance(self, number: int, base: Update, packed: LoadedAdapter) -> None:
+        self._stage(number).begin(base, number)
         if self._warmup is not None and number >= self.settings.warmup_rounds:
             self._warmup.end()
-        self._stage(number).begin(base, number)
         head = Head(number, packed.digest)
 
         async def advance() -> None:
@@ -255,7 +254,7 @@ class FederatedRun:
         Raises:
             PeerError: nobody sends it.
         """
-        stage: Stage = self._stage(head.round)
+        stage = self._stage(head.round)
         packed, base = self._loop.run(self._exchange.fetch_base(head, stage.base_rules))
         logger.info("went on to round %d with the adapter of the others", head.round)
         self._advance(head.round, base, packed)

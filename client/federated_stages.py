@@ -58,7 +58,7 @@ class FederatedSettings:
     warmup_rounds: int = 0
     """Rounds in which a few columns of each linear are trained in place of a LoRA (SLoRA's first stage)."""
     warmup_columns: int = 16
-    """How many; of the rank of the adapter or more."""
+    """How many; at least the adapter's rank, or a part of it would begin as nothing and stay so."""
     clip: float | None = None
     """Updates that go further than so many times the median of all count as if they had gone just so far."""
     weighting: Literal["examples", "equal"] = "examples"
@@ -88,6 +88,9 @@ class Stage(Protocol):
     @property
     def base_rules(self) -> Rules:
         """What a base of this stage looks like, for those who fetch one."""
+
+    def start(self) -> Update:
+        """What the first round begins with, for all clients the same."""
 
     def begin(self, base: Update, number: int) -> None:
         """Put what a round begins with into the model."""
@@ -178,6 +181,7 @@ class Stacking:
 
     def begin(self, base: Update, number: int) -> None:
         """Freeze what was learnt, and begin anew."""
+        self._factors.activate(self._factors.name)
         frozen: tuple[str, ...] = ()
         if base:
             self._factors.add(self._shared, rank_of(base))
@@ -237,9 +241,13 @@ class Warmup:
         """The selection, and nothing learnt.
 
         Raises:
-            InvalidRequest: the adapter has, and would be lost.
+            InvalidRequest: the adapter has, and would be lost; or there are fewer columns than ranks.
         """
         _refuse_learnt(self._factors, "warmup_rounds")
+        if self._settings.warmup_columns < self._factors.rank:
+            raise InvalidRequest(
+                f"warmup_columns is {self._settings.warmup_columns}, need at least the rank, {self._factors.rank}"
+            )
         return self._selection()
 
     def _selection(self) -> Update:

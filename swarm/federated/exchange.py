@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from swarm.adapters.peft import LoadedAdapter
 from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.federated.aggregate import Update
-from swarm.federated.agreement import Head, Round, Terms, best_head, contribute
+from swarm.federated.agreement import MAX_CLIENTS, Head, Round, Terms, best_head, contribute
 from swarm.federated.delivery import Bytes, Delivery
 from swarm.federated.roll import PERIOD_S, Roll
 from swarm.federated.updates import Rules
@@ -274,10 +274,13 @@ class Exchange:
         """Take over what a peer says of our round, and where it is.
 
         Raises:
-            PeerMisbehaved: it lists what can't be.
+            PeerMisbehaved: it lists what can't be. PeerBusy: so many others have spoken already.
         """
-        head = self._heads[peer_id] = Head(ballot.head_round, ballot.head_base)
         this = self._round
+        is_known = peer_id in self._heads or (this is not None and peer_id in this.peers)
+        if not is_known and len(self._heads) >= MAX_CLIENTS:
+            raise PeerBusy(f"{len(self._heads)} clients are heard, limit {MAX_CLIENTS}", retry_after_s=MAX_REST_S)
+        head = self._heads[peer_id] = Head(ballot.head_round, ballot.head_base)
         if this is None:
             return
         this.peers.add(peer_id)

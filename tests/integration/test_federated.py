@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel
 from transformers import set_seed
 
 from swarm.adapters.delta import BlockDelta
@@ -24,7 +24,7 @@ from swarm.client.peft_model import get_peft_model
 from swarm.errors import InvalidRequest, PeerMisbehaved, RoundFailed
 from tests.integration.conftest import LocalSwarm, closing
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:Adapter.*was active")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
 
 @pytest.fixture
@@ -264,19 +264,50 @@ def test_other_settings_are_another_run(join, caplog):
     assert "other settings" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
+def test_bad_arguments_are_named(join):
+    """Before anything is started."""
+    for change, why in (
         ({"name": "a\nb"}, "name"),
         ({"min_clients": 0}, "min_clients is 0"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
         ({"members": ["x"]}, "members"),
         ({"peers": "/ip4/1.2.3.4"}, "peers must be a list"),
         ({"settings": {"aggregate": "median"}}, "aggregate is 'median'"),
+        ({"settings": {"weighting": "loud"}}, "weighting is 'loud'"),
         ({"settings": {"clip": 0.5}}, "clip is 0.5"),
+        ({"settings": {"warmup_rounds": -1}}, "warmup_rounds is -1"),
         ({"settings": {"warmup_columns": 0}}, "warmup_columns is 0"),
+        ({"settings": {"warmup_rounds": 1, "warmup_columns": 3}}, "need at least the rank, 4"),
+        ({"settings": {"warmup_rounds": 1, "warmup_columns": 65}}, "q_proj has 64 inputs"),
+    ):
+        with pytest.raises(InvalidRequest, match=why):
+            join(**{"name": "bad", **change})
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]), "IA3"),
+        (LoraConfig(target_modules=["q_proj"], rank_pattern={"layers.0": 2}), "rank_pattern"),
+        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
     ],
 )
-def test_bad_arguments_are_named(join, change, why):
-    """Before anything is started."""
+def test_what_is_no_plain_lora_is_refused(swarm, service, config, why):
+    """The field is named."""
+    base = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
     with pytest.raises(InvalidRequest, match=why):
-        join(**{"name": "bad", **change})
+        FederatedRun(get_peft_model(base, config), name="no LoRA", host="127.0.0.1")
+
+
+def test_what_was_learnt_before_is_kept_or_refused(swarm, service):
+    """One rank goes on from it; stacking and the warm-up would lose it, and say so."""
+    base = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for settings in (FederatedSettings(aggregate="stack"), FederatedSettings(warmup_rounds=1)):
+        with pytest.raises(InvalidRequest, match="has learnt something already"):
+            FederatedRun(model, name="learnt", settings=settings, host="127.0.0.1")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
+    with FederatedRun(model, name="learnt", host="127.0.0.1") as run:
+        assert run.number == 0
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

@@ -17,8 +17,8 @@ from tests.integration.conftest import LocalSwarm
 PAGE = Path(__file__).parents[2] / "docs" / "federated.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 SMALL = {
-    "ROUNDS, LOCAL_STEPS, BATCH = 3, 4, 8, 8": "ROUNDS, LOCAL_STEPS, BATCH = 3, 2, 2, 2",
-    "rows[:96], rows[96:]": "rows[:24], rows[24:]",
+    "ROUNDS, LOCAL_STEPS, BATCH = 3, 4, 8, 8": "ROUNDS, LOCAL_STEPS, BATCH = 3, 2, 1, 2",
+    "rows[:96], rows[96:]": "rows[:8], rows[8:]",
 }
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
