@@ -288,8 +288,8 @@ def test_bad_arguments_are_named(join):
     ("config", "why"),
     [
         (IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]), "IA3"),
-        (LoraConfig(target_modules=["q_proj"], rank_pattern={"layers.0": 2}), "rank_pattern"),
-        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
+        (LoraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "rank_pattern"),
+        (LoraConfig(target_modules=["q_proj"], alpha_pattern={"q_proj": 2}), "alpha_pattern"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(swarm, service, config, why):

@@ -130,7 +130,7 @@ class Simulation:
             self.rounds[self.random.choice(self.alive)].decide(self.now)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 1 << 40), st.integers(2, 6), st.integers(0, 2), st.integers(0, 4))
 def test_all_who_are_left_agree(seed, num_clients, num_late, num_crashes):
     """Whoever crashes when, comes late, and whatever order messages have: one decision, the same for all."""
