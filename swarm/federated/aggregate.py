@@ -62,7 +62,7 @@ def truncated(updates: Sequence[Update], weights: Sequence[float], *, rank: int,
     """The weighted sum of the updates' products, as near as a rank allows.
 
     The singular values go into B, and rows of A have the norm that they had when training began. SLoRA gives both
-    factors their roots; then A, and with it each step of an optimiser such as Adam, is small while little was learnt.
+    factors their roots; in a short run that made no difference (docs/log.md, 2026-11-27).
 
     Args:
         updates: of any ranks.
