@@ -9,7 +9,8 @@ whom the client expects are there, or at its deadline. Then the first to see tha
 view, or have answered this view that they hold nothing yet, makes it final, and never changes it. Nobody else can make
 another view final, unless it can't reach that client, which would have to answer with that view. Whoever hears of a
 final view takes it over: it has had just this view itself, or it came late, and then most whom the view names say so.
-So clients that reach each other agree, whoever vanishes at whatever moment.
+So clients that reach each other agree, also when some vanish. One moment is left: who vanishes just after it has made
+a view final, when one has heard of that and another takes a larger view for all, leaves two results behind.
 
 When a client stays silent but reachable until the last deadline, the view that is there is taken. Then, or when a
 network falls apart, groups may have different results; their next ballots show it (`head`), and most of them win
@@ -238,9 +239,9 @@ class Round:
         return view if all(self._agrees(peer_id, view) for peer_id in self._partners(view)) else None
 
     def _partners(self, view: View) -> set[str]:
-        """Whom we have to hear: all but contributors whose updates can't be had, or aren't good."""
-        left_out = self.contributors - set(view)
-        return (self.peers | self.contributors) - left_out - self.unreachable - {self.me}
+        """Whom we have to hear: all but those whose updates aren't good."""
+        refused = set(self.refused) - set(view)
+        return (self.peers | self.contributors) - refused - self.unreachable - {self.me}
 
     def _agrees(self, peer_id: str, view: View) -> bool:
         return (self._views.get(peer_id) if peer_id in view else self._absent.get(peer_id)) == view
