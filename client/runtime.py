@@ -215,6 +215,16 @@ class SwarmService:
         self._tasks = TaskSet()
         atexit.register(self.close)
 
+    @property
+    def initial_peers(self) -> tuple[str, ...]:
+        """Addresses under which we have found the swarm."""
+        return self._node.config.initial_peers
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """Our invitation, where the swarm is private."""
+        return self._node.config.credentials
+
     def open_session(self, *, batch_size: int, max_length: int, adapters: RowAdapters | None = None) -> SwarmSession:
         """A new session; servers are contacted at its first step."""
         remote = RemoteSession(

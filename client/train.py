@@ -24,6 +24,8 @@ from swarm.options import MODEL, add_checkpoint, add_initial_peers, add_threads,
 from swarm.private.arguments import add_credentials, load_credentials, require_peers
 
 if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerCallback
+
     from swarm.client.cache import BlockService
     from swarm.client.peft_model import DistributedPeftModel
 
@@ -91,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-steps", type=int, default=50, metavar="N", help="steps between evaluations (default: %(default)s)")
     add("--save-steps", type=int, default=50, metavar="N", help="steps between checkpoints (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--federated", metavar="NAME", help="train with all clients of a run of this name, each with its own data")
+    add("--rounds", type=int, default=10, metavar="N", help="of a federated run (default: %(default)s)")
+    add("--local-steps", type=int, default=20, metavar="K", help="steps between rounds (default: %(default)s)")
+    add("--min-clients", type=int, default=2, metavar="N", help="fewer make no round (default: %(default)s)")
+    add("--round-timeout", type=float, default=600.0, metavar="S", help="longest wait for others (default: 600 s)")
+    add("--host", default="0.0.0.0", help="address to listen on for them (default: %(default)s)")
+    add("--port", type=int, default=0, help="TCP port for them; 0 is any (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the parameters and the order (default: %(default)s)")
     add_checkpoint(parser)
     add_threads(parser)
@@ -111,6 +120,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InvalidRequest(f"--{name.replace('_', '-')} is {value}, need more than 0")
     if args.packing and args.method not in _PACKED:
         raise InvalidRequest(f"--packing can't be had with --method {args.method}, only with {' and '.join(_PACKED)}")
+    if args.federated is not None:
+        _check_federated(args)
     if args.streaming and args.max_steps < 1:
         raise InvalidRequest("--streaming needs --max-steps: nobody knows how long the data is")
     if args.resume != bool(last_checkpoint(Path(args.output))):
@@ -119,6 +130,18 @@ def _check(args: argparse.Namespace) -> None:
             if args.resume
             else f"--output {args.output} has checkpoints: add --resume to go on, or choose another"
         )
+
+
+def _check_federated(args: argparse.Namespace) -> None:
+    """Rounds end training, and what others have can't be resumed from a file."""
+    require_at_least(args, 1, "rounds", "local_steps", "min_clients")
+    if args.method != "lora":
+        raise InvalidRequest(f"--federated can't be had with --method {args.method}, only with lora")
+    if args.resume:
+        raise InvalidRequest("--federated takes no --resume: a client that begins anew gets what the others have")
+    if args.max_steps != UNTIL_THE_END:
+        raise InvalidRequest(f"--federated takes --rounds and --local-steps, not --max-steps {args.max_steps}")
+    args.max_steps = args.rounds * args.local_steps
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -183,6 +206,25 @@ def peft_config(args: argparse.Namespace) -> Any:
 def _train(
     args: argparse.Namespace, model: "DistributedPeftModel", tokenizer: Any, train_rows: Any, eval_rows: Any
 ) -> int:
+    if args.federated is None:
+        return _train_with(args, model, tokenizer, train_rows, eval_rows, [])
+    from swarm.client.federated_rounds import FederatedRounds, open_run
+
+    per_round = args.local_steps * args.batch_size * args.accumulate
+    with open_run(args, model) as run:
+        num_examples = per_round if args.streaming else len(train_rows)
+        rounds = FederatedRounds(run, local_steps=args.local_steps, num_examples=num_examples)
+        return _train_with(args, model, tokenizer, train_rows, eval_rows, [rounds])
+
+
+def _train_with(
+    args: argparse.Namespace,
+    model: "DistributedPeftModel",
+    tokenizer: Any,
+    train_rows: Any,
+    eval_rows: Any,
+    callbacks: Sequence["TrainerCallback"],
+) -> int:
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -198,7 +240,7 @@ def _train(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        callbacks=[log],
+        callbacks=[*callbacks, log],
     )
     trainer.remove_callback(PrinterCallback)
     with log:

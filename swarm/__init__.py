@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarm.client.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+    from swarm.client.federated import FederatedRun
+    from swarm.client.federated_stages import FederatedSettings
     from swarm.client.peft_model import DistributedPeftModel, get_peft_model
     from swarm.client.training_client import TrainingClient
 
@@ -19,6 +21,8 @@ __all__ = [
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
     "DistributedPeftModel",
+    "FederatedRun",
+    "FederatedSettings",
     "TrainingClient",
     "__version__",
     "get_peft_model",
@@ -36,6 +40,8 @@ _HOMES = {
     "AutoDistributedModelForCausalLM": "swarm.client.auto",
     "AutoDistributedModelForSequenceClassification": "swarm.client.auto",
     "DistributedPeftModel": "swarm.client.peft_model",
+    "FederatedRun": "swarm.client.federated",
+    "FederatedSettings": "swarm.client.federated_stages",
     "TrainingClient": "swarm.client.training_client",
     "get_peft_model": "swarm.client.peft_model",
 }

@@ -19,7 +19,8 @@ SwarmError
 │   ├── PeerTimeout         nothing came before the deadline
 │   ├── PeerBusy            refused for now; `.retry_after_s` says when to come back
 │   └── PeerMisbehaved      malformed, oversized or out-of-order data
-└── RouteNotFound       nobody serves some blocks: wait; `.missing` says which
+├── RouteNotFound       nobody serves some blocks: wait; `.missing` says which
+└── RoundFailed         too few clients came to a round of federated training: wait, or go on alone
 """
 
 from collections.abc import Sequence
@@ -125,3 +126,7 @@ class RouteNotFound(SwarmError):
     def __init__(self, message: str, *, missing: Sequence[int] = ()):
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class RoundFailed(SwarmError):
+    """Too few clients have come to a round of federated training before its deadline; everything is as before."""

@@ -60,6 +60,8 @@ MAX_PINGS = 64
 
 MAX_ADAPTERS = 128
 """Different adapters of one session."""
+MAX_CONTRIBUTIONS = 128
+"""Of one round of federated training; twice the clients that may take part."""
 MAX_HOLDERS = 8
 """Peers of whom a client says that they may have its adapters."""
 
@@ -69,6 +71,7 @@ INFO_SERVICE = "info"
 ADAPTER_SERVICE = "adapter"
 TRAIN_SERVICE = "train"
 STATE_SERVICE = "state"
+FEDERATED_SERVICE = "federated"
 
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
@@ -77,6 +80,7 @@ Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Rows = Annotated[tuple[Length, ...], msgspec.Meta(min_length=1, max_length=MAX_BATCH_SIZE)]
 AdapterIndex = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_ADAPTERS)]
 PeerId = Annotated[str, msgspec.Meta(max_length=128)]
+Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 StepId = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 NumBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -606,6 +610,41 @@ class StateTaken(Message, frozen=True, tag=85):
     received: Rows
 
 
+# -- federated training: between clients, each of which has an adapter of its own for every round ------------------
+
+
+class Contribution(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a client says that it adds to a round; anybody may hand it on, since it is signed."""
+
+    peer_id: PeerId
+    digest: Digest
+    """Of the adapter's manifest; its bytes come for an `AdapterRequest` on another stream of the service."""
+    num_examples: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    signature: Signature
+    """By `peer_id`, of run, round, base, digest and num_examples (`swarm.federated.agreement.statement`)."""
+
+
+class FederatedBallot(Message, frozen=True, tag=64):
+    """Whose contributions the sender has, checked, for a round; the answer is another one, of the same round.
+
+    First and only message of a stream to a peer's `federated` service.
+    """
+
+    run: Digest
+    """Of the run's name, its model and all settings that its clients must agree about."""
+    round: StepId
+    base: Digest
+    """Of the adapter that the round began with."""
+    contributions: Annotated[tuple[Contribution, ...], msgspec.Meta(max_length=MAX_CONTRIBUTIONS)]
+    """Two that differ of one peer prove that it can't be counted."""
+    is_final: bool
+    """The sender has ended this round, with these."""
+    head_round: StepId
+    """Where the sender is now: the round that it is in or trains for ..."""
+    head_base: Digest
+    """... and what that began with."""
+
+
 AnyMessage = (
     InfoRequest
     | Info
@@ -642,6 +681,7 @@ AnyMessage = (
     | SessionState
     | StatePart
     | StateTaken
+    | FederatedBallot
 )
 
 _encoder = msgspec.msgpack.Encoder()

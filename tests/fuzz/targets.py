@@ -3,7 +3,7 @@
 A target gets bytes and returns, or raises what its caller expects of it (`expected`); everything else is a bug, and so
 is a result that breaks an invariant. `seeds` are valid inputs: what mutation starts from. What mutations have found
 worth keeping lies in corpus/TARGET/, one input per file. All keys are fixed, so signatures in the corpus stay good.
-Adapters, training and HTTP have files of their own.
+Adapters, training, federated rounds and HTTP have files of their own.
 
     TARGETS ──► test_decoders.py (corpus, and hypothesis)      campaign.py (atheris, coverage-guided, for hours)
 """
@@ -52,6 +52,7 @@ from swarm.transport.offers import decode_offer
 from swarm.types import BlockRange, ServerState
 from tests.fuzz.adapter_targets import ADAPTER_TARGETS
 from tests.fuzz.dht import DhtHandlers
+from tests.fuzz.federated_targets import FEDERATED_TARGETS
 from tests.fuzz.http_targets import HTTP_TARGETS
 from tests.fuzz.target import MSGPACK, Target, framed, pieces
 from tests.server.test_session_state import HIDDEN, LAYOUT, MAX_LENGTH, OPENED, saved_session
@@ -524,5 +525,6 @@ TARGETS: dict[str, Target] = {
     "checkpoint": Target(run=checkpoint, seeds=checkpoint_seeds),
     "hub_note": Target(run=hub_note, seeds=hub_seeds, expected=()),
     **ADAPTER_TARGETS,
+    **FEDERATED_TARGETS,
     **HTTP_TARGETS,
 }

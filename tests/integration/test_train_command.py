@@ -5,17 +5,22 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from swarm.adapters.delta import BlockDelta
 from swarm.checkpoint.source import resolve
 from swarm.client import __main__ as command
 from swarm.client import train, train_log
+from swarm.client.federated import FederatedRun
 from swarm.client.model import distribute
+from swarm.client.peft_model import get_peft_model
 from tests.client.conftest import tokenizer  # noqa: F401 - a fixture
 from tests.integration.conftest import LocalSwarm, closing
 
@@ -171,3 +176,44 @@ def test_it_is_a_word_of_the_client(capsys):
     """`swarm client train`, and what it needs first."""
     assert command.main(["train", "--data", "x.jsonl", "--output", "y"]) == 2
     assert "--initial-peers is missing" in capsys.readouterr().err
+
+
+def test_the_command_trains_one_adapter_with_others(run, swarm, tmp_path, capsys):
+    """One is the command, the other a loop in Python; what they have in the end is the same to the bit."""
+
+    def train_another() -> dict[int, BlockDelta]:
+        with closing(swarm.connect()) as service:
+            base = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
+            config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(base, config)
+            with FederatedRun(model, name="chats", host="127.0.0.1", timeout_s=60.0) as other:
+                assert all(other.round(10).took_part for _ in range(2))
+                return other.current()
+
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(train_another)
+        more = ["--federated", "chats", "--rounds", "2", "--local-steps", "2", "--host", "127.0.0.1"]
+        assert run(tmp_path, *more, "--round-timeout", "60", steps=train.UNTIL_THE_END) == 0
+        found = ending.result()
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    for block, delta in found.items():
+        for path, linear in delta.linears.items():
+            name = f"base_model.model.model.layers.{block}.{path}.lora_{{}}.weight"
+            assert torch.equal(written[name.format("A")], linear.a_rI)
+            assert torch.equal(written[name.format("B")], linear.b_Or) and bool(linear.b_Or.any())
+    assert "round 1: 2 clients" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--method", "ia3"], "only with lora"),
+        (["--max-steps", "3"], "not --max-steps 3"),
+        (["--rounds", "0"], "rounds"),
+    ],
+)
+def test_federated_options_that_do_not_fit_are_named(more, why, chats, tmp_path, capsys):
+    """In one line, before anything is loaded."""
+    given = ["--data", str(chats), "--output", str(tmp_path), "--federated", "run", "--initial-peers", "/ip4/x"]
+    assert train.main([*given, *more]) == 2
+    assert why in capsys.readouterr().err

@@ -17,8 +17,10 @@ from swarm.protocol import (
     AdapterOffer,
     AdapterPart,
     AdapterRequest,
+    Contribution,
     DType,
     Encoding,
+    FederatedBallot,
     Forward,
     Forwarding,
     HandedOver,
@@ -160,6 +162,15 @@ MESSAGES: list[Message] = [
     STATE,
     StatePart(offset=0),
     StateTaken(step_id=7, received=(5, 2)),
+    FederatedBallot(
+        run="a" * 64,
+        round=3,
+        base="b" * 64,
+        contributions=(Contribution("12D3", "d" * 64, 100, bytes(64)),),
+        is_final=False,
+        head_round=4,
+        head_base="c" * 64,
+    ),
 ]
 by_name = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 
