@@ -6,6 +6,7 @@ Stream ──InfoRequest──► info ─► Info
        ──AdapterOffer, AdapterRequest──► AdapterDesk.serve
 """
 
+import asyncio
 import time
 from collections import Counter
 from functools import partial
@@ -71,6 +72,8 @@ class Handler:
         self.adapters: AdapterDesk | None = None
         """None where this server takes none."""
         self._sessions: set[ServedSession] = set()
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
         self._rows_of: Counter[str] = Counter()
         self._sessions_of: Counter[str] = Counter()
         self._opens = Rates(Rate(burst=self._limits.max_new_sessions, per_s=self._limits.new_sessions_per_s))
@@ -122,6 +125,10 @@ class Handler:
         """
         self.adapters = AdapterDesk(self.executor, base, limit_bytes=limit_bytes, open_stream=self._open_adapter_stream)
         return self.adapters
+
+    async def wait_until_empty(self) -> None:
+        """Wait until no session is open."""
+        await self._is_empty.wait()
 
     async def close(self) -> None:
         """End what the transport does not know of."""
@@ -196,6 +203,7 @@ class Handler:
         )
         self._count(stream.account, 1, message.batch_size)
         self._sessions.add(session)
+        self._is_empty.clear()
         self._desk.add(message.push_key, session)
         self.meter.opened()
         ending: BaseException | None = None
@@ -208,6 +216,8 @@ class Handler:
             self.meter.end(ending)
             self._desk.remove(message.push_key)
             self._sessions.discard(session)
+            if not self._sessions:
+                self._is_empty.set()
             self._count(stream.account, -1, -message.batch_size)
 
     async def push(self, stream: Stream) -> None:
@@ -239,8 +249,8 @@ class Handler:
 
         Raises:
             CheckpointMismatch: another checkpoint is asked for.
-            InvalidRequest: blocks or lengths that this server never serves.
-            PeerBusy: not now.
+            InvalidRequest: lengths that this server never serves.
+            PeerBusy: not now, or it has gone to other blocks.
         """
         span = self.executor.span
         if message.model != self._model:
@@ -248,7 +258,7 @@ class Handler:
                 f"this server runs {self._model_name} {self._model[:12]}, not {message.model[:12]}"
             )
         if not span.blocks.covers(message.blocks):
-            raise InvalidRequest(f"this server runs blocks {span.blocks}, not {message.blocks}")
+            raise PeerBusy(f"this server runs blocks {span.blocks}, not {message.blocks}", retry_after_s=60.0)
         if message.max_length > self._max_positions:
             raise InvalidRequest(
                 f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions"

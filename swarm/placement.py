@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from swarm.shares import Floats, shares
 from swarm.types import BlockRange
@@ -65,6 +66,8 @@ class Move:
     cost_tokens: float
     fills_gap: bool
     """Whether it serves blocks that nobody serves: that comes first."""
+    opens_gap: bool
+    """Whether it leaves others to nobody, though fewer: somebody else may do better."""
 
 
 class Survey:
@@ -101,12 +104,17 @@ class Survey:
         return FLOOR * max(float(sum(self._capacities)), 1.0) / self.num_blocks
 
     @cached_property
+    def missing(self) -> NDArray[np.bool_]:
+        """Of each block, whether nobody holds it."""
+        is_missing = np.ones(self.num_blocks, dtype=bool)
+        for holding in self.holdings:
+            is_missing[holding.blocks.start : holding.blocks.end] = False
+        return is_missing
+
+    @property
     def num_missing(self) -> int:
         """Blocks that nobody holds."""
-        held = np.zeros(self.num_blocks, dtype=bool)
-        for holding in self.holdings:
-            held[holding.blocks.start : holding.blocks.end] = True
-        return int((~held).sum())
+        return int(self.missing.sum())
 
     @property
     def weakest(self) -> BlockRange:
@@ -172,9 +180,12 @@ def decide_move(
         profit_tokens = gain_tps * HORIZON_S * earning[blocks.start] - cost_tokens
         fills_gap = after.num_missing < survey.num_missing
         is_worth_it = gain_tps >= least_gain_tps(survey, own) and profit_tokens > 0
-        opens_gap = rest.num_missing > survey.num_missing
-        if blocks != own.blocks and (fills_gap or (is_worth_it and not opens_gap)):
-            move = Move(blocks=blocks, gain_tps=gain_tps, cost_tokens=cost_tokens, fills_gap=fills_gap)
+        leaves_gap = rest.num_missing > survey.num_missing
+        if blocks != own.blocks and (fills_gap or (is_worth_it and not leaves_gap)):
+            opens_gap = bool((after.missing & ~survey.missing).any())
+            move = Move(
+                blocks=blocks, gain_tps=gain_tps, cost_tokens=cost_tokens, fills_gap=fills_gap, opens_gap=opens_gap
+            )
             moves.append((-after.num_missing, profit_tokens, move))
     return max(moves, key=lambda found: found[:2])[2] if moves else None
 

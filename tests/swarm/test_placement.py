@@ -111,8 +111,16 @@ def test_a_gap_is_filled_by_a_server_that_is_not_needed_where_it_is():
     """One of two replicas moves to the blocks that nobody serves, whatever its sessions and the reload cost."""
     swarm = survey(12, (0, 4, 10.0), (0, 4, 10.0), (4, 8, 10.0))
     move = decide(swarm, 1, reload_s=1e6, num_sessions=100)
-    assert move is not None and move.fills_gap and move.blocks == BlockRange(8, 12)
+    assert move is not None and move.fills_gap and not move.opens_gap and move.blocks == BlockRange(8, 12)
     assert decide(swarm, 2) is None  # it would open as large a gap as it fills
+
+
+def test_who_would_open_a_smaller_gap_says_so():
+    """Of two that could fill 4:6 one leaves nothing behind, the other block 0: that one should wait."""
+    swarm = survey(6, (0, 3, 10.0), (1, 4, 10.0))
+    first, second = (decide_move(swarm, own, reload_s=[1.0] * 6, num_sessions=0) for own in swarm.holdings)
+    assert first is not None and first.fills_gap and first.opens_gap and first.blocks == BlockRange(3, 6)
+    assert second is not None and second.fills_gap and not second.opens_gap and second.blocks == BlockRange(3, 6)
 
 
 def test_a_move_that_costs_more_than_it_gains_is_not_made():
