@@ -1,10 +1,11 @@
 """Chooses the blocks of a server that was not told which, and moves it when the swarm gains more by it elsewhere.
 
     Scout ─holdings─► choose_span ─► blocks to begin with
-                 └──► decide_move ─► wait at random, claim ─► fresh look ─► decide again ─► Movable.leave_for, arrive
+                 └──► decide_move ─► better_movers first ─► wait, claim ─► look, decide again ─► leave_for, arrive
 
 What pays is decided in `swarm.placement`, who may go first by `swarm.leases`, and how a server lets go of its blocks
-and loads others by `Movable`. A gap is filled after a second or two; gains are looked for every minute, about.
+and loads others by `Movable`. A gap is filled after some seconds; gains are looked for every minute, about, and not
+while many servers are in doubt. Who would gain most goes first.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import numpy as np
 
 from swarm.errors import SwarmError
 from swarm.leases import LeaseDesk
-from swarm.placement import Choice, Holding, Move, Survey, choose_span, decide_move
+from swarm.placement import Choice, Holding, Move, Survey, better_movers, choose_span, decide_move
 from swarm.server.scout import Scout
 from swarm.types import BlockRange
 
@@ -30,6 +31,14 @@ GAP_DELAY_S = 2.0
 """A server that could fill a gap waits for a random time up to this, so that one comes first ..."""
 GAIN_DELAY_S = 20.0
 """... and one that could gain something, up to this."""
+MAX_RANK = 4
+"""One that could fill a gap lets at most so many others go first that would do it better ..."""
+RANK_S = 1.0
+"""... for so long each."""
+MAX_YIELDS = 2
+"""How often one that could gain something leaves it to others that would gain more; they may be none that move."""
+MAX_DOUBT = 0.05
+"""While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""
 DRAIN_S = 30.0
 """How long sessions may take to end before a server leaves for a gain. For a gap it leaves at once."""
 LEASE_MARGIN_S = 60.0
@@ -91,6 +100,7 @@ class Mover:
         self._server, self._scout, self._leases = server, scout, leases
         self._num_blocks, self._length, self._reload_s = num_blocks, length, reload_s
         self._generator = generator
+        self._num_yields = 0
         self._stays_until = float("-inf")
 
     async def choose(self, capacity_tps: float) -> Choice:
@@ -124,9 +134,22 @@ class Mover:
             if is_due:
                 next_check = loop.time() + self._generator.uniform(0.0, 2 * CHECK_S)
             if is_due or self._survey().num_missing:
-                move = self._decide()
-                if move is not None and (is_due or move.fills_gap):
-                    await self._try(move)
+                await self._consider(may_gain=is_due and self._scout.share_in_doubt <= MAX_DOUBT)
+
+    async def _consider(self, *, may_gain: bool) -> None:
+        """Move if that pays, unless others should."""
+        move = self._decide()
+        if move is None or not (move.fills_gap or may_gain):
+            return
+        reload_s = self._reload_s()[move.blocks.start]
+        num_better = await asyncio.to_thread(
+            better_movers, self._survey(), self._server.holding, move, reload_s=reload_s
+        )
+        if yields(move, num_better, self._num_yields):
+            self._num_yields += 1
+            return
+        self._num_yields = 0
+        await self._try(move, delay(move, num_better, self._generator))
 
     def _survey(self) -> Survey:
         return Survey([*self._scout.holdings, self._server.holding], self._num_blocks)
@@ -140,14 +163,15 @@ class Mover:
             length=self._length,
         )
 
-    async def _try(self, move: Move) -> None:
-        """Move, if nobody else does what this move is for.
+    async def _try(self, move: Move, delay_s: float) -> None:
+        """Move, if nobody else does what this move is for meanwhile.
 
         Raises:
             SwarmError: the server could load neither the new blocks nor its old ones.
         """
         leaves, takes = self._server.holding.blocks, move.blocks
-        if not await self._may_move(move, leaves):
+        lease_s = self._reload_s()[takes.start] + DRAIN_S + LEASE_MARGIN_S
+        if not await self._may_move(leaves, takes, delay_s=delay_s, lease_s=lease_s):
             return
         try:
             await self._scout.look(max_age_s=0.0, everything=True)
@@ -171,14 +195,10 @@ class Mover:
         finally:
             await self._release(leaves, takes)
 
-    async def _may_move(self, move: Move, leaves: BlockRange) -> bool:
-        """Wait a random time, then try to get the lease."""
-        delay_s = self._generator.uniform(0.0, GAP_DELAY_S if move.fills_gap else GAIN_DELAY_S)
-        if move.opens_gap:  # first those that would not, when all have looked
-            delay_s += LOOK_S + GAP_DELAY_S
-        lease_s = self._reload_s()[move.blocks.start] + DRAIN_S + LEASE_MARGIN_S
+    async def _may_move(self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float) -> bool:
+        """Wait, then try to get the lease."""
         try:
-            return await self._leases.acquire(leaves, move.blocks, delay_s=delay_s, lease_s=lease_s)
+            return await self._leases.acquire(leaves, takes, delay_s=delay_s, lease_s=lease_s)
         except SwarmError as error:
             logger.info("can't ask for the right to move: %s", error)
             return False
@@ -188,3 +208,30 @@ class Mover:
             await self._leases.release(leaves, takes)
         except SwarmError as error:
             logger.info("the lease was not given back, it will expire: %s", error)
+
+
+def delay(move: Move, num_better: int, generator: np.random.Generator) -> float:
+    """How long a server waits before it asks for the right to move. Pure.
+
+    Args:
+        move: what it would do.
+        num_better: others that would do more good.
+        generator: so that not all ask at once.
+    """
+    if not move.fills_gap:
+        return generator.uniform(0.0, GAIN_DELAY_S)
+    ahead_s = RANK_S * min(num_better, MAX_RANK)
+    if move.opens_gap:  # first those that would not, when all have looked
+        ahead_s += LOOK_S
+    return ahead_s + generator.uniform(0.0, GAP_DELAY_S)
+
+
+def yields(move: Move, num_better: int, num_yields: int) -> bool:
+    """Whether a server leaves it to others, this time. Pure.
+
+    Args:
+        move: what it would do.
+        num_better: others that would do more good.
+        num_yields: how often it has done so since it moved last.
+    """
+    return not move.fills_gap and num_better > 0 and num_yields < MAX_YIELDS

@@ -28,7 +28,7 @@ from swarm.server.plan import Plan
 from swarm.server.scout import Scout
 from swarm.server.sizing import Fit, fit_blocks
 from swarm.transport import Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, name_ranges
 
 DOWNLOAD_BYTES_PER_S = 20e6
 """At which rate weights come that are not on disk, for all that is known."""
@@ -163,8 +163,10 @@ def explained(choice: Choice, why: str, facts: BlockFacts, *, num_servers: int) 
         num_servers: in the swarm, this one included.
     """
     speed = f"{facts.single_tps:.0f} to {facts.batch_tps:.0f} tokens/s through a block here"
-    swarm = "the first server" if num_servers == 1 else f"the best of its places among {num_servers} servers"
-    gain = f"the swarm's worth {choice.before_tps:.3g} -> {choice.after_tps:.3g} tokens/s"
+    swarm = "the first server" if num_servers == 1 else f"best place among {num_servers} servers"
+    gain = f"full batches of the swarm {choice.before_tps:.3g} -> {choice.after_tps:.3g} tokens/s"
+    if choice.missing:
+        gain = f"nobody serves {name_ranges(choice.missing)} yet"
     return f"chose blocks {choice.blocks}: {why}; {speed}; {swarm}: {gain}"
 
 

@@ -90,6 +90,13 @@ class Scout:
         return [holding_of(record) for record in self.others]
 
     @property
+    def share_in_doubt(self) -> float:
+        """The part of the others of whom it is not sure whether they are there: late, or silent."""
+        now, silent = time.time(), self._silent
+        num_late = sum(record.is_late(now) for record in self.others)
+        return (num_late + len(silent)) / max(1, len(self.others) + len(silent))
+
+    @property
     def loading(self) -> set[str]:
         """Those that load their blocks still."""
         return {record.peer_id for record in self.others if record.state is ServerState.JOINING}

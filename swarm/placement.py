@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.shares import Floats, shares
+from swarm.shares import Floats, Ints, shares_of
 from swarm.types import BlockRange
 
 SHARPNESS = 4.0
@@ -34,6 +34,8 @@ SMALL_GAIN = 0.1
 """... or, if that is less, this part of what the swarm is worth."""
 HORIZON_S = 3600.0
 """Time in which a move must earn what it costs."""
+MAX_RIVALS = 8
+"""Others of which it is found out whether they would do more good."""
 SESSION_TOKENS = 512
 """What moving a session costs: the tokens that have to be run again, about."""
 
@@ -50,11 +52,15 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A span, and what it does for the swarm, by its value in tokens/s."""
+    """A span, and what it does for the swarm."""
 
     blocks: BlockRange
     before_tps: float
+    """The swarm's throughput without the server ..."""
     after_tps: float
+    """... and with it."""
+    missing: tuple[int, ...]
+    """Blocks that nobody serves then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,8 @@ class Move:
     """Whether it serves blocks that nobody serves: that comes first."""
     opens_gap: bool
     """Whether it leaves others to nobody, though fewer: somebody else may do better."""
+    num_missing: int
+    """Blocks that nobody serves then."""
 
 
 class Survey:
@@ -81,12 +89,20 @@ class Survey:
     def __init__(self, holdings: Sequence[Holding], num_blocks: int):
         self.holdings = tuple(holdings)
         self.num_blocks = num_blocks
-        self._capacities = _believed([holding.capacity_tps for holding in holdings])
+        self._starts = np.array([holding.blocks.start for holding in holdings], dtype=np.int64)
+        self._ends = np.array([holding.blocks.end for holding in holdings], dtype=np.int64)
+        self._claimed_tps = np.array([holding.capacity_tps for holding in holdings], dtype=np.float64)
 
     @cached_property
     def shares(self) -> Floats:
         """Tokens per second that each block gets."""
-        return shares([holding.blocks for holding in self.holdings], self._capacities, self.num_blocks)
+        return shares_of(self._starts, self._ends, self._capacities_tps, self.num_blocks)
+
+    @cached_property
+    def _capacities_tps(self) -> Floats:
+        """The capacities, cut to a multiple of their median."""
+        limit_tps = MAX_MEDIANS * float(np.median(self._claimed_tps)) if self.holdings else 0.0
+        return np.minimum(self._claimed_tps, limit_tps) if limit_tps > 0 else self._claimed_tps
 
     @property
     def throughput_tps(self) -> float:
@@ -101,14 +117,14 @@ class Survey:
     @cached_property
     def floor_tps(self) -> float:
         """What is added to every share."""
-        return FLOOR * max(float(sum(self._capacities)), 1.0) / self.num_blocks
+        return FLOOR * max(float(self._capacities_tps.sum()), 1.0) / self.num_blocks
 
     @cached_property
     def missing(self) -> NDArray[np.bool_]:
         """Of each block, whether nobody holds it."""
-        is_missing = np.ones(self.num_blocks, dtype=bool)
-        for holding in self.holdings:
-            is_missing[holding.blocks.start : holding.blocks.end] = False
+        size = self.num_blocks + 1
+        changes = np.bincount(self._starts, minlength=size) - np.bincount(self._ends, minlength=size)
+        is_missing: NDArray[np.bool_] = changes.cumsum()[:-1] == 0
         return is_missing
 
     @property
@@ -133,11 +149,31 @@ class Survey:
 
     def without(self, peer_id: str) -> Self:
         """The swarm without one server."""
-        return type(self)([it for it in self.holdings if it.peer_id != peer_id], self.num_blocks)
+        index = next((at for at, it in enumerate(self.holdings) if it.peer_id == peer_id), None)
+        if index is None:
+            return self
+        return self._of(
+            (*self.holdings[:index], *self.holdings[index + 1 :]),
+            np.delete(self._starts, index),
+            np.delete(self._ends, index),
+            np.delete(self._claimed_tps, index),
+        )
 
     def plus(self, holding: Holding) -> Self:
         """The swarm with one server more."""
-        return type(self)([*self.holdings, holding], self.num_blocks)
+        return self._of(
+            (*self.holdings, holding),
+            np.append(self._starts, holding.blocks.start),
+            np.append(self._ends, holding.blocks.end),
+            np.append(self._claimed_tps, holding.capacity_tps),
+        )
+
+    def _of(self, holdings: tuple[Holding, ...], starts: Ints, ends: Ints, claimed_tps: Floats) -> Self:
+        """Another swarm of the same model, by columns that are made already: in large swarms that is most of it."""
+        other = type(self).__new__(type(self))
+        other.holdings, other.num_blocks = holdings, self.num_blocks
+        other._starts, other._ends, other._claimed_tps = starts, ends, claimed_tps
+        return other
 
 
 def choose_span(survey: Survey, length: int, capacity_tps: float, peer_id: str = "") -> Choice:
@@ -147,7 +183,12 @@ def choose_span(survey: Survey, length: int, capacity_tps: float, peer_id: str =
         for blocks in _promising(survey, length, capacity_tps)
     ]
     after, blocks = max(trials, key=lambda trial: (-trial[0].num_missing, round(trial[0].value_tps, 9)))
-    return Choice(blocks=blocks, before_tps=survey.value_tps, after_tps=after.value_tps)
+    return Choice(
+        blocks=blocks,
+        before_tps=survey.throughput_tps,
+        after_tps=after.throughput_tps,
+        missing=tuple(np.flatnonzero(after.missing).tolist()),
+    )
 
 
 def decide_move(
@@ -167,7 +208,7 @@ def decide_move(
         length: how many blocks it can hold; as many as it does by default.
     """
     length = length or len(own.blocks)
-    if not survey.num_missing and not may_gain(survey, own):
+    if not survey.num_missing and not may_gain(survey, own, num_sessions):
         return None
     rest = survey.without(own.peer_id)
     moves = []
@@ -184,21 +225,57 @@ def decide_move(
         if blocks != own.blocks and (fills_gap or (is_worth_it and not leaves_gap)):
             opens_gap = bool((after.missing & ~survey.missing).any())
             move = Move(
-                blocks=blocks, gain_tps=gain_tps, cost_tokens=cost_tokens, fills_gap=fills_gap, opens_gap=opens_gap
+                blocks=blocks,
+                gain_tps=gain_tps,
+                cost_tokens=cost_tokens,
+                fills_gap=fills_gap,
+                opens_gap=opens_gap,
+                num_missing=after.num_missing,
             )
             moves.append((-after.num_missing, profit_tokens, move))
     return max(moves, key=lambda found: found[:2])[2] if moves else None
 
 
-def may_gain(survey: Survey, own: Holding) -> bool:
-    """Whether a move could gain enough; if not, there is no need to look closer.
+def better_movers(survey: Survey, own: Holding, move: Move, *, reload_s: float) -> int:
+    """How many others, of those that could gain most, would do the swarm more good by a move than this one.
+
+    They are taken to load as fast and to hold as much as now; whether they may move at all is not known.
+
+    Args:
+        survey: the swarm, with this server in it.
+        own: this server's holding.
+        move: what it would do.
+        reload_s: seconds to load other blocks.
+    """
+    need = survey.need()
+    others = [it for it in survey.holdings if it.peer_id != own.peer_id]
+    count = 0
+    for other in sorted(others, key=lambda it: -_most_gain_tps(survey, it, need))[:MAX_RIVALS]:
+        theirs = decide_move(survey, other, reload_s=[reload_s] * survey.num_blocks, num_sessions=0)
+        count += theirs is not None and _is_better(theirs, move)
+    return count
+
+
+def _is_better(one: Move, other: Move) -> bool:
+    if one.num_missing != other.num_missing:
+        return one.num_missing < other.num_missing
+    return one.gain_tps > other.gain_tps * (1 + 1e-6)
+
+
+def may_gain(survey: Survey, own: Holding, num_sessions: int) -> bool:
+    """Whether a move could gain enough; if not, there is no need to look closer."""
+    most_tps = _most_gain_tps(survey, own, survey.need())
+    return most_tps >= least_gain_tps(survey, own) and most_tps * HORIZON_S > num_sessions * SESSION_TOKENS
+
+
+def _most_gain_tps(survey: Survey, own: Holding, need: Floats) -> float:
+    """A bound of what a move gains.
 
     The value is concave in the shares, so its gradient bounds the gain. A server works for the neediest blocks of its
     span already; elsewhere it could at best work for the neediest of all.
     """
-    need = survey.need()
     difference = float(need.max() - need[own.blocks.start : own.blocks.end].max())
-    return difference * own.capacity_tps / survey.num_blocks >= least_gain_tps(survey, own)
+    return difference * own.capacity_tps / survey.num_blocks
 
 
 def least_gain_tps(survey: Survey, own: Holding) -> float:
@@ -237,11 +314,3 @@ def _gains(levels: Floats, length: int, capacity_tps: float) -> Floats:
 
 def _value(block_shares: Floats, floor_tps: float) -> float:
     return float(((block_shares + floor_tps) ** -SHARPNESS).mean() ** (-1 / SHARPNESS))
-
-
-def _believed(capacities: Sequence[float]) -> list[float]:
-    """The capacities, cut to a multiple of their median."""
-    if not capacities:
-        return []
-    limit = MAX_MEDIANS * float(np.median(capacities))
-    return [min(capacity, limit) if limit > 0 else capacity for capacity in capacities]

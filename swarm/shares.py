@@ -21,13 +21,21 @@ from numpy.typing import NDArray
 from swarm.types import BlockRange
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 _ROUNDING = 1e-9
 """Shares that differ by this part of their mean are equal."""
 
 
 def shares(spans: Sequence[BlockRange], capacities: Sequence[float], num_blocks: int) -> Floats:
     """The share of each block in tokens per second, 0 where nobody holds it."""
-    within = _capacity_within(spans, capacities, num_blocks)
+    starts = np.fromiter((span.start for span in spans), np.int64, len(spans))
+    ends = np.fromiter((span.end for span in spans), np.int64, len(spans))
+    return shares_of(starts, ends, np.asarray(capacities, dtype=np.float64), num_blocks)
+
+
+def shares_of(starts: Ints, ends: Ints, capacities: Floats, num_blocks: int) -> Floats:
+    """The same of spans whose first blocks and ends stand in arrays."""
+    within = _capacity_within(starts, ends, capacities, num_blocks)
     result = np.zeros(num_blocks)
     ranges = [(0, num_blocks)]
     while ranges:
@@ -38,12 +46,10 @@ def shares(spans: Sequence[BlockRange], capacities: Sequence[float], num_blocks:
     return result
 
 
-def _capacity_within(spans: Sequence[BlockRange], capacities: Sequence[float], num_blocks: int) -> Floats:
+def _capacity_within(starts: Ints, ends: Ints, capacities: Floats, num_blocks: int) -> Floats:
     """[start, end]: capacity of the servers whose whole span lies in blocks start:end."""
     exactly = np.zeros((num_blocks + 1, num_blocks + 1))
-    starts = np.fromiter((span.start for span in spans), np.int64, len(spans))
-    ends = np.fromiter((span.end for span in spans), np.int64, len(spans))
-    np.add.at(exactly, (starts, ends), np.asarray(capacities, dtype=np.float64))
+    np.add.at(exactly, (starts, ends), capacities)
     within: Floats = exactly[::-1].cumsum(axis=0)[::-1].cumsum(axis=1)
     return within
 

@@ -29,7 +29,8 @@ def test_servers_that_choose_cover_the_model_and_say_why(make_swarm, local_model
     servers = [swarm.add_server(None, num_blocks=3, cache_dir=tmp_path) for _ in range(2)]
     assert [str(server.plan.blocks) for server in servers] == ["0:3", "3:6"]
     assert servers[0].reason.startswith("chose blocks 0:3: 3 asked; ")
-    assert "the best of its places among 2 servers" in servers[1].reason
+    assert "nobody serves 3:6 yet" in servers[0].reason
+    assert "best place among 2 servers: full batches of the swarm 0 -> " in servers[1].reason
     with closing(swarm.connect()) as service, service.open_session(batch_size=1, max_length=8) as session:
         outputs = session.step(embed(local_model, [1, 2, 3]), positions=[0], num_tokens=[3])
         assert len(session.route) == 2

@@ -8,9 +8,9 @@ import pytest
 
 from swarm.errors import PeerTimeout, PeerUnreachable
 from swarm.leases import LeaseDesk
-from swarm.placement import Holding
+from swarm.placement import Holding, Move
 from swarm.server import mover as mover_module
-from swarm.server.mover import Mover
+from swarm.server.mover import MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, yields
 from swarm.types import BlockRange
 
 NUM_BLOCKS = 12
@@ -31,6 +31,7 @@ class World:
 class FakeScout:
     def __init__(self, world, own_id):
         self.world, self.own_id, self.num_looks = world, own_id, 0
+        self.share_in_doubt = 0.0
 
     @property
     def holdings(self):
@@ -216,3 +217,44 @@ async def test_a_server_that_could_not_load_other_blocks_stays_for_a_while():
     assert server.moves == [BlockRange(0, 6)] and mover.num_moves == 0
     assert mover._scout.num_looks <= num_looks + 1
     assert server.drains == [0.0], "sessions of a swarm with a gap stand still: nobody waits for them"
+
+
+async def test_nobody_moves_for_a_gain_while_many_are_in_doubt():
+    """Their records may tell of servers that died; when that is clear, it moves."""
+    world = World()
+    servers = [FakeServer(world, f"p{index}", (0, 6)) for index in range(3)] + [FakeServer(world, "q", (6, 12))]
+    for server in servers:
+        server.serve()
+    mover = mover_of(world, servers[0])
+    mover._scout.share_in_doubt = 0.2
+    await run_until([mover], lambda: mover._scout.num_looks > 20)
+    assert not servers[0].moves
+    mover._scout.share_in_doubt = 0.0
+    await run_until([mover], lambda: bool(servers[0].moves))
+
+
+async def test_a_server_lets_one_that_would_gain_more_go_first_but_not_for_ever():
+    """The other one may be told its blocks by its owner, which nobody knows."""
+    world = World()
+    weak, strong = FakeServer(world, "weak", (0, 6), capacity=15.0), FakeServer(world, "strong", (0, 6), capacity=30.0)
+    for server in (weak, strong, FakeServer(world, "p", (0, 6), capacity=30.0), FakeServer(world, "q", (6, 12))):
+        server.serve()
+    mover = mover_of(world, weak)
+    for num_yields in range(1, MAX_YIELDS + 1):
+        await mover._consider(may_gain=True)
+        assert not weak.moves and mover._num_yields == num_yields
+    await mover._consider(may_gain=True)
+    assert weak.moves == [BlockRange(6, 12)] and mover._num_yields == 0
+
+
+@pytest.mark.parametrize("opens_gap", [False, True])
+def test_who_would_fill_a_gap_best_comes_first(opens_gap):
+    """Each that is better gets a second; who opens another gap waits until all have looked; nobody yields."""
+    move = Move(
+        blocks=BlockRange(0, 4), gain_tps=1.0, cost_tokens=0.0, fills_gap=True, opens_gap=opens_gap, num_missing=0
+    )
+    generator = np.random.default_rng(0)
+    for num_better in range(8):
+        ahead_s = RANK_S * min(num_better, MAX_RANK) + mover_module.LOOK_S * opens_gap
+        assert ahead_s <= delay(move, num_better, generator) <= ahead_s + mover_module.GAP_DELAY_S
+        assert not yields(move, num_better, 0)

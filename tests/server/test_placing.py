@@ -53,9 +53,10 @@ def test_only_blocks_with_a_missing_file_are_far(tmp_path):
 
 def test_the_owner_is_told_in_one_line_why_the_server_is_where_it_is():
     """How many and why, how fast, and what the swarm has of it."""
-    choice = Choice(blocks=BlockRange(3, 6), before_tps=0.001, after_tps=12.345)
+    choice = Choice(blocks=BlockRange(3, 6), before_tps=0.0, after_tps=12.345, missing=())
     assert explained(choice, "3 asked", FACTS, num_servers=2) == (
-        "chose blocks 3:6: 3 asked; 50 to 400 tokens/s through a block here; the best of its places among 2 servers:"
-        " the swarm's worth 0.001 -> 12.3 tokens/s"
+        "chose blocks 3:6: 3 asked; 50 to 400 tokens/s through a block here; best place among 2 servers: full"
+        " batches of the swarm 0 -> 12.3 tokens/s"
     )
-    assert "; the first server: the swarm's worth 0.001 -> 12.3" in explained(choice, "", FACTS, num_servers=1)
+    choice = Choice(blocks=BlockRange(3, 6), before_tps=0.0, after_tps=0.0, missing=(0, 1, 2, 8))
+    assert explained(choice, "", FACTS, num_servers=1).endswith("; the first server: nobody serves 0:3, 8:9 yet")

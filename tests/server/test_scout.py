@@ -128,6 +128,15 @@ async def test_those_that_do_not_answer_are_left_out_until_they_renew_their_reco
     assert ids(scout.others) == {"dead", "lives"}
 
 
+async def test_those_that_are_late_or_silent_are_in_doubt():
+    """One of four is silent, another one has not renewed its record in time."""
+    late = record("late", expires_at=time.time() + 10.0)
+    scout, _, _ = watcher_of([record("a"), record("b"), late, record("dead", blocks=BlockRange(4, 8))], dead=["dead"])
+    assert scout.share_in_doubt == 0.0
+    await scout.look()
+    assert scout.share_in_doubt == 0.5
+
+
 async def test_the_silent_are_asked_once_more_before_anything_is_done_about_it():
     """A server that was only slow is there again, though it has not renewed its record yet."""
     scout, pinger, _ = watcher_of([record("slow", blocks=BlockRange(4, 8))], dead=["slow"])

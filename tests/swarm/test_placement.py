@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm import placement
-from swarm.placement import Holding, Survey, choose_span, decide_move, may_gain
+from swarm.placement import Holding, Survey, better_movers, choose_span, decide_move, may_gain
 from swarm.types import BlockRange
 from tests.bench.flow import max_flow
 
@@ -85,10 +85,11 @@ def test_no_move_ever_opens_a_gap_or_lowers_the_value(swarm, data):
 def test_the_quick_check_never_hides_a_move(swarm, data):
     """A server that could gain enough is never told that it need not look."""
     index = data.draw(st.integers(0, len(swarm.holdings) - 1))
-    quick = may_gain(swarm, swarm.holdings[index])
+    num_sessions = data.draw(st.integers(0, 30))
+    quick = may_gain(swarm, swarm.holdings[index], num_sessions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "may_gain", lambda *_: True)
-        move = decide(swarm, index)
+        move = decide(swarm, index, num_sessions=num_sessions)
     assert quick or move is None or move.fills_gap
 
 
@@ -121,6 +122,25 @@ def test_who_would_open_a_smaller_gap_says_so():
     first, second = (decide_move(swarm, own, reload_s=[1.0] * 6, num_sessions=0) for own in swarm.holdings)
     assert first is not None and first.fills_gap and first.opens_gap and first.blocks == BlockRange(3, 6)
     assert second is not None and second.fills_gap and not second.opens_gap and second.blocks == BlockRange(3, 6)
+
+
+def test_a_server_knows_how_many_others_would_do_more_good():
+    """The strongest replica would gain most; of equal ones none is better."""
+    swarm = survey(12, (0, 6, 15.0), (0, 6, 30.0), (0, 6, 30.0), (6, 12, 10.0))
+    counts = []
+    for own in swarm.holdings[:3]:
+        move = decide_move(swarm, own, reload_s=[60.0] * 12, num_sessions=0)
+        assert move is not None
+        counts.append(better_movers(swarm, own, move, reload_s=60.0))
+    assert counts == [2, 0, 0]
+
+
+@given(surveys(covered=True))
+def test_somebody_always_goes_first(swarm):
+    """Of all that would move, one at least sees nobody who would do more good."""
+    moves = [(own, decide_move(swarm, own, reload_s=[60.0] * 12, num_sessions=0)) for own in swarm.holdings]
+    better = [better_movers(swarm, own, move, reload_s=60.0) for own, move in moves if move is not None]
+    assert not better or min(better) == 0
 
 
 def test_a_move_that_costs_more_than_it_gains_is_not_made():
