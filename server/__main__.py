@@ -1,4 +1,4 @@
-"""`python -m swarm.server [MODEL] --blocks 0:24`: serve some blocks of a model.
+"""`python -m swarm.server [MODEL]`: serve some blocks of a model.
 
 Parses the command line, prints what an operator needs to see, turns errors into one line and signals into a clean stop.
 """
@@ -21,8 +21,9 @@ from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
 
 if TYPE_CHECKING:
+    from swarm.server.plan import Plan
     from swarm.server.screen import Screen
-    from swarm.server.server import Plan, Server
+    from swarm.server.server import Server
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_DRAIN_S = 3600.0
@@ -44,7 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
-    add("--blocks", metavar="START:END", help="half-open range of blocks, 0:24 is 24 blocks; all blocks if not given")
+    add(
+        "--blocks",
+        metavar="START:END",
+        help="half-open range of blocks, 0:24 is 24 blocks; if not given, as many as fit into free memory, where the"
+        " swarm gains most, and later others if it would gain more there",
+    )
+    add("--num-blocks", type=int, metavar="N", help="how many blocks to choose; as many as fit if not given")
     add_initial_peers(parser, without="none: a new swarm begins")
     add(
         "--quantization",
@@ -111,11 +118,13 @@ def _config(args: argparse.Namespace) -> ServerConfig:
     require_at_least(args, 1, "threads")
     if not 0 <= args.drain_timeout <= MAX_DRAIN_S:
         raise ConfigError(f"--drain-timeout {args.drain_timeout:g}, range 0..{MAX_DRAIN_S:g} seconds")
+    require_at_least(args, 1, "num_blocks")
     if args.adapters and not parse_bytes(args.max_adapter_memory):
         raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(
         model=args.model,
         blocks=BlockRange.parse(args.blocks) if args.blocks else None,
+        num_blocks=args.num_blocks,
         revision=args.revision,
         cache_dir=args.cache_dir,
         token=args.token,
@@ -150,7 +159,7 @@ def _run(config: ServerConfig) -> None:
         from swarm.server.lean import import_transformers_lean
 
         import_transformers_lean()
-    from swarm.server.server import make_plan
+    from swarm.server.plan import make_plan
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -184,7 +193,7 @@ async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") 
             joining.cancel()
             return
         await joining
-        screen.joined(server.node.addresses)
+        screen.joined(server.node.addresses, server.plan, server.reason)
         loading = asyncio.create_task(server.load(screen.loaded))
         if await _first(stop, loading):
             await server.leave()
@@ -194,7 +203,7 @@ async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") 
         await loading
         settle_heap()
         screen.online(server)
-        await server.serve_until(stop, on_drain=screen.draining)
+        await server.serve_until(stop, on_drain=screen.draining, on_moved=lambda: screen.online(server))
     screen.stopped()
 
 

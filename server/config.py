@@ -1,4 +1,4 @@
-"""What a server is told to do, and how "auto" becomes a plan."""
+"""What a server is told to do; `swarm.server.plan` makes a plan of it."""
 
 import re
 from dataclasses import dataclass
@@ -47,12 +47,14 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """One server. `None` and "auto" are resolved once, by `swarm.server.server`."""
+    """One server. `None` and "auto" are resolved once, by `swarm.server.plan`."""
 
     model: str
     """Embedded name, checkpoint directory or hub id."""
     blocks: BlockRange | None = None
-    """Which blocks to serve; None serves all."""
+    """Which blocks to serve; None lets the server choose, and move when the swarm gains by it."""
+    num_blocks: int | None = None
+    """How many blocks to choose; None takes as many as fit."""
     revision: str | None = None
     cache_dir: Path | None = None
     token: str | None = None

@@ -317,8 +317,8 @@ class Handler:
 
         Raises:
             CheckpointMismatch: another checkpoint is asked for.
-            InvalidRequest: blocks or lengths that this server never serves.
-            PeerBusy: not now.
+            InvalidRequest: lengths that this server never serves.
+            PeerBusy: not now, or it has gone to other blocks.
         """
         span = self.executor.span
         if message.model != self._model:
@@ -326,7 +326,7 @@ class Handler:
                 f"this server runs {self._model_name} {self._model[:12]}, not {message.model[:12]}"
             )
         if not span.blocks.covers(message.blocks):
-            raise InvalidRequest(f"this server runs blocks {span.blocks}, not {message.blocks}")
+            raise PeerBusy(f"this server runs blocks {span.blocks}, not {message.blocks}", retry_after_s=60.0)
         if message.max_length > self._max_positions:
             raise InvalidRequest(
                 f"{message.max_length} tokens asked, {self._model_name} has {self._max_positions} positions"

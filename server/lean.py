@@ -56,6 +56,14 @@ def return_free_memory() -> None:
         trim(0)
 
 
+def thaw_heap() -> bool:
+    """Undo `settle_heap`, so that blocks that are given up are found and freed; whether it had been called."""
+    was_settled = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    return was_settled
+
+
 class _Compiler(types.ModuleType):
     """torch._dynamo as a package whose own code never runs; its functions are decorators that change nothing."""
 

@@ -19,7 +19,8 @@ from swarm.command import program
 from swarm.server.config import ServerConfig
 
 if TYPE_CHECKING:
-    from swarm.server.server import Plan, Server
+    from swarm.server.plan import Plan
+    from swarm.server.server import Server
 
 
 class Screen:
@@ -36,13 +37,16 @@ class Screen:
         self._console = console or Console(highlight=False)
         self._progress: Progress | None = None
 
-    def joined(self, addresses: Sequence[str]) -> None:
-        """The network is up: where the server can be reached, and what to type elsewhere."""
+    def joined(self, addresses: Sequence[str], plan: "Plan", reason: str = "") -> None:
+        """The network is up: where the server can be reached, what it will serve and why, what to type elsewhere."""
+        self._plan = plan
         if self._console.is_terminal:
             self._greet(addresses)
         else:
             checkpoint, plan = self._plan.checkpoint, self._plan
             self._line(f"{checkpoint.name} {checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
+            if reason:
+                self._line(reason)
             self._line("\n  ".join(["listening on", *addresses]))
             if (credentials := self._config.credentials) is not None:
                 self._line(f"private swarm {credentials.swarm}, as {credentials.member}")
@@ -68,7 +72,7 @@ class Screen:
 
     def online(self, server: "Server") -> None:
         """It serves."""
-        plan = self._plan
+        plan = self._plan = server.plan
         weights = f"{plan.quantization if plan.quantization != 'none' else 'unquantised'} {_name(plan.dtype)}"
         text = f": blocks {plan.blocks}, {weights} on {plan.device}, KV cache for {server.executor.total_tokens} tokens"
         line = Text("ONLINE", style="bold green").append(text, style="not bold default")

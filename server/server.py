@@ -1,7 +1,10 @@
 """One server from start to stop: joins the swarm, loads its blocks, announces itself, serves, leaves.
 
-ServerConfig ─► plan ─► Node, Transport ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
-                                                                                  ─► announce ONLINE ... OFFLINE
+Plan ─► Node, Transport ─► Placing: which blocks ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
+                                                             ▲                        ─► announce ONLINE ... OFFLINE
+                                                             └── Mover: let go, unload ──┘
+
+What lives as long as the server is in `_stack`; what belongs to the blocks that it holds now, in `_serving`.
 """
 
 import asyncio
@@ -9,31 +12,29 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
 import torch
 
 from swarm import __version__
 from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
-from swarm.checkpoint.source import Checkpoint, resolve
-from swarm.directory import Directory
-from swarm.errors import ConfigError, PeerError, SwarmError
+from swarm.errors import ConfigError, PeerBusy, PeerError, SwarmError
 from swarm.network.node import Node, NodeConfig
-from swarm.pings import Pinger
+from swarm.placement import Holding
 from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, STATE_SERVICE, TRAIN_SERVICE
 from swarm.registry import MAX_TIME_S, Registry, ServerRecord
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
 from swarm.server.blocks.span import BlockSpan
-from swarm.server.blocks.step import Chunk
 from swarm.server.config import ServerConfig
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
+from swarm.server.lean import settle_heap, thaw_heap
 from swarm.server.limits import HandlerLimits
-from swarm.server.pages import PAGE_SIZE, PageAllocator, PageTable
-from swarm.server.scout import Scout
+from swarm.server.pages import PAGE_SIZE
+from swarm.server.placing import Placing
+from swarm.server.plan import Plan
 from swarm.server.training import TrainingDesk
 from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
@@ -44,52 +45,7 @@ ANNOUNCE_TIMEOUT_S = 15.0
 """How long one renewal of the record may take; the next one comes anyway."""
 OFFLINE_TIMEOUT_S = 2.0
 """How long leaving may take to say so; the record expires anyway."""
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A ServerConfig with every "auto" resolved against the machine and the model."""
-
-    checkpoint: Checkpoint
-    num_blocks: int
-    blocks: BlockRange
-    device: torch.device
-    dtype: torch.dtype
-    quantization: str
-
-
-def make_plan(config: ServerConfig) -> Plan:
-    """Resolve the model and every "auto".
-
-    Raises:
-        UnknownModel: no such model.
-        ConfigError: a device, dtype or block range that can't be.
-    """
-    checkpoint = resolve(
-        config.model,
-        revision=config.revision,
-        cache_dir=config.cache_dir,
-        token=config.token,
-        is_offline=config.credentials is not None,
-    )
-    text_config = checkpoint.config().get_text_config()
-    num_blocks = int(text_config.num_hidden_layers)
-    blocks = config.blocks or BlockRange(0, num_blocks)
-    if blocks.end > num_blocks:
-        raise ConfigError(f"blocks {blocks} are outside {checkpoint.name}, which has blocks 0:{num_blocks}")
-    device = _choose_device(config.device)
-    quantization = config.quantization
-    if quantization == "auto":
-        quantization = "int8" if device.type == "cuda" else "none"
-    return Plan(
-        checkpoint=checkpoint,
-        num_blocks=num_blocks,
-        blocks=blocks,
-        device=device,
-        dtype=_choose_dtype(config.dtype, device, getattr(text_config, "dtype", None)),
-        quantization=quantization,
-    )
+_SERVICES = (SESSION_SERVICE, PUSH_SERVICE, STATE_SERVICE, ADAPTER_SERVICE, TRAIN_SERVICE, INFO_SERVICE)
 
 
 class LoadingStopped(SwarmError):
@@ -109,16 +65,21 @@ class Server:
         self.adapters: dict[str, str] = {}
         """Digests of the adapters that it was told to have."""
         self.metrics_url: str | None = None
+        self.reason = ""
+        """Why it has taken its blocks, in one line, where it has chosen them itself."""
         self._registry: Registry
-        self._scout: Scout
-        self._decode_tps = 0.0
+        self._placing: Placing
+        self._blocks_before = plan.blocks
+        self._was_settled = False
+        self._on_moved: Callable[[], None] = lambda: None
         self._stack = AsyncExitStack()
+        self._serving = AsyncExitStack()
 
     async def join(self) -> None:
-        """Start the network and announce JOINING.
+        """Start the network, choose blocks where none were given, and announce JOINING.
 
         Raises:
-            ConfigError: port in use, bad identity file or address.
+            ConfigError: port in use, bad identity file or address, or not one block fits.
             PeerUnreachable: none of the initial peers answers.
             AccessDenied: the swarm is private, and we may not serve in it.
             CheckpointMismatch: the swarm serves this model's name with other content.
@@ -143,15 +104,11 @@ class Server:
         await self.transport.start()
         self._stack.push_async_callback(self.transport.close)
         self._registry = Registry(self.node)
-        generator = np.random.default_rng()
-        self._scout = Scout(
-            Pinger(self.transport, generator),
-            Directory(self._registry, model=self.plan.checkpoint.digest, num_blocks=self.plan.num_blocks),
-            own_id=self.node.peer_id,
-            blocks=self.plan.blocks,
-            generator=generator,
-        )
         await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
+        self._placing = Placing(self, self.transport, self._registry)
+        if self.plan.is_auto:
+            blocks, self.reason = await self._placing.choose()
+            self.plan = replace(self.plan, blocks=blocks)
         await self._announce()
 
     async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -168,6 +125,7 @@ class Server:
             if on_progress is not None:
                 on_progress(done, total)
 
+        started = time.monotonic()
         try:
             span = await asyncio.to_thread(
                 BlockSpan.load,
@@ -183,7 +141,7 @@ class Server:
         except (RuntimeError, MemoryError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
-        self._decode_tps = await asyncio.to_thread(measure_decode, span)
+        await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - started)
         self._check_stopped("stopped after loading")
         self.executor = Executor(
             span,
@@ -192,7 +150,7 @@ class Server:
             adapter_bytes=self.config.adapter_bytes,
         )
         self.executor.start()
-        self._stack.push_async_callback(self.executor.stop)
+        self._serving.push_async_callback(self.executor.stop)
         self.handler = Handler(
             self.executor,
             self.transport,
@@ -202,7 +160,7 @@ class Server:
             max_positions=span.max_positions,
             limits=HandlerLimits(history_bytes=self.config.history_bytes),
         )
-        self._stack.push_async_callback(self.handler.close)
+        self._serving.push_async_callback(self.handler.close)
         if self.config.adapter_bytes:
             base = Base(
                 blocks=plan.blocks,
@@ -256,37 +214,55 @@ class Server:
         self._stack.push_async_callback(metrics.close)
         self.metrics_url = metrics.url
 
-    async def serve_until(self, stop: asyncio.Event, *, on_drain: Callable[[int], None] = lambda count: None) -> None:
-        """Keep announcing until `stop` is set, then drain, and say OFFLINE.
+    async def serve_until(
+        self,
+        stop: asyncio.Event,
+        *,
+        on_drain: Callable[[int], None] = lambda count: None,
+        on_moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Keep announcing, and moving if the blocks were chosen, until `stop` is set; then drain, and say OFFLINE.
 
         Args:
             stop: whether to go.
             on_drain: is told how many sessions have to move, where there are any.
+            on_moved: called when other blocks are served.
 
         Raises:
             PeerError: the device thread failed.
             AccessDenied: we are no member of this private swarm any more.
+            SwarmError: other blocks were to be loaded, and neither they nor those of before could be.
         """
-        while True:
-            announcing = asyncio.create_task(self.renew())
-            is_over = await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
-            announcing.cancel()
-            if is_over or await self._stopped_within(stop, self.config.announce_period_s):
-                break
+        self._on_moved = on_moved
+        moving = asyncio.create_task(self._placing.keep_moving(), name="moves")
+        try:
+            while not moving.done():
+                announcing = asyncio.create_task(self.renew())
+                is_over = await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
+                announcing.cancel()
+                if is_over or await self._stopped_within(stop, self.config.announce_period_s, moving):
+                    break
+        finally:
+            moving.cancel()  # before we say OFFLINE: it must not announce anything after that
+            await asyncio.wait([moving])
         if stop.is_set():
             if self.handler is not None and self.handler.num_sessions and self.config.drain_timeout_s > 0:
                 on_drain(self.handler.num_sessions)
             await self.drain(self.config.drain_timeout_s)
         await self.leave()
         self.node.check_access()
-        if self.executor.died.is_set():
+        if not moving.cancelled():
+            moving.result()
+        if self.handler is not None and self.executor.died.is_set():
             raise PeerError("the device thread failed; the log says why")
 
     async def _stopped_within(
         self, stop: asyncio.Event, timeout_s: float, work: asyncio.Task[None] | None = None
     ) -> bool:
         """Wait for the end, for `work`, or for `timeout_s`, whichever comes first; whether it is the end."""
-        events = (stop, self.executor.died, self.node.denied)
+        events = [stop, self.node.denied]
+        if self.handler is not None:
+            events.append(self.executor.died)
         ends = [asyncio.create_task(event.wait()) for event in events]
         await asyncio.wait([*ends, *([work] if work else [])], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
@@ -307,6 +283,73 @@ class Server:
         await self.handler.drain(timeout_s)
         announcing.cancel()
 
+    # -- moving: what `swarm.server.mover` does with a server ---------------------------------------------------
+
+    @property
+    def holding(self) -> Holding:
+        """What it holds now, or is about to."""
+        facts = self._placing.facts
+        capacity_tps = 0.0 if facts is None else facts.batch_tps
+        return Holding(peer_id=self.node.peer_id, blocks=self.plan.blocks, capacity_tps=capacity_tps)
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that it carries."""
+        return 0 if self.handler is None else self.handler.num_sessions
+
+    async def announce_blocks(self, blocks: BlockRange) -> None:
+        """Tell the swarm that it is about to load these."""
+        self.plan = replace(self.plan, blocks=blocks)
+        await self._announce()
+
+    async def leave_for(self, blocks: BlockRange, *, drain_s: float) -> None:
+        """Let go of sessions and blocks, and tell the swarm that it is about to load others.
+
+        Args:
+            blocks: the others.
+            drain_s: how long sessions may take to end; then their clients go on elsewhere.
+        """
+        self._blocks_before = self.plan.blocks
+        await self.drain(drain_s)
+        await self._unload()
+        await self.announce_blocks(blocks)
+
+    async def arrive(self) -> bool:
+        """Load the blocks that it has left for; if they can't be had, those of before. Whether it has the new ones.
+
+        Raises:
+            SwarmError: neither can be loaded.
+        """
+        before, has_them = self._blocks_before, True
+        try:
+            await self.load()
+        except LoadingStopped:
+            raise
+        except SwarmError as error:
+            logger.warning("blocks %s can't be loaded (%s), going back to %s", self.plan.blocks, error, before)
+            has_them = False
+            await self._unload()
+            await self.announce_blocks(before)
+            await self.load()
+        if self._was_settled:
+            settle_heap()
+        self._on_moved()
+        return has_them
+
+    async def _unload(self) -> None:
+        """End what still runs, and free the memory of the blocks."""
+        self.state, self.handler = ServerState.JOINING, None
+        for service in _SERVICES:
+            await self.transport.stop_serving(service, PeerBusy("the server goes to other blocks", retry_after_s=60.0))
+        await self._serving.aclose()
+        if hasattr(self, "executor"):
+            del self.executor
+        self._was_settled = thaw_heap()
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- announcing ---------------------------------------------------------------------------------------------
+
     async def leave(self) -> None:
         """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""
         self.state = ServerState.OFFLINE
@@ -322,17 +365,19 @@ class Server:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self._serving.aclose()
         await self._stack.aclose()
 
     async def renew(self) -> None:
         """Look where the other servers are, have sessions moved to them if need be, and announce ourselves again."""
-        await self._scout.look()
+        if not self.plan.is_auto:  # else the mover looks, more often
+            await self._placing.scout.look()
         if self.handler is not None:
-            self.handler.relieve(self._scout.replicas)
+            self.handler.relieve(self._placing.scout.replicas)
         await self._announce()
 
     async def _announce(self) -> None:
-        config, plan = self.config, self.plan
+        config, plan, facts, scout = self.config, self.plan, self._placing.facts, self._placing.scout
         ttl_s = 3 * config.announce_period_s
         handler, executor = self.handler, self.executor if self.handler is not None else None
         record = ServerRecord(
@@ -340,7 +385,9 @@ class Server:
             model=plan.checkpoint.digest,
             blocks=plan.blocks,
             state=self.state,
-            decode_tps=self._decode_tps,
+            decode_tps=0.0 if facts is None else facts.single_tps,
+            batch_tps=0.0 if facts is None else facts.batch_tps,
+            prefill_tps=0.0 if facts is None else facts.prefill_tps,
             load=handler.load if handler is not None else 0.0,
             queue_s=min(handler.queue_s, MAX_TIME_S) if handler is not None else 0.0,
             kv_free_tokens=executor.free_tokens if executor is not None else 0,
@@ -348,8 +395,8 @@ class Server:
             dtype=str(plan.dtype).removeprefix("torch."),
             public_name=config.public_name,
             version=__version__,
-            place=self._scout.place,
-            pings=self._scout.pings,
+            place=scout.place,
+            pings=scout.pings,
             period_s=config.announce_period_s,
             expires_at=time.time() + ttl_s,
             adapters=handler.adapters.notes() if handler is not None and handler.adapters is not None else (),
@@ -361,52 +408,6 @@ class Server:
                 await announce_model(self.node, entry)
         except SwarmError as error:
             logger.warning("could not announce %s: %s", self.state.name, error)
-
-
-def measure_decode(span: BlockSpan, num_steps: int = 8) -> float:
-    """Tokens per second through one block, one row at a time: the median of a few steps after a warm-up."""
-    table = PageTable(PageAllocator(span.num_pages))
-    hidden_states = torch.zeros(1, span.hidden_size)
-    state = span.new_state()
-    times = []
-    for position in range(min(num_steps, span.max_positions, span.num_pages)):
-        table.grow(position + 1)
-        chunk = Chunk(
-            hidden_states=hidden_states,
-            position=position,
-            pages=table.pages,
-            entry=span.blocks.start,
-            exit=span.blocks.end,
-            state=state,
-        )
-        started = time.perf_counter()
-        span.run([chunk])
-        times.append(time.perf_counter() - started)
-    step_s = sorted(times[1:] or times)[len(times[1:] or times) // 2]
-    return len(span.blocks) / max(step_s, 1e-9)
-
-
-def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} can't serve blocks; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name} asked, but torch finds {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
-def _choose_dtype(name: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
-    """On CPU fp32: exact and, without AMX, fastest. Elsewhere what the checkpoint holds, at most 16 bits."""
-    if name != "auto":
-        return _DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def _hosts(announce: tuple[str, ...]) -> tuple[str, ...]:

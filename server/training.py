@@ -139,7 +139,7 @@ class TrainingDesk:
                 f"this server runs {self._model_name} {self._model[:12]}, not {message.model[:12]}"
             )
         if not span.blocks.covers(message.blocks):
-            raise InvalidRequest(f"this server runs blocks {span.blocks}, not {message.blocks}")
+            raise PeerBusy(f"this server runs blocks {span.blocks}, not {message.blocks}", retry_after_s=60.0)
         if (state := self._state()) is not ServerState.ONLINE:
             raise PeerBusy(f"the server is {state.name}", retry_after_s=60.0)
         for count, limit in ((self.num_runs, limits.max_runs), (self._runs_of[account], limits.max_runs_per_peer)):

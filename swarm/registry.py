@@ -30,6 +30,8 @@ MAX_RECORD_BYTES = 512
 MAX_TTL_S = 3600.0
 TTL_PERIODS = 3
 """A record outlives so many of its periods without being renewed."""
+LATE_S = 3.0
+"""A record that was not renewed so long after its period is doubtful."""
 CLOCK_SKEW_S = 10.0
 """How much longer than its TTL_PERIODS a record may live, by our clock."""
 MAX_NAME_BYTES = 32
@@ -131,6 +133,10 @@ class ServerRecord:
     def is_valid(self, now: float) -> bool:
         """Whether it may be believed at this unix time: not expired, nor good for longer than it may be."""
         return now < self.expires_at <= now + TTL_PERIODS * self.period_s + CLOCK_SKEW_S
+
+    def is_late(self, now: float) -> bool:
+        """Whether the server should have renewed it by this unix time: perhaps it is gone."""
+        return now > self.expires_at - (TTL_PERIODS - 1) * self.period_s + LATE_S
 
     def encode(self) -> bytes:
         """The record without its peer id and model, which are the DHT's subkey and key: 50 bytes and what varies."""

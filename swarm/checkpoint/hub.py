@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 
 from swarm.checkpoint import content
@@ -80,6 +80,11 @@ class HubFiles:
                     f"{shard} of {self.repo} has SHA-256 {found}, the hub announced {self.sha256[shard]}; delete {path}"
                 )
         return paths
+
+    def is_here(self, shard: str, /) -> bool:
+        """Whether a weight file was downloaded already."""
+        found = try_to_load_from_cache(self.repo, shard, cache_dir=self.hub_cache, revision=self.commit)
+        return isinstance(found, str)
 
     def download(self, name: str) -> Path:
         """Download one file unless it is there.

@@ -226,6 +226,14 @@ def shards_for(checkpoint: TensorSource, blocks: BlockRange | None) -> tuple[str
     return tuple(sorted({checkpoint.weight_map[key] for key in keys}))
 
 
+def shards_by_block(checkpoint: TensorSource) -> list[tuple[str, ...]]:
+    """For each block of the model, the shard files that hold its tensors."""
+    plan = _plan(build_model(checkpoint.config(), dtype=torch.bfloat16), checkpoint.weight_map)
+    return [
+        tuple(sorted({checkpoint.weight_map[key] for key in plan.of_block(block)})) for block in range(plan.num_blocks)
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """Where each tensor of a checkpoint goes."""

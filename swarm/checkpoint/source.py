@@ -35,6 +35,10 @@ class ShardStore(Protocol):
         """Path of each shard, after downloading what is missing."""
         ...
 
+    def is_here(self, shard: str, /) -> bool:
+        """Whether a shard is on disk already."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -150,6 +154,9 @@ class _LocalFiles:
 
     def fetch(self, shards: Iterable[str], /) -> dict[str, Path]:
         return {shard: self.root / shard for shard in shards}
+
+    def is_here(self, shard: str, /) -> bool:
+        return (self.root / shard).is_file()
 
 
 def _open_directory(directory: Path, name: str, cache_dir: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Self
 
@@ -84,6 +84,10 @@ class Transport:
         self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
         self._budget = Budget(self.limits.max_total_buffered_bytes)
         self._services: dict[str, Handler] = {}
+        self._served: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+        """Tasks that serve streams, by service."""
+        self._stopped: dict[str, SwarmError] = {}
+        """Services that are served no more, and why."""
         self._reachability = Reachability()
         self._connections: set[Connection] = set()
         self._leaving: weakref.WeakSet[Connection] = weakref.WeakSet()  # over, but perhaps not let go by the peer yet
@@ -135,6 +139,16 @@ class Transport:
         if not 1 <= len(service.encode()) <= MAX_SERVICE_BYTES:
             raise ConfigError(f"name of service {service!r} must have 1 to {MAX_SERVICE_BYTES} bytes")
         self._services[service] = handler
+        self._stopped.pop(service, None)
+
+    async def stop_serving(self, service: str, error: SwarmError) -> None:
+        """End all streams to a service, and refuse new ones; their peers are told `error`."""
+        self._services.pop(service, None)
+        self._stopped[service] = error
+        tasks = list(self._served[service])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def open(self, peer_id: str, service: str, *, timeout_s: float, carrier: Carrier = "auto") -> Stream:
         """Open a stream to a peer's service, over a connection that exists or a new one.
@@ -381,6 +395,8 @@ class Transport:
     def on_opened(self, connection: Connection, stream: Stream) -> None:
         """A peer has opened a stream: check the limits, start the handler."""
         handler = self._services.get(stream.service)
+        if (error := self._stopped.get(stream.service)) is not None:
+            raise error
         if handler is None:
             raise InvalidRequest(f"{self.node.peer_id} does not serve {stream.service!r}")
         limits, account = self.limits, connection.account
@@ -394,7 +410,10 @@ class Transport:
                 f"over {limits.open_rate.per_s:g} new streams per second",
                 retry_after_s=self._opens.retry_after_s(account, self._now),
             )
-        self._tasks.spawn(self._handle(handler, stream), name=f"{stream.service} for {stream.peer_id}")
+        task = self._tasks.spawn(self._handle(handler, stream), name=f"{stream.service} for {stream.peer_id}")
+        served = self._served[stream.service]
+        served.add(task)
+        task.add_done_callback(served.discard)
 
     def on_closed(self, connection: Connection) -> None:
         """A connection is over."""
@@ -419,7 +438,8 @@ class Transport:
         except EndOfStream:
             await stream.close()
         except asyncio.CancelledError:
-            await stream.abort(PeerDisconnected(f"{self.node.peer_id} is shutting down"))
+            is_over = PeerDisconnected(f"{self.node.peer_id} is shutting down")
+            await stream.abort(self._stopped.get(stream.service, is_over))
             raise
         except SwarmError as error:
             await stream.abort(error)

@@ -53,7 +53,8 @@ async def serve() -> None:
 
     from swarm import protocol
     from swarm.server.config import CacheSize, ServerConfig
-    from swarm.server.server import Server, make_plan
+    from swarm.server.plan import make_plan
+    from swarm.server.server import Server
     from swarm.transport import stream as stream_module
     from swarm.types import BlockRange
 

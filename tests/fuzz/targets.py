@@ -30,6 +30,7 @@ from swarm import catalog, codec, protocol, registry
 from swarm.checkpoint import content, hub
 from swarm.errors import SwarmError
 from swarm.identity import Identity
+from swarm.leases import Claim
 from swarm.link import Intake, Link, StepChunk
 from swarm.network import roll
 from swarm.network.addresses import AddressBook, Card
@@ -319,6 +320,15 @@ def server_record_seeds() -> list[bytes]:
     return [found.encode()]
 
 
+def claim(data: bytes) -> None:
+    """A claim to move: what was read is written as it was."""
+    assert Claim.decode(data, peer_id=PEER.peer_id).encode() == data
+
+
+def claim_seeds() -> list[bytes]:
+    return [Claim(peer_id=PEER.peer_id, leaves=BlockRange(0, 4), takes=BlockRange(2, 6), expires_at=NOW).encode()]
+
+
 def model_entry(data: bytes) -> None:
     """A name in the catalog."""
     catalog._decoder.decode(data)
@@ -511,6 +521,7 @@ TARGETS: dict[str, Target] = {
     "state": Target(run=state, seeds=state_seeds),
     "record": Target(run=record, seeds=record_seeds, expected=()),
     "server_record": Target(run=server_record, seeds=server_record_seeds),
+    "claim": Target(run=claim, seeds=claim_seeds),
     "model_entry": Target(run=model_entry, seeds=model_entry_seeds, expected=MSGPACK),
     "dht_request": Target(run=dht_request, seeds=dht_seeds, expected=()),
     "daemon_wire": Target(run=daemon_wire, seeds=daemon_seeds, expected=(P2PDaemonError, DecodeError)),

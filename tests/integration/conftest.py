@@ -14,7 +14,8 @@ from swarm.client.runtime import LoopThread, SwarmService, connect
 from swarm.client.session import SessionConfig
 from swarm.network.node import Node, NodeConfig
 from swarm.server.config import CacheSize, ServerConfig
-from swarm.server.server import Server, make_plan
+from swarm.server.plan import make_plan
+from swarm.server.server import Server
 from swarm.types import BlockRange
 
 NUM_BLOCKS = 6
@@ -48,17 +49,18 @@ class LocalSwarm:
         self.loop = LoopThread("swarm-test-servers")
         self.bootstrap = self.loop.run(Node.start(NodeConfig(host="127.0.0.1")))
         self.servers: list[Server] = []
+        self._serving: dict[Server, asyncio.Task[None]] = {}
 
     @property
     def address(self) -> str:
         return self.bootstrap.addresses[0]
 
-    def add_server(self, blocks: str, **settings) -> Server:
-        """A server of `blocks`, ONLINE when this returns."""
+    def add_server(self, blocks: str | None, **settings) -> Server:
+        """A server of `blocks`, or of blocks that it chooses, ONLINE when this returns."""
         config = ServerConfig(
             **{
                 "model": str(self.model),
-                "blocks": BlockRange.parse(blocks),
+                "blocks": None if blocks is None else BlockRange.parse(blocks),
                 "initial_peers": (self.address,),
                 "host": "127.0.0.1",
                 "device": "cpu",
@@ -71,10 +73,14 @@ class LocalSwarm:
         self.servers.append(server)
         return server
 
+    def keep_serving(self, server: Server, on_moved: Callable[[], None] = lambda: None) -> None:
+        """Let a server do what it does while it serves: announce itself, look at others, move."""
+        self._serving[server] = self.loop.run(_start_serving(server, on_moved))
+
     def remove_server(self, server: Server, *, politely: bool = True) -> None:
         """Stop a server; impolitely means without a word to anybody."""
         self.servers.remove(server)
-        self.loop.run(_stop(server, politely), 30)
+        self.loop.run(_stop(server, politely, self._serving.pop(server, None)), 30)
 
     def connect(self, **settings) -> SwarmService:
         """A client's view of the blocks."""
@@ -111,7 +117,14 @@ async def _start(config: ServerConfig) -> Server:
     return server
 
 
-async def _stop(server: Server, politely: bool) -> None:
+async def _start_serving(server: Server, on_moved: Callable[[], None]) -> asyncio.Task[None]:
+    return asyncio.create_task(server.serve_until(asyncio.Event(), on_moved))
+
+
+async def _stop(server: Server, politely: bool, serving: asyncio.Task[None] | None) -> None:
+    if serving is not None:
+        serving.cancel()
+        await asyncio.wait([serving])
     if politely:
         await server.leave()
     await server.__aexit__(None, None, None)

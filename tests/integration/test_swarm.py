@@ -23,7 +23,8 @@ from swarm.errors import (
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE, Info, InfoRequest, OpenSession, SessionOpened, Step
 from swarm.registry import Registry, peer_tag
 from swarm.server.config import ServerConfig
-from swarm.server.server import LoadingStopped, Server, make_plan
+from swarm.server.plan import make_plan
+from swarm.server.server import LoadingStopped, Server
 from swarm.types import ServerState
 
 from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing, save_tiny_llama
@@ -194,11 +195,10 @@ def test_a_server_told_to_stop_while_it_loads_never_says_online(make_swarm, monk
     server = swarm.loop.run(join_only(swarm), 30)
     swarm.servers.append(server)
 
-    def told_to_stop(span) -> float:
+    def told_to_stop(placing, span, seconds) -> None:
         server.state = ServerState.OFFLINE
-        return 1.0
 
-    monkeypatch.setattr("swarm.server.server.measure_decode", told_to_stop)
+    monkeypatch.setattr("swarm.server.placing.Placing.loaded", told_to_stop)
     with pytest.raises(LoadingStopped):
         swarm.loop.run(server.load(), 30)
     assert server.handler is None
@@ -281,7 +281,7 @@ async def converse(service, peer_id: str, *messages) -> list:
     ("changes", "error", "words"),
     [
         ({"model": "0" * 64}, CheckpointMismatch, "not 000000000000"),
-        ({"end": 6}, InvalidRequest, "runs blocks 0:3, not 0:6"),
+        ({"end": 6}, PeerBusy, "runs blocks 0:3, not 0:6"),
         ({"start": 2, "end": 2}, InvalidRequest, "2:2 is empty"),
         ({"max_length": 1 << 20}, InvalidRequest, "512 positions"),
         ({"batch_size": 1024, "max_length": 512}, PeerBusy, "1024 rows need at least 1024 pages"),

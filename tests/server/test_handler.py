@@ -60,7 +60,7 @@ async def test_what_it_does_not_serve_is_refused_by_name(nodes: list[Node]):
         [handler] = chain.handlers
         with pytest.raises(CheckpointMismatch):
             await chain.open(0, model="cd" * 32)
-        with pytest.raises(InvalidRequest, match="blocks"):
+        with pytest.raises(PeerBusy, match="blocks"):  # it may have gone from there: the client looks elsewhere
             await chain.open(0, start=7, end=9)
         with pytest.raises(InvalidRequest, match="positions"):
             await chain.open(0, max_length=4097)

@@ -8,20 +8,21 @@ from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForC
 
 SCRIPT = """
 import gc, sys, torch
-from swarm.server.lean import import_transformers_lean, settle_heap
+from swarm.server.lean import import_transformers_lean, settle_heap, thaw_heap
 assert import_transformers_lean()
 from swarm.checkpoint.source import resolve
 from swarm.server.blocks.span import BlockSpan
-from swarm.server.server import measure_decode
+from swarm.server.block_facts import measure
 from swarm.types import BlockRange
 for path in sys.argv[1:]:
     span = BlockSpan.load(resolve(path), BlockRange(0, 2), num_pages=4)
-    assert measure_decode(span) > 0
+    assert measure(span).single_tps > 0
 loaded = {name for name in ("torch._inductor", "torch.distributed.tensor", "scipy", "pandas") if name in sys.modules}
 assert not loaded, loaded
 assert not import_transformers_lean(), "too late now"
 settle_heap()
 assert gc.get_freeze_count() > 50_000 and len(gc.get_objects()) < 10_000, "all that is there is exempt"
+assert thaw_heap() and gc.get_freeze_count() == 0 and not thaw_heap(), "until it is thawed"
 """
 
 

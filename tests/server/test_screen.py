@@ -14,7 +14,7 @@ from swarm.types import BlockRange
 ADDRESS = "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooWA1bysvV5nRqkEcKQPY1Z2oW7RjvqCJ4wJ4m6Xb6Yt4bA"
 
 
-def show(*, terminal: bool, blocks: str = "0:16", metrics_url: str | None = None, **config) -> str:
+def show(*, terminal: bool, blocks: str = "0:16", metrics_url: str | None = None, reason: str = "", **config) -> str:
     """All that a server's start prints, on a narrow terminal or into a pipe."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=60, color_system=None, highlight=False)
     plan = SimpleNamespace(
@@ -26,10 +26,11 @@ def show(*, terminal: bool, blocks: str = "0:16", metrics_url: str | None = None
         device=torch.device("cpu"),
     )
     screen = Screen(ServerConfig(model="tiny", **config), plan, console)
-    screen.joined([ADDRESS])
+    screen.joined([ADDRESS], plan, reason)
     for done in range(1, 4):
         screen.loaded(done, 3)
-    screen.online(SimpleNamespace(adapters={}, metrics_url=metrics_url, executor=SimpleNamespace(total_tokens=4096)))
+    executor = SimpleNamespace(total_tokens=4096)
+    screen.online(SimpleNamespace(plan=plan, adapters={}, metrics_url=metrics_url, executor=executor))
     screen.stopped()
     return console.file.getvalue()
 

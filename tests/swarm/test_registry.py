@@ -232,10 +232,11 @@ async def test_lookup_leaves_out_ranges_beyond_the_model_and_records_of_others()
     assert await Registry(node).lookup(MODEL, num_blocks=23) == []  # type: ignore[arg-type]
 
 
-def test_a_record_outlives_three_of_its_periods_and_no_more():
-    """Then its server is gone."""
+def test_a_record_that_was_not_renewed_is_late_long_before_it_expires():
+    """One period and three seconds after it was announced the server is in doubt; two periods later it is gone."""
     record = replace(RECORD, period_s=20.0, expires_at=1060.0)
-    assert record.is_valid(1000.0) and record.is_valid(1059.0)
+    assert record.is_valid(1000.0) and not record.is_late(1022.0)
+    assert record.is_late(1024.0) and record.is_valid(1024.0)
     assert not record.is_valid(1060.0)
     assert not record.is_valid(900.0)  # our clocks differ by more than a record may be ahead
 

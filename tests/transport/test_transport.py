@@ -583,3 +583,29 @@ async def test_a_peer_that_dies_or_stops_is_noticed(
         for task in done:
             error = task.result()
             assert isinstance(error, kind) and error.peer_id == peer_id
+
+
+async def test_a_service_that_is_given_up_ends_its_streams_and_refuses_new_ones(nodes: tuple[Node, Node]):
+    """Peers are told why, other services go on, and it may be served again."""
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def work(stream: Stream) -> None:
+        began.set()
+        try:
+            await stream.receive()
+        finally:
+            ended.set()
+
+    async with connected(nodes, work=work) as pair:
+        stream = await pair.open("work")
+        await began.wait()
+        await pair.server.stop_serving("work", PeerBusy("gone to other blocks", retry_after_s=7.0))
+        assert ended.is_set()
+        for refused in (stream, await pair.open("work")):
+            with pytest.raises(PeerBusy, match="gone to other blocks"):
+                await refused.receive(10)
+        await ask(pair, "direct")
+        pair.server.serve("work", echo)
+        stream = await pair.open("work")
+        await stream.send(INFO)
+        assert (await stream.receive(10))[0] == INFO

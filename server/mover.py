@@ -1,0 +1,237 @@
+"""Chooses the blocks of a server that was not told which, and moves it when the swarm gains more by it elsewhere.
+
+    Scout ─holdings─► choose_span ─► blocks to begin with
+                 └──► decide_move ─► better_movers first ─► wait, claim ─► look, decide again ─► leave_for, arrive
+
+What pays is decided in `swarm.placement`, who may go first by `swarm.leases`, and how a server lets go of its blocks
+and loads others by `Movable`. A gap is filled after some seconds; gains are looked for every minute, about, and not
+while many servers are in doubt. Who would gain most goes first.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from swarm.errors import SwarmError
+from swarm.leases import LeaseDesk
+from swarm.placement import Choice, Holding, Move, Survey, better_movers, choose_span, decide_move
+from swarm.server.scout import Scout
+from swarm.types import BlockRange
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+"""Time between two looks at the others."""
+CHECK_S = 60.0
+"""Mean time between two looks whether a move would pay; each one is random, from none to twice as long."""
+GAP_DELAY_S = 2.0
+"""A server that could fill a gap waits for a random time up to this, so that one comes first ..."""
+GAIN_DELAY_S = 20.0
+"""... and one that could gain something, up to this."""
+MAX_RANK = 4
+"""One that could fill a gap lets at most so many others go first that would do it better ..."""
+RANK_S = 1.0
+"""... for so long each."""
+MAX_YIELDS = 2
+"""How often one that could gain something leaves it to others that would gain more; they may be none that move."""
+MAX_DOUBT = 0.05
+"""While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""
+DRAIN_S = 30.0
+"""How long sessions may take to end before a server leaves for a gain. For a gap it leaves at once."""
+LEASE_MARGIN_S = 60.0
+"""A lease lasts for the time that loading should take, and so much longer."""
+RETRY_S = 600.0
+"""A server that could not load other blocks stays where it is for so long."""
+SETTLE_S = 2.0
+"""A newcomer has told what it takes for so long before it loads, in case that another one came at the same moment."""
+MAX_SETTLES = 3
+
+
+class Movable(Protocol):
+    """A server, as far as moving it is concerned."""
+
+    @property
+    def holding(self) -> Holding:
+        """What it holds now."""
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that it carries."""
+
+    async def announce_blocks(self, blocks: BlockRange) -> None:
+        """Tell the swarm that it is about to load these."""
+
+    async def leave_for(self, blocks: BlockRange, *, drain_s: float) -> None:
+        """Let go of its sessions, after so long at most, and of its blocks; tell the swarm that it is about to load
+        these."""
+
+    async def arrive(self) -> bool:
+        """Load the blocks that it has left for, and serve them; False if it had to go back."""
+
+
+class Mover:
+    """Moves one server.
+
+    Args:
+        server: to be moved.
+        scout: knows the others.
+        leases: the right to move.
+        num_blocks: of the model.
+        length: how many blocks the server can hold.
+        reload_s: seconds to load blocks [i, i + length), for each i, as far as known.
+        generator: for waits.
+    """
+
+    def __init__(
+        self,
+        server: Movable,
+        scout: Scout,
+        leases: LeaseDesk,
+        *,
+        num_blocks: int,
+        length: int,
+        reload_s: Callable[[], Sequence[float]],
+        generator: np.random.Generator,
+    ):
+        self.num_moves = 0
+        self._server, self._scout, self._leases = server, scout, leases
+        self._num_blocks, self._length, self._reload_s = num_blocks, length, reload_s
+        self._generator = generator
+        self._num_yields = 0
+        self._stays_until = float("-inf")
+
+    async def choose(self, capacity_tps: float) -> Choice:
+        """Where to begin: tells the swarm, and looks again whether others had the same idea."""
+        own_id = self._server.holding.peer_id
+        await self._scout.look(max_age_s=0.0, everything=True)
+        choice = choose_span(Survey(self._scout.holdings, self._num_blocks), self._length, capacity_tps, own_id)
+        for _ in range(MAX_SETTLES if self._scout.holdings else 0):
+            await self._server.announce_blocks(choice.blocks)
+            await asyncio.sleep(SETTLE_S * self._generator.uniform(0.5, 1.5))
+            await self._scout.look(max_age_s=0.0, everything=True)
+            again = choose_span(Survey(self._before(own_id), self._num_blocks), self._length, capacity_tps, own_id)
+            if again.blocks == choice.blocks:
+                break
+            choice = again
+        return choice
+
+    def _before(self, own_id: str) -> list[Holding]:
+        """The holdings of those that serve, and of those that load and come before us: of two newcomers one yields."""
+        loading = self._scout.loading
+        return [it for it in self._scout.holdings if it.peer_id not in loading or it.peer_id < own_id]
+
+    async def run(self) -> None:
+        """Look after gaps with every look of the scout, and after gains now and then; until cancelled."""
+        loop = asyncio.get_running_loop()
+        next_check = loop.time() + self._generator.uniform(0.0, 2 * CHECK_S)
+        while True:
+            await asyncio.sleep(max(LOOK_S, self._stays_until - loop.time()))
+            await self._scout.look()
+            is_due = loop.time() >= next_check
+            if is_due:
+                next_check = loop.time() + self._generator.uniform(0.0, 2 * CHECK_S)
+            if is_due or self._survey().num_missing:
+                await self._consider(may_gain=is_due and self._scout.share_in_doubt <= MAX_DOUBT)
+
+    async def _consider(self, *, may_gain: bool) -> None:
+        """Move if that pays, unless others should."""
+        move = self._decide()
+        if move is None or not (move.fills_gap or may_gain):
+            return
+        reload_s = self._reload_s()[move.blocks.start]
+        num_better = await asyncio.to_thread(
+            better_movers, self._survey(), self._server.holding, move, reload_s=reload_s
+        )
+        if yields(move, num_better, self._num_yields):
+            self._num_yields += 1
+            return
+        self._num_yields = 0
+        await self._try(move, delay(move, num_better, self._generator))
+
+    def _survey(self) -> Survey:
+        return Survey([*self._scout.holdings, self._server.holding], self._num_blocks)
+
+    def _decide(self) -> Move | None:
+        return decide_move(
+            self._survey(),
+            self._server.holding,
+            reload_s=self._reload_s(),
+            num_sessions=self._server.num_sessions,
+            length=self._length,
+        )
+
+    async def _try(self, move: Move, delay_s: float) -> None:
+        """Move, if nobody else does what this move is for meanwhile.
+
+        Raises:
+            SwarmError: the server could load neither the new blocks nor its old ones.
+        """
+        leaves, takes = self._server.holding.blocks, move.blocks
+        lease_s = self._reload_s()[takes.start] + DRAIN_S + LEASE_MARGIN_S
+        if not await self._may_move(leaves, takes, delay_s=delay_s, lease_s=lease_s):
+            return
+        try:
+            await self._scout.look(max_age_s=0.0, everything=True)
+            again = self._decide()
+            if again is None or again.blocks != takes:
+                return
+            logger.info(
+                "moving from blocks %s to %s: the swarm's worth grows by %.3g tokens/s%s",
+                leaves,
+                takes,
+                again.gain_tps,
+                ", and a gap is filled" if again.fills_gap else "",
+            )
+            await self._server.leave_for(takes, drain_s=0.0 if again.fills_gap else DRAIN_S)
+            if again.fills_gap:  # others may have to fill the rest of it at the same time
+                await self._release(leaves, takes)
+            if await self._server.arrive():
+                self.num_moves += 1
+            else:
+                self._stays_until = asyncio.get_running_loop().time() + RETRY_S
+        finally:
+            await self._release(leaves, takes)
+
+    async def _may_move(self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float) -> bool:
+        """Wait, then try to get the lease."""
+        try:
+            return await self._leases.acquire(leaves, takes, delay_s=delay_s, lease_s=lease_s)
+        except SwarmError as error:
+            logger.info("can't ask for the right to move: %s", error)
+            return False
+
+    async def _release(self, leaves: BlockRange, takes: BlockRange) -> None:
+        try:
+            await self._leases.release(leaves, takes)
+        except SwarmError as error:
+            logger.info("the lease was not given back, it will expire: %s", error)
+
+
+def delay(move: Move, num_better: int, generator: np.random.Generator) -> float:
+    """How long a server waits before it asks for the right to move. Pure.
+
+    Args:
+        move: what it would do.
+        num_better: others that would do more good.
+        generator: so that not all ask at once.
+    """
+    if not move.fills_gap:
+        return generator.uniform(0.0, GAIN_DELAY_S)
+    ahead_s = RANK_S * min(num_better, MAX_RANK)
+    if move.opens_gap:  # first those that would not, when all have looked
+        ahead_s += LOOK_S
+    return ahead_s + generator.uniform(0.0, GAP_DELAY_S)
+
+
+def yields(move: Move, num_better: int, num_yields: int) -> bool:
+    """Whether a server leaves it to others, this time. Pure.
+
+    Args:
+        move: what it would do.
+        num_better: others that would do more good.
+        num_yields: how often it has done so since it moved last.
+    """
+    return not move.fills_gap and num_better > 0 and num_yields < MAX_YIELDS

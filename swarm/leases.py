@@ -1,0 +1,171 @@
+"""Who may move now: claims in the DHT, so that servers that see the same need don't all answer it.
+
+    wait at random ─► read claims ─► no rival ─► claim ─► settle ─► read again ─► nobody before us ─► Lease
+                           └─ rival: not now            └─ a rival with the lower lot: withdraw, not now
+
+A claim names the blocks that a server leaves and those that it goes to. Two claims are rivals when these touch, so that
+at any time one server moves per region, and many in different regions of a large swarm. Every server writes its own
+claim under one key per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again
+after the lease was got, with fresh records.
+"""
+
+import asyncio
+import logging
+import math
+import struct
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+from swarm.errors import InvalidRequest, PeerMisbehaved
+from swarm.types import BlockRange
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 1.5
+"""How long a claim is left for others to see before it is looked whether there are rivals."""
+MAX_LEASE_S = 1800.0
+_FORMAT = 1
+_claim = struct.Struct("!BHHHHd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A server's word that it is about to move.
+
+    Attributes:
+        peer_id: who.
+        leaves: the blocks that it holds.
+        takes: those that it goes to.
+        expires_at: unix time after which the claim is void.
+    """
+
+    peer_id: str
+    leaves: BlockRange
+    takes: BlockRange
+    expires_at: float
+
+    def rivals(self, other: "Claim") -> bool:
+        """Whether both claims touch the same blocks."""
+        mine, theirs = (self.leaves, self.takes), (other.leaves, other.takes)
+        return any(one.start < two.end and two.start < one.end for one in mine for two in theirs)
+
+    @property
+    def lot(self) -> bytes:
+        """Of rivals that claim at the same moment the one with the lowest lot may move; who that is varies."""
+        return blake2b(f"{self.peer_id} {self.leaves} {self.takes}".encode(), digest_size=8).digest()
+
+    def encode(self) -> bytes:
+        """17 bytes."""
+        leaves, takes = self.leaves, self.takes
+        return _claim.pack(_FORMAT, leaves.start, leaves.end, takes.start, takes.end, self.expires_at)
+
+    @classmethod
+    def decode(cls, data: bytes, *, peer_id: str) -> "Claim":
+        """Read a claim that `peer_id` signed.
+
+        Raises:
+            PeerMisbehaved: when it is malformed.
+        """
+        try:
+            form, *edges, expires_at = _claim.unpack(data)
+            if form != _FORMAT or not math.isfinite(expires_at):
+                raise InvalidRequest(f"format {form}, expires at {expires_at}")
+            leaves, takes = BlockRange(*edges[:2]), BlockRange(*edges[2:])
+        except (InvalidRequest, struct.error) as error:
+            raise PeerMisbehaved(f"bad claim of {peer_id}: {error}", peer_id=peer_id) from error
+        return cls(peer_id=peer_id, leaves=leaves, takes=takes, expires_at=expires_at)
+
+
+def wins(own: Claim, claims: Iterable[Claim], now: float, *, is_settled: bool) -> bool:
+    """Whether a server may move by what others claim. Pure.
+
+    Args:
+        own: what it claims, or would.
+        claims: of all servers; its own may be among them.
+        now: unix time.
+        is_settled: whether its claim has been there for SETTLE_S; before, any rival comes first.
+    """
+    rivals = [it for it in claims if it.peer_id != own.peer_id and it.rivals(own) and _is_valid(it, now)]
+    return all(is_settled and own.lot < rival.lot for rival in rivals)
+
+
+def _is_valid(claim: Claim, now: float) -> bool:
+    return now < claim.expires_at <= now + MAX_LEASE_S + 60.0
+
+
+class Table(Protocol):
+    """What of a Node is used here."""
+
+    @property
+    def peer_id(self) -> str: ...
+    async def dht_store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool: ...
+    async def dht_get(self, key: str) -> dict[str, bytes]: ...
+
+
+class LeaseDesk:
+    """Gets and gives back the right to move.
+
+    Args:
+        node: signs our claims and finds those of others.
+        model: content digest of the checkpoint.
+        settle_s: how long a claim is left for others to see.
+    """
+
+    def __init__(self, node: Table, model: str, *, settle_s: float = SETTLE_S):
+        self._node, self._key, self._settle_s = node, f"swarm/moves/v1/{model}", settle_s
+        self._last_expiry = 0.0
+
+    async def claims(self) -> list[Claim]:
+        """The valid claims of others.
+
+        Raises:
+            PeerTimeout: when the search does not end in time.
+        """
+        found, now, claims = await self._node.dht_get(self._key), time.time(), []
+        for peer_id, value in found.items():
+            try:
+                claim = Claim.decode(value, peer_id=peer_id)
+            except PeerMisbehaved as error:
+                logger.debug("ignored: %s", error)
+                continue
+            if _is_valid(claim, now) and peer_id != self._node.peer_id:
+                claims.append(claim)
+        return claims
+
+    async def acquire(self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float) -> bool:
+        """Try to get the right to move; False when somebody else has it.
+
+        Args:
+            leaves: the blocks that we hold.
+            takes: those that we go to.
+            delay_s: how long to wait first, which is random.
+            lease_s: how long the move may take; the claim ends then at the latest.
+
+        Raises:
+            PeerTimeout: when the DHT does not answer.
+        """
+        await asyncio.sleep(delay_s)
+        lease_s = min(lease_s, MAX_LEASE_S)
+        own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + lease_s)
+        if not wins(own, await self.claims(), time.time(), is_settled=False):
+            return False
+        if not await self._store(own):
+            return False
+        await asyncio.sleep(self._settle_s)
+        if wins(own, await self.claims(), time.time(), is_settled=True):
+            return True
+        await self.release(leaves, takes)
+        return False
+
+    async def release(self, leaves: BlockRange, takes: BlockRange) -> None:
+        """Give the right back: the claim is replaced by one that is void a moment later."""
+        ended = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=0.0)
+        await self._store(ended)
+
+    async def _store(self, claim: Claim) -> bool:
+        """Store our claim; the DHT keeps the value with the latest expiry, so that grows each time."""
+        expires_at = self._last_expiry = max(claim.expires_at, self._last_expiry + 1.0, time.time() + 1.0)
+        return await self._node.dht_store(self._key, self._node.peer_id, claim.encode(), expires_at)

@@ -1,0 +1,326 @@
+"""Where servers go and when they move, against the best placement there is and against the rule of Petals.
+
+    python tests/bench/bench_placement.py [--swarms 100] [--servers 10000] [--seed 0]
+
+Quality: random swarms whose servers come one by one; the throughput of the placement that comes out (max-flow, by
+linear programming), over what no placement can exceed: all capacity, shared out over all blocks. In small swarms also
+over the best placement that mixed-integer programming finds, as in Helix.
+Loss: a quarter of the servers dies at once; an hour is simulated, event by event. How long until every block is served
+again, beyond loading (180 s for everybody), and how often do survivors move?
+Scale: 10,000 servers over 126 blocks in clusters like the world's, of which a quarter dies at once and the others come
+and go; routes are those of `swarm.routing` over what is served then.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from common import judged, percentile, print_report
+from flow import best_placement, max_flow
+
+from swarm.coordinates import Place
+from swarm.placement import Holding, Survey, choose_span, decide_move
+from swarm.route_map import Location
+from swarm.routing import Offer, Router
+from swarm.types import BlockRange
+from tests.bench import petals_rule
+from tests.bench.swarm_simulation import PERIOD_S, Machine, PetalsRule, SwarmRule, World
+
+PARTS = ("quality", "loss", "scale")
+LOAD_S = 180.0
+LOST = 0.25
+HOUR_S = 3600.0
+AT_ONCE = 20
+"""Servers of the large swarm that join without seeing each other."""
+LOSSES = ((80, 24), (80, 40), (32, 16))
+"""Blocks and servers of the swarms that lose a quarter."""
+TOWNS = (
+    (0.0, 0.0, 0.30),
+    (0.012, 0.01, 0.20),
+    (0.045, 0.02, 0.20),
+    (0.07, 0.0, 0.10),
+    (0.09, 0.06, 0.10),
+    (0.12, 0.03, 0.10),
+)
+"""Two coordinates in seconds, and the part of all servers: Europe, its east, both coasts of America, Asia, Oceania."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--swarms", type=int, default=100, help="random swarms to compare with the optimum")
+    parser.add_argument("--optima", type=int, default=8, help="small swarms to solve by programming")
+    parser.add_argument("--losses", type=int, default=10, help="swarms of each size that lose a quarter")
+    parser.add_argument("--servers", type=int, default=10_000, help="of the large swarm; 0 leaves it out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts to run")
+    args = parser.parse_args()
+    targets: dict[str, dict[str, Any]] = {}
+    details: dict[str, Any] = {}
+    if "quality" in args.parts:
+        details["quality"] = report_quality(args.swarms, args.optima, args.seed, targets)
+    if "loss" in args.parts:
+        details["losses"] = report_losses(args.losses, args.seed, targets)
+    if "scale" in args.parts:
+        details["scale"] = scale(args.servers, args.seed)
+        targets["moves_per_survivor_at_scale"] = judged(details["scale"]["moves"], "<=", 0.15)
+    print_report("placement", targets, seed=args.seed, **details)
+
+
+def report_quality(num_swarms: int, num_optima: int, seed: int, targets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Random swarms against the bound, small ones against the optimum."""
+    pairs = [quality(np.random.default_rng([seed, index])) for index in range(num_swarms)]
+    optima = [over_optimum(np.random.default_rng([seed, index, 1])) for index in range(num_optima)]
+    found = {"swarm": [pair[0] for pair in pairs], "petals": [pair[1] for pair in pairs], "over_optimum": optima}
+    names = {
+        "swarm": f"over the bound, {num_swarms} swarms",
+        "petals": "the same, rule of Petals",
+        "over_optimum": f"over the best found, {num_optima} small swarms",
+    }
+    print(f"{'throughput':>36}{'mean':>8}{'worst':>8}")
+    for key, name in names.items():
+        print(f"{name:>36}{statistics.mean(found[key]):8.3f}{min(found[key]):8.3f}")
+    targets["mean_quality"] = judged(statistics.mean(found["swarm"]), ">=", 0.9)
+    return found
+
+
+def report_losses(num_swarms: int, seed: int, targets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Swarms of three sizes that lose a quarter, by both rules."""
+    rows = [row for size in LOSSES for row in lose(*size, num_swarms, seed)]
+    print(f"{'a quarter lost':>16}{'blocks':>8}{'servers':>8}{'gaps':>6}{'filled s: median':>18}{'worst':>8}"
+          f"{'never':>7}{'moves/survivor':>16}{'of bound':>10}")  # fmt: skip
+    for row in rows:
+        print(f"{row['rule']:>16}{row['blocks']:8}{row['servers']:8}{row['gaps']:6}{row['filled_s']:18}"
+              f"{row['worst_s']:8}{row['never']:7}{row['moves']:16}{row['kept']:10}")  # fmt: skip
+    mine = [row for row in rows if row["rule"] == "swarm"]
+    targets["worst_fill_beyond_loading_s"] = judged(max(row["worst_s"] for row in mine), "<=", PERIOD_S)
+    targets["gaps_never_filled"] = judged(sum(row["never"] for row in mine), "==", 0)
+    targets["moves_per_survivor"] = judged(max(row["moves"] for row in mine), "<=", 0.15)
+    return rows
+
+
+def quality(generator: np.random.Generator) -> tuple[float, float]:
+    """Throughput over the bound in one random swarm: ours, and that of Petals' rule."""
+    num_blocks = int(generator.choice([24, 32, 48, 80]))
+    num_servers = int(generator.integers(16, 65))
+    machines = make_machines(generator, num_servers, num_blocks, longest=num_blocks // 2)
+    bound_tps = sum(it.capacity_tps for it in machines) / num_blocks
+    found = []
+    for arrange in (arrange_ours, arrange_petals):
+        holdings = arrange(machines, num_blocks, generator)
+        found.append(max_flow([it.blocks for it in holdings], [it.capacity_tps for it in holdings], num_blocks))
+    return found[0] / bound_tps, found[1] / bound_tps
+
+
+def over_optimum(generator: np.random.Generator) -> float:
+    """Our throughput over that of the best placement that programming finds in one small swarm."""
+    machines = make_machines(generator, 8, 16, longest=8)
+    spans = arrange_ours(machines, 16, generator)
+    capacities = [it.capacity_tps for it in machines]
+    best_tps, _ = best_placement([it.length for it in machines], capacities, 16, time_limit_s=5.0)
+    return round(max_flow([it.blocks for it in spans], [it.capacity_tps for it in spans], 16) / best_tps, 4)
+
+
+def make_machines(
+    generator: np.random.Generator, num_servers: int, num_blocks: int, *, longest: int, prefix: str = "p"
+) -> list[Machine]:
+    """Servers of different sizes, speeds and places that could hold the model twice."""
+    while True:
+        lengths = generator.integers(2, longest + 1, num_servers)
+        if lengths.sum() >= 2 * num_blocks:
+            break
+        longest = min(longest + 1, num_blocks)
+    capacities = np.exp(generator.uniform(np.log(50.0), np.log(800.0), num_servers))
+    towns = generator.choice(len(TOWNS), num_servers, p=[share for _, _, share in TOWNS])
+    return [
+        Machine(
+            name=f"{prefix}{index}",
+            length=int(lengths[index]),
+            capacity_tps=float(capacities[index]),
+            load_s=LOAD_S,
+            place=place_in(generator, int(towns[index])),
+        )
+        for index in range(num_servers)
+    ]
+
+
+def place_in(generator: np.random.Generator, town: int) -> Place:
+    """A place in or near a town, behind a line of its own."""
+    x, y, _ = TOWNS[town]
+    near = generator.normal(0.0, 0.004, 3)
+    return Place(
+        position=(x + near[0], y + near[1], near[2]), height_s=float(generator.uniform(0.001, 0.008)), error=0.1
+    )
+
+
+def arrange_ours(machines: list[Machine], num_blocks: int, generator: np.random.Generator) -> list[Holding]:
+    """Servers come one by one, then move one at a time as long as that pays."""
+    survey = Survey([], num_blocks)
+    for machine in machines:
+        blocks = choose_span(survey, machine.length, machine.capacity_tps).blocks
+        survey = survey.plus(Holding(peer_id=machine.name, blocks=blocks, capacity_tps=machine.capacity_tps))
+    for _ in range(5):
+        before = survey
+        for own in generator.permutation(np.array(survey.holdings, dtype=object)):
+            move = decide_move(survey, own, reload_s=[LOAD_S] * num_blocks, num_sessions=8)
+            if move is not None:
+                rest = survey.without(own.peer_id)
+                survey = rest.plus(Holding(peer_id=own.peer_id, blocks=move.blocks, capacity_tps=own.capacity_tps))
+        if survey is before:
+            break
+    return list(survey.holdings)
+
+
+def arrange_petals(machines: list[Machine], num_blocks: int, generator: np.random.Generator) -> list[Holding]:
+    """The same by the rule of Petals."""
+    holdings: dict[str, Holding] = {}
+
+    def place(machine: Machine) -> None:
+        holdings.pop(machine.name, None)
+        blocks = petals_rule.choose(list(holdings.values()), machine.length, num_blocks)
+        holdings[machine.name] = Holding(peer_id=machine.name, blocks=blocks, capacity_tps=machine.capacity_tps)
+
+    for machine in machines:
+        place(machine)
+    for _ in range(5):
+        movers = [
+            it for it in machines if petals_rule.should_move(list(holdings.values()), it.name, num_blocks, generator)
+        ]
+        if not movers:
+            break
+        for machine in movers:
+            place(machine)
+    return list(holdings.values())
+
+
+def lose(num_blocks: int, num_servers: int, num_swarms: int, seed: int) -> list[dict[str, Any]]:
+    """What follows when a quarter of a swarm dies at once, by both rules; each dies in swarms of its own."""
+    rows = []
+    makers: dict[str, Callable[[], SwarmRule | PetalsRule]] = {"swarm": SwarmRule, "petals": PetalsRule}
+    for name, make in makers.items():
+        runs = [
+            _lose_once(make(), num_blocks, num_servers, [seed, num_blocks, num_servers, i]) for i in range(num_swarms)
+        ]
+        filled = [run["filled_s"] for run in runs if run["had_gap"] and run["filled_s"] is not None]
+        rows.append({
+            "rule": name,
+            "blocks": num_blocks,
+            "servers": num_servers,
+            "gaps": sum(run["had_gap"] for run in runs),
+            "filled_s": round(statistics.median(filled), 1) if filled else 0.0,
+            "worst_s": round(max(filled, default=0.0), 1),
+            "never": sum(run["had_gap"] and run["filled_s"] is None for run in runs),
+            "moves": round(statistics.mean(run["moves"] for run in runs), 3),
+            "kept": round(statistics.mean(run["kept"] for run in runs), 3),
+        })  # fmt: skip
+    return rows
+
+
+def _lose_once(rule: SwarmRule | PetalsRule, num_blocks: int, num_servers: int, seed: list[int]) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    machines = make_machines(generator, num_servers, num_blocks, longest=24 if num_blocks == 80 else 12)
+    lost = [machine.name for machine in machines[: round(LOST * num_servers)]]
+    generator.shuffle(machines)  # who dies is not who came first
+    world = World(num_blocks, rule, generator)
+    for machine in machines:
+        world.join(machine, load_s=0.0)
+    world.run(600.0)
+    began, num_before = world.now, world.num_moves
+    world.kill(lost)
+    had_gap = world.num_missing > 0
+    world.run(began + HOUR_S)
+    covered_at = world.covered_since
+    truth = world.truth
+    return {
+        "had_gap": had_gap,
+        "filled_s": None if covered_at is None or not had_gap else covered_at - began - LOAD_S,
+        "moves": (world.num_moves - num_before) / (num_servers - len(lost)),
+        "kept": truth.throughput_tps / (sum(it.capacity_tps for it in truth.holdings) / num_blocks),
+    }
+
+
+def scale(num_servers: int, seed: int) -> dict[str, Any]:
+    """A large swarm for an hour: a quarter dies at once, others come and go."""
+    num_blocks = 126
+    generator = np.random.default_rng([seed, num_servers])
+    machines = make_machines(generator, num_servers, num_blocks, longest=22)
+    started = time.perf_counter()
+    world = World(num_blocks, SwarmRule(watches=False), generator)
+    for first in range(0, num_servers, AT_ONCE):
+        world.join(*machines[first : first + AT_ONCE], load_s=0.0)
+    world.run(120.0)
+    rows = [_look(world, "all are there")]
+    lost = [
+        str(name) for name in generator.choice([it.name for it in machines], round(LOST * num_servers), replace=False)
+    ]
+    num_before = world.num_moves
+    world.kill(lost)
+    rows.append(_look(world, "a quarter died"))
+    num_survivors = num_servers - len(lost)
+    _churn(world, num_servers // 20, HOUR_S)
+    for minutes in (5, 20, 60):
+        world.run(120.0 + 60.0 * minutes)
+        rows.append(_look(world, f"{minutes} minutes later"))
+    print(f"{num_servers} servers, {num_blocks} blocks:{'tokens/s':>16}{'of bound':>10}{'missing':>9}{'moves':>7}"
+          f"{'route ms':>10}{'s/token':>9}")  # fmt: skip
+    for row in rows:
+        print(f"{row['when']:>28}{row['tokens_per_s']:16}{row['of_bound']:10}{row['missing']:9}{row['moves']:7}"
+              f"{row['route_ms']:10}{row['s_per_token']:9}")  # fmt: skip
+    return {
+        "servers": num_servers,
+        "rows": rows,
+        "moves": round((world.num_moves - num_before) / num_survivors, 4),
+        "simulated_in_s": round(time.perf_counter() - started, 1),
+    }
+
+
+def _churn(world: World, count: int, seconds: float) -> None:
+    """So many servers die one by one, and as many others come."""
+    newcomers = make_machines(world.generator, count, world.num_blocks, longest=22, prefix="n")
+    for machine in newcomers:
+        world.at(world.generator.uniform(0.0, seconds), lambda machine=machine: world.join(machine))  # type: ignore[misc]
+
+    def die() -> None:
+        living = world.living
+        world.kill([living[int(world.generator.integers(len(living)))].machine.name])
+
+    for at_s in world.generator.uniform(0.0, seconds, count):
+        world.at(float(at_s), die)
+
+
+def _look(world: World, when: str) -> dict[str, Any]:
+    """The swarm as it is, and routes through it."""
+    truth = world.truth
+    hosts = {host.machine.name: host.machine for host in world.living}
+    offers = [
+        Offer(
+            peer_id=it.peer_id,
+            blocks=it.blocks,
+            block_s=1.0 / it.capacity_tps,
+            free_tps=it.capacity_tps,
+            location=Location(place=hosts[it.peer_id].place),
+        )
+        for it in truth.holdings
+    ]
+    seconds, costs = [], []
+    for town in range(len(TOWNS)):
+        router = Router(offers, place_in(np.random.default_rng(town), town))
+        started = time.perf_counter()
+        costs.append(router.fastest(BlockRange(0, world.num_blocks)).cost_s)
+        seconds.append(time.perf_counter() - started)
+    bound_tps = sum(it.capacity_tps for it in truth.holdings) / world.num_blocks
+    return {
+        "when": when,
+        "tokens_per_s": round(truth.throughput_tps),
+        "of_bound": round(truth.throughput_tps / bound_tps, 4),
+        "missing": world.num_missing,
+        "moves": world.num_moves,
+        "route_ms": round(1e3 * percentile(seconds, 0.5), 1),
+        "s_per_token": round(statistics.mean(costs), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""A swarm whose servers join, die and move, as discrete events: what placement rules are judged by.
+
+    Machines ─join─► World: heap of events ─► records, as others see them ─► Rule: where to begin, whether to move
+                                  ▲                                              │
+                                  └── announced, drained, loaded ◄───────────────┘
+
+The decisions are the real ones: `swarm.placement`, `swarm.leases.wins`, the neighbours and doubts of `server.scout`,
+with the waits of `server.mover`. Simulated are the clock, the network (a record or claim is seen after some time; the
+dead are silent, and their records stay until they expire), loading and draining. Every server sees all records.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swarm.coordinates import Place
+from swarm.leases import SETTLE_S, Claim, wins
+from swarm.pings import neighbours
+from swarm.placement import Holding, Move, Survey, better_movers, choose_span, decide_move
+from swarm.registry import TTL_PERIODS, ServerRecord
+from swarm.server.mover import CHECK_S, DRAIN_S, LEASE_MARGIN_S, LOOK_S, MAX_DOUBT, delay, yields
+from swarm.server.scout import doubtful
+from swarm.types import BlockRange, ServerState
+from tests.bench import petals_rule
+
+PERIOD_S = 20.0
+"""Of announcements."""
+SEEN_S = (0.05, 1.0)
+"""After how long others see a record or a claim: uniform."""
+SILENT_S = 3.0
+"""How long a server waits for an answer that does not come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What one server can do."""
+
+    name: str
+    length: int
+    """Blocks that fit."""
+    capacity_tps: float
+    load_s: float
+    """Seconds to load other blocks."""
+    place: Place = field(default_factory=Place)
+
+
+class Host:
+    """One server.
+
+    Args:
+        machine: what it can do.
+        blocks: where it begins.
+        phase_s: when it announces, within each period.
+    """
+
+    def __init__(self, machine: Machine, blocks: BlockRange, phase_s: float):
+        self.machine, self.phase_s = machine, phase_s
+        self.state = ServerState.JOINING
+        self.died_at = float("inf")
+        self.is_moving = False
+        self.num_yields = 0
+        self.record: ServerRecord | None = None
+        self.suspects: dict[str, float] = {}
+        self.take(blocks)
+
+    def take(self, blocks: BlockRange) -> None:
+        """From now on it holds these, or is about to."""
+        self.blocks = blocks
+        self.holding = Holding(peer_id=self.machine.name, blocks=blocks, capacity_tps=self.machine.capacity_tps)
+
+    def expires_at(self, now: float) -> float:
+        """When the record expires that it announced last."""
+        last = min(now, self.died_at)
+        return last - (last - self.phase_s) % PERIOD_S + TTL_PERIODS * PERIOD_S
+
+
+class Rule(Protocol):
+    """How servers find their place."""
+
+    def choose(self, world: "World", machine: Machine) -> BlockRange:
+        """Where a newcomer begins."""
+
+    def start(self, world: "World", host: Host) -> None:
+        """A server serves: from now on it looks whether to move."""
+
+    def on_death(self, world: "World", now: float) -> None:
+        """Somebody has died; nobody has noticed yet."""
+
+
+class World:
+    """All servers and events.
+
+    Args:
+        num_blocks: of the model.
+        rule: of all servers.
+        generator: the only source of randomness.
+    """
+
+    def __init__(self, num_blocks: int, rule: Rule, generator: np.random.Generator):
+        self.num_blocks, self.rule, self.generator = num_blocks, rule, generator
+        self.now = 0.0
+        self.num_moves = 0
+        self.moved: list[tuple[float, float]] = []
+        """When each move began, and when its blocks were served."""
+        self.hosts: dict[str, Host] = {}
+        self.claims: dict[str, tuple[Claim, float]] = {}
+        self.covered_since: float | None = None
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self._holders: NDArray[np.int64] = np.zeros(num_blocks, dtype=np.int64)
+        self._survey: tuple[int, Survey] | None = None
+        self._version = 0
+
+    def at(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do something so many seconds from now."""
+        heapq.heappush(self._events, (self.now + seconds, next(self._order), action))
+
+    def run(self, until: float) -> None:
+        """Let time pass."""
+        while self._events and self._events[0][0] <= until:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+        self.now = until
+
+    def join(self, *machines: Machine, load_s: float | None = None) -> None:
+        """New servers, which see nothing of each other: they choose, load and serve."""
+        chosen = [(machine, self.rule.choose(self, machine)) for machine in machines]
+        for machine, blocks in chosen:
+            host = Host(machine, blocks, phase_s=self.generator.uniform(0.0, PERIOD_S))
+            self.hosts[machine.name] = host
+            wait_s = machine.load_s if load_s is None else load_s
+            self.at(wait_s, lambda host=host: self._serves(host, began=None))  # type: ignore[misc]
+        self._changed()
+
+    def kill(self, names: Sequence[str]) -> None:
+        """These servers die at once, without a word."""
+        for name in names:
+            host = self.hosts[name]
+            if host.state is ServerState.ONLINE:
+                self._count(host.blocks, -1)
+            host.died_at, host.state = self.now, ServerState.OFFLINE
+            self.at(host.expires_at(self.now) - self.now, lambda host=host: self._forget(host))  # type: ignore[misc]
+        self.rule.on_death(self, self.now)
+
+    def move(self, host: Host, blocks: BlockRange, *, drain_s: float, on_left: Callable[[], None] = lambda: None):
+        """A server drains, leaves for other blocks, loads and serves them."""
+        host.is_moving = True
+        began = self.now
+        self.num_moves += 1
+        if host.state is ServerState.ONLINE:
+            self._count(host.blocks, -1)
+        host.state = ServerState.DRAINING
+        self._changed()
+
+        def leave() -> None:
+            if host.died_at > self.now:
+                host.take(blocks)
+                host.state = ServerState.JOINING
+                self._changed()
+                on_left()
+                self.at(host.machine.load_s, lambda: self._serves(host, began=began))
+
+        self.at(drain_s, leave)
+
+    @property
+    def living(self) -> list[Host]:
+        """Servers that are there."""
+        return [host for host in self.hosts.values() if host.died_at > self.now]
+
+    @property
+    def truth(self) -> Survey:
+        """The swarm as it is: who serves now."""
+        return Survey([it.holding for it in self.living if it.state is ServerState.ONLINE], self.num_blocks)
+
+    @property
+    def num_missing(self) -> int:
+        """Blocks that nobody serves now."""
+        return int((self._holders == 0).sum())
+
+    def seen(self) -> Survey:
+        """The swarm by its records: all that serve or load, and the dead until their records expire."""
+        if self._survey is None or self._survey[0] != self._version:
+            self._survey = self._version, Survey([it.holding for it in self._announced()], self.num_blocks)
+        return self._survey[1]
+
+    def seen_by(self, host: Host) -> Survey:
+        """The same without those that it takes for dead."""
+        if not host.suspects:
+            return self.seen()
+        holdings = [it.holding for it in self._announced() if not self.suspects(host, it)]
+        return Survey(holdings, self.num_blocks)
+
+    def suspects(self, host: Host, other: Host) -> bool:
+        """Whether one server takes another for dead."""
+        return other.expires_at(self.now) <= host.suspects.get(other.machine.name, float("-inf"))
+
+    def share_in_doubt(self, host: Host) -> float:
+        """The part of all others of whom it is not sure whether they are there."""
+        others = [it for it in self.hosts.values() if it is not host and it.state is not ServerState.DRAINING]
+        late = [it for it in others if self.suspects(host, it) or _record(it, self.now).is_late(self.now)]
+        return len(late) / max(1, len(others))
+
+    def records(self, host: Host) -> list[ServerRecord]:
+        """The others' records, as one server sees them."""
+        return [_record(it, self.now) for it in self._announced() if it is not host and not self.suspects(host, it)]
+
+    def claims_seen(self) -> list[Claim]:
+        """All claims that others can see by now."""
+        return [claim for claim, seen_at in self.claims.values() if seen_at <= self.now]
+
+    def _announced(self) -> list[Host]:
+        """Whose records say that they serve or load; what the dead said last."""
+        return [it for it in self.hosts.values() if it.state is not ServerState.DRAINING]
+
+    def _serves(self, host: Host, began: float | None) -> None:
+        if host.died_at <= self.now:
+            return
+        host.state, host.is_moving = ServerState.ONLINE, False
+        self._count(host.blocks, 1)
+        self._changed()
+        if began is None:
+            self.rule.start(self, host)
+        else:
+            self.moved.append((began, self.now))
+
+    def _forget(self, host: Host) -> None:
+        self.hosts.pop(host.machine.name, None)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+
+    def _count(self, blocks: BlockRange, change: int) -> None:
+        self._holders[blocks.start : blocks.end] += change
+        if self.num_missing:
+            self.covered_since = None
+        elif self.covered_since is None:
+            self.covered_since = self.now
+
+
+class SwarmRule:
+    """Ours. See `swarm.server.mover`, whose waits and order this follows.
+
+    Args:
+        watches: whether servers ask each other; else they learn of deaths as records expire.
+    """
+
+    def __init__(self, *, watches: bool = True):
+        self._watches = watches
+
+    def choose(self, world: World, machine: Machine) -> BlockRange:
+        return choose_span(world.seen(), machine.length, machine.capacity_tps, machine.name).blocks
+
+    def start(self, world: World, host: Host) -> None:
+        self._check_later(world, host)
+
+    def on_death(self, world: World, now: float) -> None:
+        """Everybody looks every LOOK_S; without a death in the last minute that finds nothing, and is left out."""
+        if self._watches:
+            for host in world.living:
+                world.at(world.generator.uniform(0.0, LOOK_S), lambda host=host: self._look(world, host, now + 80.0))
+
+    def _look(self, world: World, host: Host, until: float) -> None:
+        if host.died_at <= world.now or world.now > until:
+            return
+        wait_s = LOOK_S
+        if host.state is ServerState.ONLINE and not host.is_moving:
+            wait_s += self._ask_around(world, host)
+            if world.seen_by(host).num_missing:
+                self._decide(world, host, gaps_only=True)
+        world.at(wait_s, lambda: self._look(world, host, until))
+
+    def _ask_around(self, world: World, host: Host) -> float:
+        """As `Scout.look`; how long it took."""
+        asked: set[str] = set()
+        took_s = 0.0
+        asking = neighbours(host.blocks, world.records(host), host.machine.place, world.generator)
+        while asking:
+            silent = [record for record in asking if world.hosts[record.peer_id].died_at <= world.now]
+            host.suspects.update({record.peer_id: record.expires_at for record in silent})
+            took_s += SILENT_S if silent else 0.0
+            asked |= {record.peer_id for record in asking}
+            gone = [it for it in world.hosts.values() if it.state is ServerState.OFFLINE and world.suspects(host, it)]
+            asking = doubtful(world.records(host), [_record(it, world.now) for it in gone], world.now, asked)
+        return took_s
+
+    def _check_later(self, world: World, host: Host) -> None:
+        def check() -> None:
+            if host.died_at <= world.now:
+                return
+            if host.state is ServerState.ONLINE and not host.is_moving:
+                self._decide(world, host, gaps_only=False)
+            self._check_later(world, host)
+
+        world.at(world.generator.uniform(0.0, 2 * CHECK_S), check)
+
+    def _find(self, world: World, host: Host) -> Move | None:
+        reload_s = [host.machine.load_s] * world.num_blocks
+        return decide_move(world.seen_by(host), host.holding, reload_s=reload_s, num_sessions=8)
+
+    def _decide(self, world: World, host: Host, *, gaps_only: bool) -> None:
+        move = self._find(world, host)
+        if move is None or (not move.fills_gap and (gaps_only or world.share_in_doubt(host) > MAX_DOUBT)):
+            return
+        num_better = better_movers(world.seen_by(host), host.holding, move, reload_s=host.machine.load_s)
+        if yields(move, num_better, host.num_yields):
+            host.num_yields += 1
+            return
+        host.num_yields = 0
+        host.is_moving = True  # one thing at a time
+        delay_s = delay(move, num_better, world.generator)
+        lease_s = host.machine.load_s + DRAIN_S + LEASE_MARGIN_S
+        own = Claim(
+            peer_id=host.machine.name,
+            leaves=host.blocks,
+            takes=move.blocks,
+            expires_at=world.now + delay_s + lease_s,
+        )
+        world.at(delay_s, lambda: self._claim(world, host, own))
+
+    def _claim(self, world: World, host: Host, own: Claim) -> None:
+        if not wins(own, world.claims_seen(), world.now, is_settled=False):
+            host.is_moving = False
+            return
+        seen_s = world.generator.uniform(*SEEN_S)
+        world.claims[own.peer_id] = own, world.now + seen_s
+        world.at(SETTLE_S + seen_s / 2, lambda: self._settle(world, host, own))
+
+    def _settle(self, world: World, host: Host, own: Claim) -> None:
+        host.is_moving = False
+        again = self._find(world, host) if host.died_at > world.now else None
+        if again is None or again.blocks != own.takes or not self._wins(world, own):
+            world.claims.pop(own.peer_id)
+            return
+        drain_s = 0.0 if again.fills_gap else DRAIN_S
+        if again.fills_gap:
+            world.move(host, own.takes, drain_s=drain_s, on_left=lambda: world.claims.pop(own.peer_id, None) and None)
+        else:
+            world.move(host, own.takes, drain_s=drain_s)
+            world.at(drain_s + host.machine.load_s, lambda: world.claims.pop(own.peer_id, None) and None)
+
+    def _wins(self, world: World, own: Claim) -> bool:
+        return wins(own, world.claims_seen(), world.now, is_settled=True)
+
+
+class PetalsRule:
+    """The peer's: see `petals_rule`; a check every 60 s on average, up to 10 s of delay, no drain."""
+
+    def choose(self, world: World, machine: Machine) -> BlockRange:
+        return petals_rule.choose(world.seen().holdings, machine.length, world.num_blocks)
+
+    def start(self, world: World, host: Host) -> None:
+        self._check_later(world, host)
+
+    def on_death(self, world: World, now: float) -> None:
+        """Nobody asks."""
+
+    def _check_later(self, world: World, host: Host) -> None:
+        def check() -> None:
+            if host.died_at <= world.now:
+                return
+            holdings = world.seen().holdings
+            is_due = host.state is ServerState.ONLINE and not host.is_moving
+            if is_due and petals_rule.should_move(holdings, host.machine.name, world.num_blocks, world.generator):
+                host.is_moving = True
+                world.at(world.generator.uniform(0.0, 10.0), lambda: self._move(world, host))
+            self._check_later(world, host)
+
+        world.at(world.generator.uniform(0.0, 120.0), check)
+
+    def _move(self, world: World, host: Host) -> None:
+        if host.died_at > world.now:
+            others = [it for it in world.seen().holdings if it.peer_id != host.machine.name]
+            world.move(host, petals_rule.choose(others, host.machine.length, world.num_blocks), drain_s=0.0)
+
+
+def _record(host: Host, now: float) -> ServerRecord:
+    """The record that a server announced last."""
+    known, expires_at = host.record, host.expires_at(now)
+    if known is None or (known.expires_at, known.blocks, known.state) != (expires_at, host.blocks, host.state):
+        host.record = _make_record(host, expires_at)
+    assert host.record is not None
+    return host.record
+
+
+def _make_record(host: Host, expires_at: float) -> ServerRecord:
+    return ServerRecord(
+        peer_id=host.machine.name,
+        model="0" * 64,
+        blocks=host.blocks,
+        state=host.state,
+        decode_tps=host.machine.capacity_tps,
+        batch_tps=host.machine.capacity_tps,
+        load=0.0,
+        kv_free_tokens=0,
+        place=host.machine.place,
+        quantization="",
+        dtype="",
+        public_name="",
+        version="",
+        period_s=PERIOD_S,
+        expires_at=expires_at,
+    )

@@ -1,0 +1,81 @@
+"""The simulated swarm, before its figures are believed: gaps are filled once, the dead linger, rules differ."""
+
+import numpy as np
+import pytest
+
+from swarm.placement import Holding
+from swarm.types import BlockRange, ServerState
+from tests.bench import petals_rule
+from tests.bench.swarm_simulation import PERIOD_S, Machine, PetalsRule, SwarmRule, World
+
+LOAD_S = 30.0
+
+
+def world_of(rule, num_servers, seed=0):
+    """Equal servers of a third of 12 blocks each, all of which serve."""
+    world = World(12, rule, np.random.default_rng(seed))
+    for index in range(num_servers):
+        world.join(Machine(name=f"p{index}", length=4, capacity_tps=10.0, load_s=LOAD_S), load_s=0.0)
+    world.run(1.0)
+    return world
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gap_is_filled_once_and_within_a_period(seed):
+    """All holders of the last block die; of those that could go there one does, and perhaps one more, for balance."""
+    world = world_of(SwarmRule(), 6, seed)
+    lost = [host.machine.name for host in world.living if 11 in host.blocks]
+    world.kill(lost)
+    assert world.num_missing
+    world.run(world.now + PERIOD_S)
+    assert world.num_moves == 1
+    world.run(world.now + LOAD_S)
+    assert world.num_missing == 0
+    world.run(3600.0)
+    assert world.num_moves <= 2 and world.num_missing == 0
+
+
+def test_the_dead_are_seen_until_their_records_expire():
+    """And then forgotten; who has asked them in vain knows it before."""
+    world = world_of(SwarmRule(watches=False), 3)
+    world.kill(["p0"])
+    assert world.truth.num_missing == 4 and world.seen().num_missing == 0
+    observer = world.hosts["p1"]
+    observer.suspects["p0"] = world.hosts["p0"].expires_at(world.now)
+    assert world.seen_by(observer).num_missing == 4
+    world.run(world.now + 3 * PERIOD_S)
+    assert "p0" not in world.hosts
+
+
+def test_a_server_that_drains_serves_nobody_and_comes_back_elsewhere():
+    """It counts again when it has loaded."""
+    world = world_of(SwarmRule(), 3)
+    host = world.hosts["p0"]
+    world.move(host, BlockRange(8, 12), drain_s=10.0)
+    assert host.state is ServerState.DRAINING and world.num_missing == 4
+    world.run(world.now + 10.0 + LOAD_S)
+    assert host.state is ServerState.ONLINE and host.blocks == BlockRange(8, 12)
+
+
+def test_the_rule_of_petals_joins_where_least_is_served_and_moves_when_all_would():
+    """By the example of its description: the weakest blocks first, ties to the lowest; a third more makes it move."""
+    holdings = [Holding(peer_id=name, blocks=BlockRange(0, 4), capacity_tps=10.0) for name in ("a", "b")] + [
+        Holding(peer_id="c", blocks=BlockRange(4, 8), capacity_tps=10.0)
+    ]
+    assert petals_rule.choose(holdings, 4, 12) == BlockRange(8, 12)
+    assert petals_rule.choose([], 4, 12) == BlockRange(0, 4)
+    generator = np.random.default_rng(0)
+    assert petals_rule.should_move(holdings, "a", 12, generator)
+    assert petals_rule.should_move(holdings, "b", 12, generator)  # asked at the same time, both go
+    assert not petals_rule.should_move(holdings[:2] + holdings[2:], "c", 8, generator)
+
+
+def test_by_the_rule_of_petals_several_answer_one_loss():
+    """The herd that ours avoids: more move than the gap needs."""
+    moves = {}
+    for name, rule in (("petals", PetalsRule), ("swarm", SwarmRule)):
+        world = world_of(rule(), 9)
+        world.kill([host.machine.name for host in world.living if host.blocks == BlockRange(8, 12)])
+        world.run(3600.0)
+        moves[name] = world.num_moves
+    assert moves["petals"] > moves["swarm"] >= 1

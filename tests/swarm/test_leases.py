@@ -1,0 +1,116 @@
+"""One server moves per region at a time, whoever sees the same need at the same moment."""
+
+import asyncio
+import time
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm.errors import PeerMisbehaved
+from swarm.leases import MAX_LEASE_S, Claim, LeaseDesk, wins
+from swarm.network import Node, NodeConfig
+from swarm.types import BlockRange
+
+MODEL = "ab" * 32
+ranges = st.tuples(st.integers(0, 20), st.integers(1, 6)).map(lambda pair: BlockRange(pair[0], sum(pair)))
+claims = st.builds(
+    Claim, peer_id=st.sampled_from("abcdefgh"), leaves=ranges, takes=ranges, expires_at=st.floats(100.0, 200.0)
+)
+
+
+@given(st.lists(claims, max_size=8, unique_by=lambda claim: claim.peer_id))
+def test_of_settled_rivals_one_may_move_in_each_region(found):
+    """No two rivals both win, and of all that are there somebody does."""
+    winners = [claim for claim in found if wins(claim, found, 50.0, is_settled=True)]
+    assert not any(one.rivals(two) for one in winners for two in winners if one is not two)
+    assert bool(winners) == bool(found)
+
+
+@given(claims, st.lists(claims, max_size=8))
+def test_whoever_comes_later_waits(own, found):
+    """Before a claim has settled, any rival comes first; claims that have ended, or last too long, don't count."""
+    rivals = [claim for claim in found if claim.peer_id != own.peer_id and claim.rivals(own)]
+    assert wins(own, found, 50.0, is_settled=False) == (not rivals)
+    assert wins(own, found, 200.0, is_settled=False)
+    assert wins(own, found, -MAX_LEASE_S, is_settled=False)
+
+
+@given(claims)
+def test_a_claim_survives_the_wire(claim):
+    """It is read back as it was written, in 17 bytes."""
+    assert Claim.decode(claim.encode(), peer_id=claim.peer_id) == claim
+    assert len(claim.encode()) == 17
+
+
+@given(st.binary(max_size=24))
+def test_garbage_is_a_misbehaving_peer_and_nothing_else(data):
+    """Whatever somebody stores, others only ignore it."""
+    with suppress(PeerMisbehaved):
+        Claim.decode(data, peer_id="x")
+
+
+class FakeTable:
+    """A DHT that many desks share; a later expiry replaces an earlier one."""
+
+    def __init__(self, values, peer_id):
+        self.values, self.peer_id = values, peer_id
+
+    async def dht_store(self, key, subkey, value, expires_at):
+        assert subkey == self.peer_id
+        if expires_at <= self.values.get(subkey, (b"", 0.0))[1]:
+            return False
+        self.values[subkey] = value, expires_at
+        return True
+
+    async def dht_get(self, key):
+        await asyncio.sleep(0)
+        return {peer_id: value for peer_id, (value, expires_at) in self.values.items() if expires_at > time.time()}
+
+
+def desks(count):
+    values = {}
+    return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01) for index in range(count)]
+
+
+async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
+    """Eight that all want to the same blocks: the others stay, and one of them may move when it has arrived."""
+    rivals = desks(8)
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    results = await asyncio.gather(*(desk.acquire(here, there, delay_s=0.0, lease_s=60.0) for desk in rivals))
+    assert sum(results) == 1
+    winner = results.index(True)
+    assert not await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
+    await rivals[winner].release(here, there)
+    assert await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
+
+
+async def test_servers_of_different_regions_move_at_the_same_time():
+    """Claims that touch no common block don't hinder each other."""
+    left, right = desks(2)
+    assert await left.acquire(BlockRange(0, 4), BlockRange(4, 8), delay_s=0.0, lease_s=60.0)
+    assert await right.acquire(BlockRange(8, 12), BlockRange(12, 16), delay_s=0.0, lease_s=60.0)
+
+
+async def test_garbage_among_the_claims_is_ignored():
+    """A stranger's nonsense keeps nobody from moving."""
+    (desk,) = desks(1)
+    desk._node.values["stranger"] = b"nonsense", time.time() + 60.0
+    assert await desk.acquire(BlockRange(0, 4), BlockRange(4, 8), delay_s=0.0, lease_s=60.0)
+
+
+@pytest.mark.parametrize("num_rounds", [2])
+async def test_leases_work_over_a_real_dht(num_rounds):
+    """Two peers of a real DHT: one gets it, and after it has given it back the other does."""
+    async with (
+        await Node.start(NodeConfig(host="127.0.0.1")) as first,
+        await Node.start(NodeConfig(host="127.0.0.1", initial_peers=first.addresses)) as second,
+    ):
+        one, other = (LeaseDesk(node, MODEL, settle_s=0.2) for node in (first, second))
+        here, there = BlockRange(0, 4), BlockRange(8, 12)
+        for _ in range(num_rounds):
+            assert await one.acquire(here, there, delay_s=0.0, lease_s=60.0)
+            assert not await other.acquire(here, there, delay_s=0.0, lease_s=60.0)
+            await one.release(here, there)
+            one, other = other, one
