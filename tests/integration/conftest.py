@@ -118,7 +118,7 @@ async def _start(config: ServerConfig) -> Server:
 
 
 async def _start_serving(server: Server, on_moved: Callable[[], None]) -> asyncio.Task[None]:
-    return asyncio.create_task(server.serve_until(asyncio.Event(), on_moved))
+    return asyncio.create_task(server.serve_until(asyncio.Event(), on_moved=on_moved))
 
 
 async def _stop(server: Server, politely: bool, serving: asyncio.Task[None] | None) -> None:

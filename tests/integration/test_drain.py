@@ -149,7 +149,7 @@ def test_a_server_that_is_short_of_cache_has_a_session_moved_to_one_with_room(ti
         assert tight.executor.meter.num_swapped_out
         roomy = swarm.add_server("0:6")
         for _ in range(2):  # the second time there is no more need
-            tight._scout._directory._refreshed_at = -inf
+            tight._placing.scout._directory._refreshed_at = -inf
             swarm.loop.run(tight.renew())
             swarm.loop.run(_until(lambda: tight.handler.num_sessions == roomy.handler.num_sessions == 1))
         for which in range(2):

@@ -81,7 +81,7 @@ def test_of_two_that_could_fill_a_gap_one_moves(make_swarm, tmp_path, soon):
 
 
 def test_sessions_of_a_server_that_moves_are_served_by_another(make_swarm, local_model, soon):
-    """It waits for them a while, then leaves; nothing of them is left behind, and the answer is right."""
+    """They go on at another one, handed over or, if that takes too long, replayed; the answer is right."""
     swarm = make_swarm("0:6", "0:6")
     with closing(swarm.connect(max_wait_s=30.0)) as service:
         inputs = embed(local_model, [1, 2, 3, 4, 5, 6])
@@ -90,7 +90,7 @@ def test_sessions_of_a_server_that_moves_are_served_by_another(make_swarm, local
             used = next(it for it in swarm.servers if it.node.peer_id == session.route[0].peer_id)
             move(swarm, used, 0, 2)
             outputs = session.step(inputs[3:], positions=[3], num_tokens=[3])
-            assert session.num_replays >= 1
+            assert session.num_moves + session.num_replays >= 1
     assert used.plan.blocks == BlockRange(0, 2) and used.state is ServerState.ONLINE
     assert_right(local_model, outputs, [1, 2, 3, 4, 5, 6])
 
