@@ -7,13 +7,16 @@ It knows what blocks take and give on this machine; not how they are loaded, nor
 """
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from swarm.checkpoint.partial import shards_by_block
 from swarm.directory import Directory
+from swarm.errors import ConfigError
 from swarm.leases import LeaseDesk
 from swarm.network.node import Node
 from swarm.pings import Pinger
@@ -96,7 +99,7 @@ class Placing:
         plan, config = self._server.plan, self._server.config
         await self.scout.look(max_age_s=0.0, everything=True)
         weakest = Survey(self.scout.holdings, plan.num_blocks).weakest.start
-        self.facts = await asyncio.to_thread(self._store.of_block, weakest)
+        self.facts = await asyncio.to_thread(self._of_block, weakest)
         if config.num_blocks is None:
             fit = await asyncio.to_thread(self._fit, self.facts, weakest)
             self._length, why = fit.num_blocks, str(fit)
@@ -130,6 +133,17 @@ class Placing:
         assert self._mover is not None
         self._shards = await asyncio.to_thread(shards_by_block, self._server.plan.checkpoint)
         await self._mover.run()
+
+    def _of_block(self, block: int) -> BlockFacts:
+        try:
+            facts = self._store.of_block(block)
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"block {block} can't be loaded here: {reason}") from error
+        gc.collect()  # what was measured is gone, and free memory is asked for next
+        if self._server.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return facts
 
     def _fit(self, facts: BlockFacts, block: int) -> Fit:
         plan, config = self._server.plan, self._server.config

@@ -60,7 +60,7 @@ class Server:
         self.node: Node
         self.executor: Executor
         self.handler: Handler | None = None
-        self.training: TrainingDesk
+        self.training: TrainingDesk | None = None
         self.state = ServerState.JOINING
         self.adapters: dict[str, str] = {}
         """Digests of the adapters that it was told to have."""
@@ -141,7 +141,10 @@ class Server:
         except (RuntimeError, MemoryError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
-        await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - started)
+        try:
+            await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - started)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(f"blocks {plan.blocks} can't be run here: {error or type(error).__name__}") from error
         self._check_stopped("stopped after loading")
         self.executor = Executor(
             span,
@@ -278,7 +281,8 @@ class Server:
         if self.handler is None or timeout_s <= 0:
             return
         self.state = self.handler.state = ServerState.DRAINING
-        self.training.drain()
+        if self.training is not None:
+            self.training.drain()
         announcing = asyncio.create_task(self._announce())
         await self.handler.drain(timeout_s)
         announcing.cancel()
@@ -328,23 +332,25 @@ class Server:
         except SwarmError as error:
             logger.warning("blocks %s can't be loaded (%s), going back to %s", self.plan.blocks, error, before)
             has_them = False
+        if not has_them:  # when the error is gone, which holds on to what was loaded
             await self._unload()
             await self.announce_blocks(before)
             await self.load()
         if self._was_settled:
             settle_heap()
+            self._was_settled = False
         self._on_moved()
         return has_them
 
     async def _unload(self) -> None:
         """End what still runs, and free the memory of the blocks."""
-        self.state, self.handler = ServerState.JOINING, None
+        self.state, self.handler, self.training = ServerState.JOINING, None, None
         for service in _SERVICES:
             await self.transport.stop_serving(service, PeerBusy("the server goes to other blocks", retry_after_s=60.0))
         await self._serving.aclose()
         if hasattr(self, "executor"):
             del self.executor
-        self._was_settled = thaw_heap()
+        self._was_settled |= thaw_heap()
         if self.plan.device.type == "cuda":
             torch.cuda.empty_cache()
 

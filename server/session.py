@@ -456,6 +456,8 @@ class ServedSession:
     async def resume(self, saved: SavedSession) -> None:
         """Go on, before the first step, where another server was."""
         await self._executor.put_image(self._cached, saved.image)
+        if self._over.is_set():
+            raise PeerDisconnected("the session has ended")
         self._intake.resume(saved.intake)
         self._sender.resume(saved.sent)
         self._was_reordered = True  # rows may share pages

@@ -58,6 +58,7 @@ class SessionMoves:
         """Brings the session that this one becomes."""
         self._promised_pages = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._has_arrived = False
 
     def ask(self, within_s: float) -> None:
         """Ask the client to have the session moved; nothing more is asked of one that has moved."""
@@ -98,13 +99,15 @@ class SessionMoves:
         Raises:
             SwarmError: why not; the session is as it was then.
         """
-        if self._session.taken.step_id >= 0 or self._leaving is not None or self._arriving is not None:
+        is_begun = self._has_arrived or self._session.taken.step_id >= 0
+        if is_begun or self._leaving is not None or self._arriving is not None:
             raise InvalidRequest("the session has begun: it can't become another one")
         self._arriving = stream
         try:
             self._promised_pages = await self._desk.take(self._session, stream)
         finally:
             self._arriving = None
+        self._has_arrived = True
         self.settled_at = time.monotonic()
         self._control.tell(self._session.taken)
 

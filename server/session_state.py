@@ -226,8 +226,12 @@ class Arrival:
             raise InvalidRequest(f"the session has {num_rows} rows, its state speaks of {sorted(counts)}")
         if max(lengths) > max_length:
             raise InvalidRequest(f"a row of {max(lengths)} tokens, session limit {max_length}")
-        if sent is not None and any(start > end for start, end in zip(sent.starts, sent.ends, strict=True)):
+        if sent is None:
+            return
+        if any(start > end for start, end in zip(sent.starts, sent.ends, strict=True)):
             raise InvalidRequest(f"outputs from {sent.starts} to {sent.ends}")
+        if any(end > length for end, length in zip(sent.ends, state.lengths, strict=True)):
+            raise InvalidRequest(f"outputs up to {sent.ends} of {state.lengths} tokens")
 
     def _check_order(self, opened: OpenSession) -> None:
         """Orders name rows that there are, with the same adapter; and what came in is what the cache has."""

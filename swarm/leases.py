@@ -152,13 +152,15 @@ class LeaseDesk:
         own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + lease_s)
         if not wins(own, await self.claims(), time.time(), is_settled=False):
             return False
-        if not await self._store(own):
-            return False
-        await asyncio.sleep(self._settle_s)
-        if wins(own, await self.claims(), time.time(), is_settled=True):
-            return True
-        await self.release(leaves, takes)
-        return False
+        has_it = False
+        try:
+            if await self._store(own):
+                await asyncio.sleep(self._settle_s)
+                has_it = wins(own, await self.claims(), time.time(), is_settled=True)
+        finally:
+            if not has_it:  # also when we are cancelled: others would wait for the claim's end
+                await asyncio.shield(self.release(leaves, takes))
+        return has_it
 
     async def release(self, leaves: BlockRange, takes: BlockRange) -> None:
         """Give the right back: the claim is replaced by one that is void a moment later."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 
 from swarm.coordinates import Place, located, moved, round_trip_s
-from swarm.errors import PeerError, SwarmError
+from swarm.errors import PeerBusy, PeerError, SwarmError
 from swarm.protocol import INFO_SERVICE, InfoRequest
 from swarm.registry import MAX_TIME_S, ServerRecord
 from swarm.transport import Transport
@@ -103,6 +103,9 @@ class Pinger:
     async def _ping(self, record: ServerRecord) -> bool:
         try:
             rtt_s = await self._measure(record.peer_id)
+        except PeerBusy as error:  # it answers: it has much to do, or is on its way to other blocks
+            logger.debug("no round trip to %s: %s", record.peer_id, error)
+            return True
         except PeerError as error:
             logger.debug("no ping of %s: %s", record.peer_id, error)
             self.round_trips.forget(record.peer_id)
