@@ -25,6 +25,7 @@ from swarm.protocol import (
     HandedOver,
     HandOver,
     Message,
+    MoveAway,
     SessionOpened,
     StateTaken,
     Waiting,
@@ -147,6 +148,8 @@ class Moves:
             SwarmError: why that failed.
         """
         opened = await move.wait(lambda: move.opened)
+        if move.leaves_within_s is not None:
+            raise PeerBusy("it is about to leave itself", peer_id=heir.hop.peer_id)
         hop.post(HandOver(nonce=move.nonce, peer_id=heir.hop.peer_id, push_key=heir.push_key))
         await move.wait(lambda: move.handed_over)
         async with asyncio.timeout(TAKEN_TIMEOUT_S):  # it has been said that the heir has it
@@ -165,6 +168,8 @@ class Moves:
         self._hops.adopt(heir)
         self.num_moves += 1
         self._owner.on_moved(hop)
+        if move.leaves_within_s is not None:
+            self.start(heir, move.leaves_within_s)
 
 
 class _Move:
@@ -175,6 +180,8 @@ class _Move:
         self.opened: SessionOpened | None = None
         self.taken: StateTaken | None = None
         self.handed_over: HandedOver | None = None
+        self.leaves_within_s: float | None = None
+        """In which time the heir itself wants its sessions moved, if it does."""
         self.has_failed = False
         """Whether the heir's stream has ended with an error."""
         self._owner = owner
@@ -223,6 +230,8 @@ class _Move:
             self._changed.set()
         elif isinstance(message, AdapterRequest):
             self._owner.on_message(hop, message, body)
+        elif isinstance(message, MoveAway):
+            self.leaves_within_s = message.within_s
         elif not isinstance(message, AdapterLoading | Waiting):
             raise PeerMisbehaved(f"{type(message).__name__} of an empty session", peer_id=hop.hop.peer_id)
 

@@ -70,18 +70,22 @@ class Parameters:
     num_elements: Mapping[int, int]
     """Numbers of all tensors, by block."""
 
-    def message(self, blocks: BlockRange, base: "Parameters | None" = None) -> tuple[TrainParameters, bytes]:
+    def message(
+        self, blocks: BlockRange, number: int, base: "Parameters | None" = None, base_number: int = -1
+    ) -> tuple[TrainParameters, bytes]:
         """What a server of these blocks is sent.
 
         Args:
             blocks: of the server.
+            number: under which it is to know this version.
             base: an earlier version that it has; then what is different will do, if that is smaller.
+            base_number: under which it knows that.
         """
         data, shards = self.manifest.encode(), self._shards_of(blocks)
         difference = None if base is None else encode_difference(base._shards_of(blocks), shards)
         message = TrainParameters(
-            base=-1 if base is None or difference is None else base.version,
-            version=self.version,
+            base=-1 if difference is None else base_number,
+            version=number,
             digest=self.manifest.digest,
             manifest_bytes=len(data),
         )
@@ -310,42 +314,44 @@ class RemoteTraining:
                     self._post(self._chain, hop, message, b"")
 
     def _send_forward(self, chain: TrainingChain, action: Forward) -> None:
-        micro, hop = action.micro, action.hop
-        self._send_parameters(chain, hop, micro.version)
-        while hop in chain.links:  # those that get the micro-batch without us need the parameters, too
-            hop += 1
-            self._send_parameters(chain, hop, micro.version)
+        micro = action.micro
+        self._send_parameters(chain, micro.version)
         spec, body = action.hidden_states
         message = TrainForward(
             micro_batch=micro.number,
-            version=micro.version,
+            version=chain.versions.get(micro.version, -1),
             num_tokens=micro.num_tokens,
             keep=micro.is_kept,
             hidden_states=spec,
         )
         self._post(chain, action.hop, message, body)
 
-    def _send_parameters(self, chain: TrainingChain, hop: int, version: int) -> None:
-        known = chain.versions[hop]
-        if version < 0 or version in known:
+    def _send_parameters(self, chain: TrainingChain, version: int) -> None:
+        """Send a version to all hops, if they don't have it: those that get micro-batches without us need it, too.
+
+        Its number is of the chain: after a loss, versions may come in another order than they were made in.
+        """
+        if version < 0 or version in chain.versions:
             return
-        base = self._parameters.get(max(known, default=-1))
-        self._post(chain, hop, *self._parameters[version].message(chain.hops[hop].blocks, base))
-        known.add(version)
+        latest, latest_number = max(chain.versions.items(), key=lambda item: item[1], default=(-1, -1))
+        number, base = latest_number + 1, self._parameters.get(latest)
+        for index, hop in enumerate(chain.hops):
+            self._post(chain, index, *self._parameters[version].message(hop.blocks, number, base, latest_number))
+        chain.versions[version] = number
         self._forget_stale()
 
     def _forget_stale(self) -> None:
-        """Free the versions that nobody uses, but for the last that a hop has: the next one will be based on it."""
-        chain, in_use = self._chain, set[int]()
-        for hop, known in enumerate([] if chain is None else chain.versions):
-            stale = (known & self._stale) - {max(known, default=-1)}
-            known -= stale
-            in_use |= known
-            if stale and chain is not None:
-                chain.post(hop, TrainForget(micro_batches=(), versions=tuple(sorted(stale))))
-        for version in self._stale - in_use:
+        """Free the versions that nobody uses, but for the last that a chain has: the next one will be based on it."""
+        chain = self._chain
+        versions = {} if chain is None else chain.versions
+        latest = max(versions, key=versions.__getitem__, default=-1)
+        for version in self._stale - {latest}:
             self._stale.remove(version)
             self._parameters.pop(version, None)
+            number = versions.pop(version, None)
+            if chain is not None and number is not None:
+                for index in range(len(chain.hops)):
+                    chain.post(index, TrainForget(micro_batches=(), versions=(number,)))
 
     def _send_backward(self, chain: TrainingChain, action: Backward) -> None:
         spec, body = action.gradients
@@ -378,7 +384,10 @@ class RemoteTraining:
         elif isinstance(message, TrainLost):
             self.pipeline.lost_one(index, message.micro_batch)
         elif isinstance(message, TrainLinked) and message.fault and index in self.pipeline.links:
-            # most likely because the next server is gone: if not, it is as good as before a little later
+            # Most likely because the next server is gone; if not, what is between the two goes through us for a while,
+            # and who errs then is seen.
+            if self._chain is not None:
+                self._peers.cannot_push(*(hop.peer_id for hop in self._chain.hops[index : index + 2]))
             self.on_failure(index + 1, PeerDisconnected(f"the link to this server broke: {printable(message.fault)}"))
         else:
             raise PeerMisbehaved(f"unexpected {type(message).__name__}")

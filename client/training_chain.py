@@ -50,8 +50,8 @@ class TrainingChain:
         """Most tokens of a micro-batch."""
         self.good_tokens = min(it.good_tokens for it in opened)
         """What a micro-batch should have about."""
-        self.versions: list[set[int]] = [set() for _ in hops]
-        """Of the parameters, that were sent to each hop."""
+        self.versions: dict[int, int] = {}
+        """Of the parameters, that all hops have, by the ascending numbers under which the chain knows them."""
         self._streams = tuple(streams)
         self._outboxes: list[deque[Posted]] = [deque() for _ in hops]
         self._wakes = [asyncio.Event() for _ in hops]

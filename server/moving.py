@@ -12,8 +12,10 @@ on. Neither side knows why a session moves.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerMisbehaved, PeerTimeout
 from swarm.protocol import HandOver, OpenSession, PushAccepted, SessionState, StatePart, StateTaken
@@ -31,7 +33,9 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 512 << 10
 """Bytes in one StatePart."""
 MAX_GIVEN = 8
-"""Sessions that are given at once: the others run until it is their turn."""
+"""Sessions that are given at once, half of them of one client at most: the others run until it is their turn."""
+PART_TIMEOUT_S = 10.0
+"""How long the next part of a session may take to come."""
 
 
 class Movable(Protocol):
@@ -80,7 +84,10 @@ class MoveDesk:
     ):
         self._executor, self._limits, self._meter, self._open_stream = executor, limits, meter, open_stream
         self._slots = asyncio.Semaphore(MAX_GIVEN)
+        self._slots_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._arriving = Budget(limits.max_arriving_bytes)
+        self._arriving_of: Counter[str] = Counter()
+        """Bytes of each client's sessions."""
         self._promised_pages = 0
         """Of sessions that come, or have come and not run yet: they have no pages of the cache until they do."""
 
@@ -91,8 +98,9 @@ class MoveDesk:
             SwarmError: why it could not be given.
         """
         timeout_s = self._limits.move_timeout_s
+        own_slots = self._slots_of.setdefault(client, asyncio.Semaphore(MAX_GIVEN // 2))
         try:
-            async with self._slots, asyncio.timeout(timeout_s):
+            async with own_slots, self._slots, asyncio.timeout(timeout_s):
                 stream = await greet(
                     lambda peer_id: self._open_stream(peer_id, client),
                     message.peer_id,
@@ -123,8 +131,8 @@ class MoveDesk:
         logger.info("gave a session of %d tokens, %d bytes, to %s in %.3f s",
                     sum(state.lengths), len(body), stream.peer_id, time.monotonic() - frozen_at)  # fmt: skip
 
-    async def take(self, session: Movable, stream: PushStream) -> int:
-        """Let another server fill a session that is still empty; it is as it was if that fails.
+    async def take(self, session: Movable, stream: PushStream, client: str) -> int:
+        """Let another server fill a client's session that is still empty; it is as it was if that fails.
 
         Returns:
             The pages that it was promised, until `release`.
@@ -137,7 +145,7 @@ class MoveDesk:
         try:
             async with asyncio.timeout(timeout_s):
                 await stream.send(PushAccepted())
-                return await self._receive(session, stream)
+                return await self._receive(session, stream, client)
         except TimeoutError:
             raise PeerTimeout(f"the session did not come within {timeout_s:g} s") from None
         except EndOfStream:
@@ -149,16 +157,17 @@ class MoveDesk:
         """A session has taken the pages that it was promised, or needs none any more."""
         self._promised_pages -= num_pages
 
-    async def _receive(self, session: Movable, stream: PushStream) -> int:
-        state, _ = await stream.receive()
+    async def _receive(self, session: Movable, stream: PushStream, client: str) -> int:
+        state, _ = await stream.receive(PART_TIMEOUT_S)
         if not isinstance(state, SessionState):
             raise InvalidRequest(f"expected SessionState, got {type(state).__name__}")
         layout = await self._executor.layout(session.opened.blocks)
         arrival = Arrival(state, session.opened, layout, self._executor.span.hidden_size)
         num_pages = state.num_pages + len(state.lengths)
-        self._check_room(num_pages, arrival.num_bytes)
+        self._check_room(num_pages, arrival.num_bytes, client)
         self._promised_pages += num_pages
         self._arriving.used += arrival.num_bytes
+        self._arriving_of[client] += arrival.num_bytes
         try:
             await self._receive_parts(session, stream, arrival)
         except BaseException:
@@ -166,20 +175,22 @@ class MoveDesk:
             raise
         finally:
             self._arriving.used -= arrival.num_bytes
+            self._arriving_of[client] -= arrival.num_bytes
+            self._arriving_of += Counter()  # forgets those that have none
         self._meter.took(arrival.num_bytes)
         return num_pages
 
     async def _receive_parts(self, session: Movable, stream: PushStream, arrival: Arrival) -> None:
         arrival.allocate()
         while not arrival.is_whole:
-            part, body = await stream.receive()
+            part, body = await stream.receive(PART_TIMEOUT_S)
             if not isinstance(part, StatePart):
                 raise InvalidRequest(f"expected StatePart, got {type(part).__name__}")
             arrival.take(part, body)
         await session.resume(await asyncio.to_thread(arrival.finish))
         await stream.send(session.taken)
 
-    def _check_room(self, num_pages: int, num_bytes: int) -> None:
+    def _check_room(self, num_pages: int, num_bytes: int, client: str) -> None:
         """Refuse what there is no room for now: whoever is here already is not to suffer.
 
         Raises:
@@ -188,6 +199,7 @@ class MoveDesk:
         free = self._executor.free_tokens // PAGE_SIZE - self._promised_pages
         if num_pages > free:
             raise PeerBusy(f"the session needs {num_pages} pages, {free} are free", retry_after_s=10.0)
-        room = self._arriving.limit - self._arriving.used
+        share = int(self._limits.max_peer_share * self._arriving.limit)
+        room = min(self._arriving.limit - self._arriving.used, share - self._arriving_of[client])
         if num_bytes > room:
             raise PeerBusy(f"the session has {num_bytes} bytes, there is room for {room}", retry_after_s=5.0)

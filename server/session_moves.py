@@ -104,7 +104,7 @@ class SessionMoves:
             raise InvalidRequest("the session has begun: it can't become another one")
         self._arriving = stream
         try:
-            self._promised_pages = await self._desk.take(self._session, stream)
+            self._promised_pages = await self._desk.take(self._session, stream, self._client)
         finally:
             self._arriving = None
         self._has_arrived = True

@@ -199,9 +199,10 @@ class Trainer:
 
     def forget(self, run: Run, numbers: Sequence[int]) -> None:
         """These micro-batches will not go back; those that wait to go anywhere won't."""
-        for number in numbers:
+        forgotten = set(numbers)
+        for number in forgotten:
             run.drop(number)
-        run.jobs = deque(job for job in run.jobs if job.number not in numbers)
+        run.jobs = deque(job for job in run.jobs if job.number not in forgotten)
 
     def _queue(self, run: Run, job: _Job) -> None:
         if not run.is_closed:

@@ -309,7 +309,9 @@ class ServedTraining:
         number, spec = message.micro_batch, message.hidden_states
         if number <= self._last_number:
             raise InvalidRequest(f"micro-batch {number} after {self._last_number}: numbers ascend, none comes twice")
-        if is_pushed and self._is_forgotten(number):
+        was_forgotten, self._forgotten = number in self._forgotten, {it for it in self._forgotten if it > number}
+        if is_pushed and was_forgotten:
+            self._last_number = number
             return
         version = self._version(message.version)
         self._check_shape(spec, sum(message.num_tokens), f"micro-batch {number}: hidden_states")
@@ -330,19 +332,14 @@ class ServedTraining:
         self._forth[number] = _Coming(spec, message.keep, message.version, message.num_tokens, is_pushed)
         self._executor.train(lambda trainer: trainer.forth(self._run, number, part, keep=message.keep))
 
-    def _is_forgotten(self, number: int) -> bool:
-        """Whether the client has no more use for what the server before sends; all before it have come."""
-        is_forgotten = number in self._forgotten
-        self._forgotten = {it for it in self._forgotten if it > number}
-        self._last_number = number if is_forgotten else self._last_number
-        return is_forgotten
-
     def _backward(self, message: TrainBackward, body: memoryview) -> None:
         number = message.micro_batch
         if number > self._last_number or number in self._pending:
             raise InvalidRequest(f"gradients of micro-batch {number}, whose outputs have not been sent")
         known = self._kept.get(number)
         if known is None:
+            if self._outbox.num_bytes > self._limits.max_pending_bytes:
+                raise PeerBusy(f"{self._outbox.num_bytes} bytes of results are unread")
             self._outbox.post(TrainLost(micro_batch=number))
             return
         where = f"micro-batch {number}: gradients"
@@ -458,7 +455,7 @@ class ServedTraining:
         if previous is not None:
             onward = TrainBackward(micro_batch=number, gradients=spec, wants_inputs=asked.wants_inputs)
             previous.post(onward, body)
-        is_clients = previous is None and asked.wants_inputs
+        is_clients = asked.wants_inputs and not coming.is_pushed
         message = TrainGradients(
             micro_batch=number, gradients=spec if is_clients else None, num_parameters=numbers.numel()
         )

@@ -17,6 +17,9 @@ from swarm.protocol import Message, PushAccepted, TrainBackward, TrainForward, T
 from swarm.server.push import PushStream, for_the_client, greet
 from swarm.transport import EndOfStream
 
+MESSAGE_BYTES = 256
+"""What a message without a body counts."""
+
 
 class Outbox:
     """What is on its way to one peer, in order.
@@ -29,7 +32,7 @@ class Outbox:
 
     def __init__(self, stream: PushStream, *, timeout_s: float, on_sent: Callable[[], None] = lambda: None):
         self.num_bytes = 0
-        """Of bodies that were not sent yet."""
+        """Of messages that were not sent yet."""
         self._stream, self._timeout_s, self._on_sent = stream, timeout_s, on_sent
         self._messages: deque[tuple[Message, bytes | memoryview]] = deque()
         self._wake = asyncio.Event()
@@ -37,7 +40,7 @@ class Outbox:
     def post(self, message: Message, body: bytes | memoryview = b"") -> None:
         """Send as soon as there is room."""
         self._messages.append((message, body))
-        self.num_bytes += len(body)
+        self.num_bytes += len(body) + MESSAGE_BYTES
         self._wake.set()
 
     async def run(self) -> None:
@@ -52,7 +55,7 @@ class Outbox:
             while self._messages:
                 message, body = self._messages.popleft()
                 await self._stream.send(message, body, timeout_s=self._timeout_s)
-                self.num_bytes -= len(body)
+                self.num_bytes -= len(body) + MESSAGE_BYTES
                 self._on_sent()
 
 
@@ -63,7 +66,7 @@ class TrainingLinks:
         open_push: opens a stream to a peer's push service.
         take_forward, take_backward: take a micro-batch from a neighbour; a SwarmError ends the link.
         on_fault: told when the link to the next server is not there, or not any more, and why.
-        on_sent: called after each message that was sent.
+        on_sent: called when there is more room: after each message that was sent, and when a link has ended.
         open_timeout_s, send_timeout_s: patience.
     """
 
@@ -123,6 +126,7 @@ class TrainingLinks:
             await self._exchange(self.previous, self._read_forwards(stream))
         finally:
             self.previous = None
+            self._on_sent()  # what was on its way takes no room any more
 
     async def close(self) -> None:
         """End both links."""
@@ -147,6 +151,7 @@ class TrainingLinks:
             self._on_fault(for_the_client(error))
         finally:
             self.next = None
+            self._on_sent()
 
     async def _exchange(self, outbox: Outbox, reading: Awaitable[None]) -> None:
         """Read and write until one of them fails, or the run is over."""

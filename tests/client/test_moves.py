@@ -276,7 +276,7 @@ async def test_where_nobody_says_that_the_session_has_come_it_is_replayed(nodes,
     """The old server has done its part: its word is not enough."""
 
     async def take_in_silence(own, stream):
-        await own._desk.take(own._session, stream)
+        await own._desk.take(own._session, stream, own._client)
 
     monkeypatch.setattr(SessionMoves, "receive", take_in_silence)
     monkeypatch.setattr(moves, "TAKEN_TIMEOUT_S", 0.05)

@@ -225,12 +225,12 @@ def _parameters(version: int = 1, scale: float = 1.0) -> Parameters:
 
 def train_request_seeds() -> list[bytes]:
     spec, body = encode_tensor(torch.ones(3, HIDDEN))
-    parameters, bytes_of = _parameters().message(BLOCKS)
+    parameters, bytes_of = _parameters().message(BLOCKS, 1)
     forward = TrainForward(micro_batch=0, version=-1, num_tokens=(1, 2), keep=True, hidden_states=spec)
     backward = TrainBackward(micro_batch=0, gradients=spec, wants_inputs=True)
     forget = TrainForget(micro_batches=(0,), versions=(1,))
     with_version = msgspec.structs.replace(forward, version=1)
-    second, difference = _parameters(version=2, scale=1.01).message(BLOCKS, _parameters())
+    second, difference = _parameters(version=2, scale=1.01).message(BLOCKS, 2, _parameters(), 1)
     assert second.base == 1
     link = TrainLink(peer_id="p", push_key=bytes(16))
     return [
@@ -247,7 +247,7 @@ class _Chain:
     links: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
-        self.versions: list[set[int]] = [set()]
+        self.versions: dict[int, int] = {}
 
     def post(self, hop: int, message: Message, body: bytes | memoryview = b"") -> None:
         """It is on its way."""

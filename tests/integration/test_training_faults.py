@@ -45,7 +45,7 @@ def test_a_lost_server_changes_no_bit(moment, politely, make_swarm):
 
 
 def test_a_link_that_breaks_costs_a_chain_and_no_bit(make_swarm):
-    """Both servers live on: the chain is made anew, with a link, and what was on the old one is done again."""
+    """Both servers live on: the chain is made anew, through the client, and what was on the old one is done again."""
     swarm = make_swarm("0:3", "3:6")
     with closing(swarm.connect()) as service:
         model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
@@ -58,8 +58,27 @@ def test_a_link_that_breaks_costs_a_chain_and_no_bit(make_swarm):
 
         found = remote_gradients(model, batch, break_link)
         remote = training_of(model)
-        assert remote.num_chains == 2 and remote.pipeline.links == {0}
+        assert remote.num_chains == 2 and remote.pipeline.links == frozenset()
         assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
+
+
+def test_versions_that_come_to_a_new_chain_in_another_order_are_taken(make_swarm):
+    """As with a reference adapter: the version that was made last comes first, and the graph of the other goes back."""
+    swarm = make_swarm("0:6")
+    hidden = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(2))
+    with closing(swarm.connect()) as service:
+        blocks = distribute(resolve(str(swarm.model)), service, dtype=torch.float32).blocks
+        prompts = (make_prompts()[:, :2] * 0.1).requires_grad_()
+        (expected,) = torch.autograd.grad(blocks(hidden, prompts=prompts).square().sum(), prompts)
+        outputs = blocks(hidden, prompts=prompts)
+        with torch.no_grad():
+            reference = blocks(hidden, prompts=prompts + 1.0)
+        swarm.add_server("0:6")
+        swarm.remove_server(swarm.servers[0], politely=False)
+        with torch.no_grad():
+            assert torch.equal(blocks(hidden, prompts=prompts + 1.0), reference)
+        (found,) = torch.autograd.grad(outputs.square().sum(), prompts)
+        assert torch.equal(found, expected)
 
 
 def test_servers_that_cannot_reach_each_other_train_through_the_client(make_swarm, monkeypatch):
@@ -120,7 +139,7 @@ def test_with_little_memory_micro_batches_take_turns(make_swarm, local_model):
 def test_a_server_without_memory_is_not_waited_for_for_ever(make_swarm):
     """Where not even one micro-batch can be kept, the error says so; evaluation needs no memory."""
     swarm = make_swarm("0:6")
-    swarm.servers[0].executor.trainer.budget = HostBudget(0)
+    swarm.servers[0].executor.trainer.budget = HostBudget(1)
     with closing(swarm.connect(max_wait_s=0.5)) as service:
         model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
         with pytest.raises(PeerBusy, match="may keep this micro-batch"):

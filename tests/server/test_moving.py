@@ -55,7 +55,7 @@ async def state_of(chain: Chain, row: torch.Tensor) -> tuple[SessionState, bytes
     handler = chain.handlers[1]
     take = handler._moves.take
 
-    async def watch(session, stream):
+    async def watch(session, stream, client):
         receive = stream.receive
 
         async def receiving(timeout_s=None):
@@ -64,7 +64,7 @@ async def state_of(chain: Chain, row: torch.Tensor) -> tuple[SessionState, bytes
             return message, body
 
         stream.receive = receiving
-        return await take(session, stream)
+        return await take(session, stream, client)
 
     handler._moves.take = watch
     assert (await hand_over(old, new)).is_done
@@ -198,6 +198,21 @@ async def test_a_session_is_filled_once(nodes: list[Node]):
         third = await chain.client.open(new.stream.peer_id, STATE_SERVICE, timeout_s=10)
         await third.send(PushHello(push_key=new.push_key))
         assert isinstance(await failure_of(third), InvalidRequest)
+
+
+async def test_an_empty_session_is_filled_once_too(nodes: list[Node]):
+    """With nothing in it: else each time would promise it pages anew."""
+    async with chain_of(nodes, 2) as chain:
+        state, _ = await state_of(chain, tokens(30))
+        nothing = {"lengths": (0,), "received": (0,), "outputs_from": (0,), "num_pages": 0, "cache_bytes": 0}
+        empty = msgspec.structs.replace(state, **nothing, step_id=-1, order=None, base=None, sent=None)
+        new = await chain.open(1, is_last=True)
+        first = await state_stream(chain, new)
+        await first.send(empty)
+        assert (await first.receive(10))[0] == StateTaken(step_id=-1, received=(0,))
+        second = await chain.client.open(new.stream.peer_id, STATE_SERVICE, timeout_s=10)
+        await second.send(PushHello(push_key=new.push_key))
+        assert "has begun" in str(await failure_of(second))
 
 
 async def test_room_is_promised_to_those_that_have_come_until_they_run(nodes: list[Node]):

@@ -124,6 +124,7 @@ def test_a_session_that_sent_nothing_arrives() -> None:
         ({"sent.ends": (20,)}, "the session has 2 rows"),
         ({"sent.ends": (101, 17)}, "a row of 101 tokens"),
         ({"sent.starts": (21, 0)}, "outputs from"),
+        ({"sent.ends": (21, 17)}, "outputs up to"),
         ({"sent.order": (0, 2)}, "order names row 2 of 2"),
     ],
 )
