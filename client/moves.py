@@ -148,7 +148,7 @@ class Moves:
             SwarmError: why that failed.
         """
         opened = await move.wait(lambda: move.opened)
-        if move.leaves_within_s is not None:
+        if move.asked_to_leave() is not None:
             raise PeerBusy("it is about to leave itself", peer_id=heir.hop.peer_id)
         hop.post(HandOver(nonce=move.nonce, peer_id=heir.hop.peer_id, push_key=heir.push_key))
         await move.wait(lambda: move.handed_over)
@@ -168,8 +168,8 @@ class Moves:
         self._hops.adopt(heir)
         self.num_moves += 1
         self._owner.on_moved(hop)
-        if move.leaves_within_s is not None:
-            self.start(heir, move.leaves_within_s)
+        if (within_s := move.asked_to_leave()) is not None:
+            self.start(heir, within_s)
 
 
 class _Move:
@@ -180,8 +180,7 @@ class _Move:
         self.opened: SessionOpened | None = None
         self.taken: StateTaken | None = None
         self.handed_over: HandedOver | None = None
-        self.leaves_within_s: float | None = None
-        """In which time the heir itself wants its sessions moved, if it does."""
+        self._leaves_within_s: float | None = None
         self.has_failed = False
         """Whether the heir's stream has ended with an error."""
         self._owner = owner
@@ -192,6 +191,10 @@ class _Move:
     def is_given(self) -> bool:
         """Whether the old server does nothing more."""
         return self.handed_over is not None and self.handed_over.is_done
+
+    def asked_to_leave(self) -> float | None:
+        """In which time the heir itself wants its sessions moved, if it does."""
+        return self._leaves_within_s
 
     async def wait(self, what: Callable[[], T | None]) -> T:
         """Wait until something is there.
@@ -231,7 +234,7 @@ class _Move:
         elif isinstance(message, AdapterRequest):
             self._owner.on_message(hop, message, body)
         elif isinstance(message, MoveAway):
-            self.leaves_within_s = message.within_s
+            self._leaves_within_s = message.within_s
         elif not isinstance(message, AdapterLoading | Waiting):
             raise PeerMisbehaved(f"{type(message).__name__} of an empty session", peer_id=hop.hop.peer_id)
 
