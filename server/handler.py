@@ -262,9 +262,10 @@ class Handler:
         Args:
             replicas: servers of all our blocks.
         """
-        before, self._num_swapped = self._num_swapped, self.executor.meter.num_swapped_out
-        if self.state is not ServerState.ONLINE or self._num_swapped == before:
+        num_swapped = self.executor.meter.num_swapped_out
+        if self.state is not ServerState.ONLINE or num_swapped == self._num_swapped or not replicas:
             return
+        self._num_swapped = num_swapped
         used = {digest for session in self._sessions for digest in session.opened.adapters}
         places = [
             Replica(

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import inf
 
 import pytest
@@ -15,6 +15,7 @@ from swarm.client.processes import start_server
 from swarm.client.runtime import SwarmService, SwarmSession, connect
 from swarm.protocol import SESSION_SERVICE, OpenSession
 from swarm.server.config import CacheSize
+from swarm.server.server import Server
 
 from .conftest import HIDDEN, LocalSwarm, closing
 from .test_adapter_failover import fleet, wait_until_nothing_is_held  # noqa: F401
@@ -149,17 +150,25 @@ def test_a_server_that_is_short_of_cache_has_a_session_moved_to_one_with_room(ti
         assert tight.executor.meter.num_swapped_out
         roomy = swarm.add_server("0:6")
         for _ in range(2):  # the second time there is no more need
-            tight._placing.scout._directory._refreshed_at = -inf
-            swarm.loop.run(tight.renew())
-            swarm.loop.run(_until(lambda: tight.handler.num_sessions == roomy.handler.num_sessions == 1))
+            swarm.loop.run(_renew_until(tight, lambda: tight.handler.num_sessions == roomy.handler.num_sessions == 1))
         for which in range(2):
             rows[which] = torch.cat([rows[which], torch.tensor([[5 + which]])], dim=1)
             step(which, 40)
         assert sum(it.num_moves for it in sessions) == 1 and not sum(it.num_replays for it in sessions)
 
 
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+async def _renew_until(server: Server, condition: Callable[[], bool]) -> None:
+    """At least once."""
+    async with asyncio.timeout(50):
+        while True:
+            server._placing.scout._directory._refreshed_at = -inf
+            await server.renew()
+            with suppress(TimeoutError):
+                return await _until(condition, 5)
+
+
+async def _until(condition: Callable[[], bool], timeout_s: float = 50) -> None:
+    async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

@@ -305,6 +305,7 @@ def private_swarm(tiny_llama: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm
             config = NodeConfig(host="127.0.0.1", credentials=lab.invite("head"), state_dir=tmp_path / "head")
             self.bootstrap = self.loop.run(Node.start(config))
             self.servers = []
+            self._serving = {}
 
     swarm = PrivateSwarm()
     try:
