@@ -163,8 +163,9 @@ class FederatedRun:
     def round(self, num_examples: int, *, timeout_s: float | None = None) -> RoundResult:
         """Give the others what was learnt since the last round, and change the model to what all have learnt.
 
-        Whoever comes too late for a round gets its result all the same. Begin with a new optimiser afterwards: its
-        moments are of another adapter.
+        Whoever comes too late for a round gets its result all the same. Who tries again after a failed round that
+        others were in gives the same update again, and what was learnt since is gone. Begin with a new optimiser
+        afterwards: its moments are of another adapter.
 
         Args:
             num_examples: (or tokens) that the update was trained on: its weight in the mean.
@@ -172,6 +173,7 @@ class FederatedRun:
 
         Raises:
             InvalidRequest: num_examples is not positive. RoundFailed: too few clients came; the model is unchanged.
+            PeerError: the others are further, and nobody sends what they have; the model is unchanged.
         """
         if not 1 <= num_examples <= 1 << 40:
             raise InvalidRequest(f"num_examples is {num_examples}, range 1..{1 << 40}")
@@ -188,8 +190,8 @@ class FederatedRun:
         )  # fmt: skip
         try:
             outcome = self._loop.run(exchanged)
-        except Behind:
-            return self._late(self._loop.run(self._exchange.find_head()), before)
+        except Behind as behind:
+            return self._late(behind.head, before)
         base = stage.combine(outcome.taken)
         if isinstance(stage, Warmup) and number + 1 == self.settings.warmup_rounds:
             base = self._main.after_warmup(base)

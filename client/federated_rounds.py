@@ -2,7 +2,8 @@
 
     trainer ─ every K steps ─► FederatedRounds.on_step_end ─► FederatedRun.round ─► the adapter changes in place
 
-A round that too few come to is told of, and training goes on alone until the next one.
+A round that too few come to, or in which peers or the DHT have trouble, is told of, and training goes on alone until
+the next one.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from swarm.client.federated import FederatedRun, RoundResult
 from swarm.client.peft_model import DistributedPeftModel
-from swarm.errors import RoundFailed
+from swarm.errors import PeerError, RoundFailed
 
 
 def open_run(args: argparse.Namespace, model: DistributedPeftModel) -> FederatedRun:
@@ -42,7 +43,7 @@ class FederatedRounds(TrainerCallback):
             return
         try:
             told = describe(self._run.round(self._num_examples))
-        except RoundFailed as error:
+        except (RoundFailed, PeerError) as error:
             told = f"{error}; going on alone"
         else:
             kwargs["optimizer"].state.clear()  # its moments belong to another adapter

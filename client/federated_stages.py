@@ -54,7 +54,7 @@ class FederatedSettings:
     """"svd": the mean of all updates, cut to the adapter's rank. "stack": the exact mean, of growing rank. "average":
     the means of A and of B apart, for comparison."""
     max_rank: int = 64
-    """Of "stack": beyond, what was learnt is cut to this rank."""
+    """Of "stack": beyond, what was learnt is cut to this rank; no client's own may be larger."""
     warmup_rounds: int = 0
     """Rounds in which a few columns of each linear are trained in place of a LoRA (SLoRA's first stage)."""
     warmup_columns: int = 16
@@ -158,9 +158,15 @@ class FixedRank:
 
 
 class Stacking:
-    """An adapter that begins anew each round, beside all that was learnt before."""
+    """An adapter that begins anew each round, beside all that was learnt before.
+
+    Raises:
+        InvalidRequest: its rank is over the run's limit: the others would refuse its updates.
+    """
 
     def __init__(self, factors: LoraFactors, settings: FederatedSettings, seed: str):
+        if factors.rank > settings.max_rank:
+            raise InvalidRequest(f"the adapter has rank {factors.rank}, max_rank of the run is {settings.max_rank}")
         self._factors, self._settings, self._seed = factors, settings, seed
         self._shared = f"{factors.name}_shared"
         self.base: Update = {}
@@ -196,8 +202,8 @@ class Stacking:
         return self._factors.read(self._factors.name)
 
     def rules(self) -> Rules:
-        """Clients may have ranks of their own."""
-        return self._rules(max(self._settings.max_rank, self._factors.rank))
+        """Clients may have ranks of their own, within the limit that all have alike."""
+        return self._rules(self._settings.max_rank)
 
     def combine(self, taken: Sequence[Taken]) -> Update:
         """What was there, and the exact mean of what is new."""

@@ -30,6 +30,9 @@ Update = Mapping[int, BlockDelta]
 A_NORM = 3.0**-0.5
 """Of a row of A, as PEFT draws it: uniform within +-1 / sqrt(I)."""
 
+MAX_NUMBERS = 1 << 24
+"""Of tall factors that are worked on together, 128 MiB; a few times as much is needed beside them."""
+
 _Site = tuple[int, str]
 
 
@@ -159,12 +162,15 @@ def _together(updates: Sequence[Update]) -> dict[_Site, list[LinearDelta]]:
 
 
 def _alike(sites: Mapping[_Site, Sequence[LinearDelta]]) -> Iterable[list[_Site]]:
-    """Linears whose factors have the same shapes, which are worked on together."""
+    """Linears whose factors have the same shapes, which are worked on together, as many as there is room for."""
     groups: dict[object, list[_Site]] = {}
     for site, linears in sites.items():
         shapes = tuple((_given(linear.a_rI).shape, _given(linear.b_Or).shape) for linear in linears)
         groups.setdefault(shapes, []).append(site)
-    return groups.values()
+    for alike in groups.values():
+        num_numbers = sum(it.numel() for linear in sites[alike[0]] for it in (_given(linear.a_rI), _given(linear.b_Or)))
+        size = max(1, MAX_NUMBERS // num_numbers)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _tall_b(linears: Sequence[LinearDelta], weights: Sequence[float]) -> Floats:

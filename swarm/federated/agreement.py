@@ -14,8 +14,9 @@ a view final, when one has heard of that and another takes a larger view for all
 
 When a client stays silent but reachable until the last deadline, the view that is there is taken. Then, or when a
 network falls apart, groups may have different results; their next ballots show it (`head`), and most of them win
-(`best_head`). This is agreement under crashes and lost connections; clients that lie about what they hold can split a
-round, not more. A client that signs two contributions of a round counts in none of them.
+(`best_head`); where no more than half are at one place, nobody moves. This is agreement under crashes and lost
+connections. A client that lies about what it holds can split a round, or end it early for those who have shown a view
+of enough clients. Who signs two contributions of a round counts in none of them.
 
 Knows nothing of bytes, transports and clocks: `now` comes in.
 """
@@ -30,6 +31,8 @@ from swarm.identity import Identity, verify
 from swarm.protocol import MAX_CONTRIBUTIONS, Contribution, FederatedBallot
 
 MAX_CLIENTS = MAX_CONTRIBUTIONS // 2
+MAX_ROUND = 1 << 32
+"""Nobody comes there; who says so doesn't count."""
 TWICE = ""
 """In a view: the client has signed two contributions."""
 _DOMAIN = b"swarm federated contribution 1"
@@ -73,10 +76,19 @@ def contribute(identity: Identity, run: str, head: Head, digest: str, num_exampl
     return Contribution(identity.peer_id, digest, num_examples, signature)
 
 
-def best_head(ours: Head, others: Iterable[Head]) -> Head:
-    """Where most clients are; of equally many, those in the latest round. Nobody counts before its first round."""
-    votes = Counter(head for head in (ours, *others) if head.round)
-    return max(votes, key=lambda head: (votes[head], head), default=ours)
+def best_head(ours: Head, others: Iterable[Head], *, is_in_run: bool = True) -> Head:
+    """Where to go on.
+
+    Who is in the run goes elsewhere only where more than half of all are, itself and those before their first round
+    counted, and never back to the beginning: so one that lies takes nobody along. Who is not in it yet has nothing to
+    lose, and goes where most of the others are; of equally many, to the beginning if that is one, else to the latest.
+    """
+    votes = Counter(head for head in others if head.round <= MAX_ROUND)
+    if not is_in_run:
+        return max(votes, key=lambda head: (votes[head], head == ours, head), default=ours)
+    votes[ours] += 1
+    found = max(votes, key=lambda head: votes[head])
+    return found if found.round and 2 * votes[found] > votes.total() else ours
 
 
 class Round:
@@ -178,6 +190,11 @@ class Round:
         """Peers that have contributed, as far as known, without us."""
         return frozenset(self._known) - {self.me}
 
+    @property
+    def was_heard(self) -> bool:
+        """Whether anybody else is in this round, and so may know of our contribution, and tell of it."""
+        return bool(self._views)
+
     def ballot(self) -> FederatedBallot:
         """What to tell others."""
         view = self.view
@@ -247,17 +264,18 @@ class Round:
         return (self._views.get(peer_id) if peer_id in view else self._absent.get(peer_id)) == view
 
     def _finals(self) -> list[View]:
-        """Final views of others that we believe: we have had them ourselves, or most whom they name say so."""
+        """Final views of others that we believe: of enough clients, and we have had them ourselves, or most whom they
+        name say so."""
         found: dict[tuple[tuple[str, str], ...], set[str]] = {}
         for peer_id, final in self._others_final.items():
             found.setdefault(tuple(sorted(final.items())), set()).add(peer_id)
         return [dict(final) for final, by in sorted(found.items()) if self._is_believed(dict(final), by)]
 
     def _is_believed(self, final: View, said_by: set[str]) -> bool:
-        if final in self._shown:
-            return True
+        if _num_counting(final) < self.terms.min_clients:
+            return False
         named = {peer_id for peer_id, what in final.items() if what != TWICE} - self.unreachable - {self.me}
-        return _num_counting(final) >= self.terms.min_clients and 2 * len(said_by & named) > len(named)
+        return final in self._shown or 2 * len(said_by & named) > len(named)
 
     def _has_all(self, view: View) -> bool:
         """Whether all that counts in a view is here."""

@@ -8,7 +8,7 @@ It knows nothing of rounds. Nothing larger is taken than the rules of a run allo
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from swarm.adapters.delta import BlockDelta
@@ -58,6 +58,10 @@ class Delivery:
     def offer(self, adapter: LoadedAdapter) -> None:
         """Let others have an adapter."""
         self._shelf[adapter.digest] = adapter
+
+    def keep(self, digests: Collection[str]) -> None:
+        """Only these are offered any more, of what was since the last round: a round has come to nothing."""
+        self._shelf = {digest: adapter for digest, adapter in self._shelf.items() if digest in digests}
 
     def turn(self) -> None:
         """A round is over: what was offered until now may be had until the next call, and no longer."""

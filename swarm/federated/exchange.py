@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from swarm.adapters.peft import LoadedAdapter
-from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout, SwarmError
+from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout, PeerUnreachable, SwarmError
 from swarm.federated.aggregate import Update
 from swarm.federated.agreement import MAX_CLIENTS, Head, Round, Terms, best_head, contribute
 from swarm.federated.delivery import Bytes, Delivery
@@ -60,8 +60,22 @@ class Outcome:
     """Peer -> why its update doesn't count."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What we have contributed to a round, when others may know it: a second one would disqualify us."""
+
+    head: Head
+    own: LoadedAdapter
+    update: Update
+    num_examples: int
+
+
 class Behind(Exception):
-    """Most others are elsewhere: `find_head` says where."""
+    """Most clients are elsewhere, at `head`."""
+
+    def __init__(self, head: Head):
+        super().__init__(f"most clients are in round {head.round}")
+        self.head = head
 
 
 class Exchange:
@@ -93,6 +107,11 @@ class Exchange:
         """Updates of this round that were checked, by digest."""
         self._fetching: set[str] = set()
         self._heads: dict[str, Head] = {}
+        self._is_in_run = False
+        """Whether we have announced ourselves: others may count us, and so do we."""
+        self._given: _Given | None = None
+        self._may_know: set[str] = set()
+        """Peers that were asked in this round, and may have heard of our contribution, but have not answered."""
         self._complaints: dict[str, str] = {}
         """Peer -> what was wrong with what it has told in this round."""
         self._changed = asyncio.Event()
@@ -111,6 +130,7 @@ class Exchange:
 
     async def announce(self) -> None:
         """Be found by others: from now on they wait for us."""
+        self._is_in_run = True
         await self._roll.announce()
 
     async def close(self) -> None:
@@ -128,6 +148,8 @@ class Exchange:
     ) -> Outcome:
         """Put in our update, and find out whose count.
 
+        Who tries again after a failed round, and has told somebody of its update, puts in the same one again.
+
         Args:
             own: our update as bytes.
             update: the same as numbers.
@@ -139,6 +161,8 @@ class Exchange:
         Raises:
             RoundFailed: too few have come. Behind: the others are in another round.
         """
+        if self._given is not None and self._given.head == self.head:
+            own, update, num_examples = self._given.own, self._given.update, self._given.num_examples
         contribution = contribute(self._identity, self._run, self.head, own.digest, num_examples)
         now = _now()
         terms = Terms(
@@ -151,6 +175,8 @@ class Exchange:
         self._round.peers |= set(self._heads)
         self._heads.clear()
         self._complaints.clear()
+        self._may_know.clear()
+        given = _Given(self.head, own, update, num_examples)
         try:
             await self._look_for_others(self._round)
             counted = await self._decided(self._round)
@@ -158,19 +184,34 @@ class Exchange:
             return self._outcome(self._round, counted)
         finally:
             self._end_conversations()
+            if self._may_know or self._round.was_heard:
+                self._given = given
             if (ballot := self._round.ballot()).is_final:
                 self._last_final = ballot
-            self._round, self._rules = None, None
+            else:
+                kept = {self.head.base} if self._given is None else {self.head.base, self._given.own.digest}
+                self._delivery.keep(kept)
+            self._round, self._rules, self._read = None, None, {}
 
     def advance(self, head: Head, base: LoadedAdapter) -> None:
         """We have aggregated a round, or caught up, and train for the next one now."""
         self._delivery.turn()
         self._delivery.offer(base)
-        self.head, self._read = head, {}
+        self.head, self._given = head, None
 
     async def find_head(self) -> Head:
-        """Where most clients are; where we are, if nobody answers."""
-        peers = await self._roll.peers()
+        """Where most clients are (`best_head`); where we are, if nobody answers.
+
+        Raises:
+            PeerTimeout: the DHT does not answer, and we are not in the run yet; later, those that are known are asked.
+        """
+        try:
+            peers = await self._roll.peers()
+        except SwarmError as error:
+            if not self._is_in_run:
+                raise
+            log.info("the DHT does not say who takes part, %d clients are known: %s", len(self._heads), error)
+            peers = sorted(self._heads)
         asking = (self._ask(peer_id, self._idle_ballot()) for peer_id in peers)
         answers = await asyncio.gather(*asking, return_exceptions=True)
         self._heads.clear()
@@ -181,7 +222,7 @@ class Exchange:
                 raise answer
             else:
                 log.info("%s does not say where it is: %s", peer_id, answer)
-        return best_head(self.head, self._heads.values())
+        return self._best_head()
 
     async def fetch_base(self, head: Head, rules: Rules) -> tuple[LoadedAdapter, Update]:
         """The adapter that a round begins with, from those who are in it.
@@ -205,13 +246,19 @@ class Exchange:
             self._changed.clear()
             if (counted := this.decide(_now())) is not None:
                 return counted
-            best = best_head(self.head, self._heads.values())
-            if best.round > self.head.round + 1 or (best.round == self.head.round and best != self.head):
-                raise Behind
+            if self._is_behind(self._best_head()) and self._is_behind(head := await self.find_head()):
+                raise Behind(head)  # not only the first that were heard say so
             for peer_id in sorted((this.peers | this.contributors) - this.unreachable - set(self._talking)):
                 task = self._tasks.spawn(self._converse(this, peer_id), name=f"round with {peer_id}")
                 self._talking[peer_id] = task
             await _event_or(self._changed, POLL_S)
+
+    def _best_head(self) -> Head:
+        return best_head(self.head, self._heads.values(), is_in_run=self._is_in_run)
+
+    def _is_behind(self, best: Head) -> bool:
+        """Whether those who are there have nothing for our round any more; those who have just ended it tell of it."""
+        return best.round > self.head.round + 1 or (best.round == self.head.round and best != self.head)
 
     def _outcome(self, this: Round, counted: Sequence[Contribution]) -> Outcome:
         taken = [
@@ -230,7 +277,10 @@ class Exchange:
                 this.expected |= found
                 return
             except SwarmError as error:
-                log.info("the DHT does not say who takes part: %s", error)
+                log.info("the DHT does not say who takes part, %d clients are known: %s", len(this.peers), error)
+                if this.peers:
+                    this.expected |= this.peers
+                    return
                 await asyncio.sleep(POLL_S)
 
     async def _converse(self, this: Round, peer_id: str) -> None:
@@ -239,14 +289,19 @@ class Exchange:
         while failures < TRIES:
             ballot = this.ballot()
             try:
+                self._may_know.add(peer_id)
                 answer = await self._ask(peer_id, ballot)
+                self._may_know.discard(peer_id)
                 failures = 0
                 self._hear(peer_id, answer, to=ballot)
                 await self._fetch_missing(this, peer_id, with_others=_now() - started > OTHERS_AFTER_S)
             except PeerBusy as error:
+                self._may_know.discard(peer_id)
                 await asyncio.sleep(min(error.retry_after_s, MAX_REST_S))
             except SwarmError as error:
                 failures += 1
+                if isinstance(error, PeerUnreachable):
+                    self._may_know.discard(peer_id)
                 log.info("round %d with %s: %s", this.terms.head.round, peer_id, error)
             if this.ballot() == ballot:
                 await asyncio.sleep(POLL_S)

@@ -48,7 +48,7 @@ def truncate(b_ROL: Floats, a_RIL: Floats, rank: int) -> LowRank:
     """
     q_b, r_b = _qr(b_ROL)
     q_a, r_a = _qr(a_RIL)
-    core_CRL = _sum(r_b[:, None, :, :] * r_a[None, :, :, :], 2).transpose(1, 0, 2)  # column c, row r: sum of R_B R_A^T
+    core_CRL = _inner(r_b, r_a).transpose(1, 0, 2)  # column c, row r: sum of R_B R_A^T
     u_CRL, v_CRL = _jacobi(core_CRL)
     sigma_CL = np.sqrt(_sum(u_CRL * u_CRL, 1))
     order = np.argsort(-sigma_CL, axis=0, kind="stable")
@@ -60,10 +60,14 @@ def truncate(b_ROL: Floats, a_RIL: Floats, rank: int) -> LowRank:
 
 def squared_norm(b_ROL: Floats, a_RIL: Floats) -> Floats:
     """[L]: the sum of squares of B A, which is never formed."""
-    gram_b = _sum(b_ROL[:, None] * b_ROL[None, :], 2)
-    gram_a = _sum(a_RIL[:, None] * a_RIL[None, :], 2)
+    gram_b, gram_a = _inner(b_ROL, b_ROL), _inner(a_RIL, a_RIL)
     found: Floats = np.maximum(_sum(_sum(gram_b * gram_a, 0), 0), 0.0)
     return found
+
+
+def _inner(x_RNL: Floats, y_CNL: Floats) -> Floats:
+    """[R, C, L]: products of all columns with all, one of x after the other, so that C N L numbers are in work."""
+    return np.stack([_sum(x_NL[None] * y_CNL, 1) for x_NL in x_RNL])
 
 
 def _sum(x: Floats, axis: int) -> Floats:

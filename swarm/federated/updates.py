@@ -99,6 +99,8 @@ def _check_linear(where: str, linear: LinearDelta, rules: Rules, common_a: torch
     a, b = linear.a_rI, linear.b_Or
     if a is None or b is None or len(linear.tensors()) > 2:
         raise InvalidRequest(f"{where} has {', '.join(linear.tensors())}, need lora_A and lora_B and nothing else")
+    if linear.rank > rules.max_rank:
+        raise InvalidRequest(f"{where} has rank {linear.rank}, limit {rules.max_rank}")
     if rules.is_rank_fixed and linear.rank != rules.max_rank:
         raise InvalidRequest(f"{where} has rank {linear.rank}, need {rules.max_rank}")
     if rules.scale is not None and linear.scale != rules.scale:

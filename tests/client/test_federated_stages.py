@@ -8,6 +8,7 @@ import torch
 from swarm.adapters.delta import BlockDelta, LinearDelta
 from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
 from swarm.client.federated_stages import FederatedSettings, FixedRank, Stacking, Warmup, rank_of
+from swarm.errors import InvalidRequest
 from swarm.federated.aggregate import Update, distance
 from swarm.federated.exchange import Taken
 
@@ -148,6 +149,15 @@ def test_clients_of_different_ranks_stack():
     base = stage.combine(taken(updates, [1, 1]))
     assert rank_of(base) == 4
     torch.testing.assert_close(product(base), sum(product(it) for it in updates) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_over_the_runs_limit_are_refused_by_all_alike():
+    """Whatever rank the client itself has; one that has more is told at once."""
+    settings = FederatedSettings(aggregate="stack", max_rank=3)
+    assert [begun(Stacking, settings, FakeFactors(rank)).rules().max_rank for rank in (1, 3)] == [3, 3]
+    for more in (settings, FederatedSettings(aggregate="stack", max_rank=3, warmup_rounds=1)):
+        with pytest.raises(InvalidRequest, match="rank 4, max_rank of the run is 3"):
+            Stacking(FakeFactors(4), more, "run")
 
 
 def test_a_warm_up_changes_the_same_columns_at_all_clients():

@@ -22,6 +22,7 @@ from swarm.client.federated_stages import FederatedSettings
 from swarm.client.model import distribute
 from swarm.client.peft_model import get_peft_model
 from swarm.errors import InvalidRequest, PeerMisbehaved, RoundFailed
+from swarm.federated.agreement import Head
 from tests.integration.conftest import LocalSwarm, closing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -225,6 +226,18 @@ def test_nobody_can_speak_for_another(join):
         results = [future.result() for future in ending]
     assert all(set(result.clients) == {run.peer_id for run in runs[1:]} for result in results)
     assert len({bits(run) for run in runs[1:]}) == 1
+
+
+@pytest.mark.parametrize("number", [1, 1 << 62])
+def test_one_that_says_it_is_further_takes_nobody_along(join, number):
+    """Before the first round has ended, too: the others' learning counts, and the liar is not waited for."""
+    *runs, liar = [join(f"further {number}") for _ in range(3)]
+    for seed, run in enumerate(runs):
+        learn(run, seed)
+    liar._exchange.head = Head(number, "f" * 64)
+    results = together(runs)
+    assert all(set(result.clients) == {run.peer_id for run in runs} for result in results)
+    assert [run.number for run in runs] == [1, 1] and len({bits(run) for run in runs}) == 1
 
 
 def test_who_comes_late_has_what_the_others_have(join):

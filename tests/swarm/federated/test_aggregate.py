@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from swarm.adapters.delta import BlockDelta, LinearDelta
 from swarm.errors import InvalidRequest
+from swarm.federated import aggregate, low_rank
 from swarm.federated.aggregate import (
     averaged,
     clipped,
@@ -42,6 +43,23 @@ def product(update, block: int, path: str) -> torch.Tensor:
 
 def mean(updates, weights, block: int, path: str) -> torch.Tensor:
     return sum(weight * product(it, block, path) for weight, it in zip(weights, updates, strict=True))
+
+
+def test_linears_in_parts_have_the_same_bits(monkeypatch):
+    """However many there is room for."""
+    updates = [update(1), update(2)]
+    whole, far = truncated(updates, [0.5, 0.5], rank=2), distance(updates[0], updates[1])
+    monkeypatch.setattr(aggregate, "MAX_NUMBERS", 1)
+    seen = []
+    monkeypatch.setattr(
+        aggregate, "truncate", lambda b, a, rank: seen.append(b.shape[-1]) or low_rank.truncate(b, a, rank)
+    )
+    parts = truncated(updates, [0.5, 0.5], rank=2)
+    assert seen == [1, 1, 1]
+    for block, path in SHAPES:
+        for name in ("a_rI", "b_Or"):
+            assert torch.equal(*(getattr(it[block].linears[path], name) for it in (whole, parts)))
+    assert distance(updates[0], updates[1]) == far
 
 
 seeds = st.lists(st.integers(0, 1 << 30), min_size=1, max_size=5)

@@ -279,11 +279,41 @@ def test_a_silent_contributor_stops_no_round():
 
 
 def test_most_clients_say_where_a_run_is():
-    """The later round of equally many; those who have just begun don't count."""
+    """More than half of all, the one that asks counted; nobody goes back to the beginning, or nowhere."""
     here, there, begin = Head(2, "a" * 64), Head(3, "b" * 64), Head(0, "c" * 64)
     assert best_head(here, [here, there]) == here
-    assert best_head(here, [there]) == there
-    assert best_head(begin, [begin, begin, here]) == here
-    assert best_head(begin, [begin]) == begin
+    assert best_head(here, [there, there]) == there
+    assert best_head(here, [there, there, begin]) == here
     assert best_head(here, [begin, begin, begin]) == here
-    assert best_head(here, [Head(1 << 40, "f" * 64), here]) == here
+    assert best_head(begin, [here, here]) == here
+    assert best_head(here, [Head(1 << 62, "f" * 64)] * 3) == here
+
+
+@pytest.mark.parametrize("ours", [Head(0, "c" * 64), Head(2, "a" * 64)])
+def test_one_that_lies_about_where_it_is_takes_nobody_along(ours):
+    """In a run of two or more, before the first round as later."""
+    for num_honest in range(3):
+        assert best_head(ours, [Head(ours.round + 1, "f" * 64), *[ours] * num_honest]) == ours
+
+
+def test_who_is_not_in_a_run_yet_goes_where_most_are():
+    """Its own place is no vote; of equally many, the beginning wins, else the latest."""
+    here, there, begin = Head(2, "a" * 64), Head(3, "b" * 64), Head(0, "c" * 64)
+    for others, expected in (([], begin), ([here], here), ([here, there], there), ([here, begin], begin)):
+        assert best_head(begin, others, is_in_run=False) == expected
+    assert best_head(begin, [here, here, there, begin], is_in_run=False) == here
+
+
+@pytest.mark.parametrize("is_echo", [True, False])
+def test_a_final_view_of_too_few_is_not_believed(is_echo):
+    """Our own contribution, sent back as the end of the round, is none; nor are others'."""
+    one, liar = make_round(0), make_round(1, min_clients=1)
+    if not is_echo:
+        liar.decide(0.0)
+    ballot = replace(one.ballot() if is_echo else liar.ballot(), is_final=True)
+    one.add(ballot.contributions)
+    one.hold(contribution(1).digest)
+    one.hear(liar.me, ballot, to=one.ballot())
+    one.unreachable.add(IDENTITIES[2].peer_id)
+    decided = one.decide(0.0)
+    assert decided is None or len(decided) >= 2

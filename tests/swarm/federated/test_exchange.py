@@ -9,11 +9,11 @@ import torch
 
 from swarm.adapters.delta import BlockDelta, LinearDelta
 from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
-from swarm.errors import AccessDenied, InvalidRequest, PeerError, PeerMisbehaved
+from swarm.errors import AccessDenied, InvalidRequest, PeerError, PeerMisbehaved, PeerTimeout, RoundFailed
 from swarm.federated.aggregate import Update
-from swarm.federated.agreement import Head
+from swarm.federated.agreement import Head, Round
 from swarm.federated.delivery import MAX_SENDS_PER_ACCOUNT
-from swarm.federated.exchange import Exchange, Outcome
+from swarm.federated.exchange import Behind, Exchange, Outcome
 from swarm.federated.roll import Roll
 from swarm.federated.updates import Rules, pack_update
 from swarm.network.node import Node, NodeConfig
@@ -74,9 +74,15 @@ async def join(request: pytest.FixtureRequest) -> AsyncIterator[Join]:
         await node.close()
 
 
-async def contribute(exchange: Exchange, seed: int) -> Outcome:
+async def contribute(exchange: Exchange, seed: int, *, min_clients: int = 2, timeout_s: float = 60.0) -> Outcome:
     own = update(seed)
-    return await exchange.round(pack_update(own, LAYOUT), own, 10 + seed, RULES, min_clients=2, timeout_s=60.0)
+    return await exchange.round(
+        pack_update(own, LAYOUT), own, 10 + seed, RULES, min_clients=min_clients, timeout_s=timeout_s
+    )
+
+
+def numbers(outcome: Outcome) -> set[int]:
+    return {it.num_examples for it in outcome.taken}
 
 
 async def test_peers_come_to_the_same_updates(join: Join):
@@ -89,6 +95,81 @@ async def test_peers_come_to_the_same_updates(join: Join):
     for first, other in zip(outcomes[0].taken, outcomes[1].taken, strict=True):
         assert torch.equal(first.update[1].linears["q"].b_Or, other.update[1].linears["q"].b_Or)
     assert all(client.bytes.received > 0 for client in clients)
+
+
+@pytest.mark.parametrize("join", ["open"], indirect=True)
+async def test_who_tries_again_gives_what_others_know_already(join: Join):
+    """A second update of a round would disqualify it; and of others' updates, nothing is left from the failed try."""
+    one, other, third = [await join() for _ in range(3)]
+    waiting = asyncio.create_task(contribute(other, 1, min_clients=3))
+    while not one.bytes.received or one._identity.peer_id not in other._round.contributors:
+        with pytest.raises(RoundFailed, match="need 3"):
+            await contribute(one, 0, min_clients=3, timeout_s=1.0)
+    assert set(one._delivery._shelf) == {BASE.digest, pack_update(update(0), LAYOUT).digest}
+    again, last = contribute(one, 5, min_clients=3), contribute(third, 2, min_clients=3)
+    outcomes = await asyncio.gather(again, last, waiting)
+    assert [numbers(outcome) for outcome in outcomes] == [{10, 11, 12}] * 3
+
+
+@pytest.mark.parametrize("join", ["open"], indirect=True)
+async def test_who_tries_again_alone_may_give_something_new(join: Join):
+    """Nobody has heard of the first try."""
+    one = await join()
+    with pytest.raises(RoundFailed, match="1 clients"):
+        await contribute(one, 0, timeout_s=0.2)
+    assert set(one._delivery._shelf) == {BASE.digest}
+    other = await join()
+    outcomes = await asyncio.gather(contribute(one, 5), contribute(other, 1))
+    assert [numbers(outcome) for outcome in outcomes] == [{15, 11}] * 2
+
+
+@pytest.mark.parametrize("join", ["open"], indirect=True)
+async def test_those_who_speak_first_do_not_end_a_round(join: Join):
+    """Strangers that say that the run is elsewhere: all are asked, and the round goes on."""
+    clients = [await join() for _ in range(2)]
+    one = clients[0]
+    look = one._look_for_others
+
+    async def look_and_hear(this: Round) -> None:
+        await look(this)
+        one._heads.update(dict.fromkeys(("first", "second"), Head(9, "f" * 64)))
+
+    one._look_for_others = look_and_hear
+    outcomes = await asyncio.gather(*(contribute(client, seed) for seed, client in enumerate(clients)))
+    assert [numbers(outcome) for outcome in outcomes] == [{10, 11}] * 2
+
+
+@pytest.mark.parametrize("join", ["open"], indirect=True)
+async def test_most_clients_have_to_be_elsewhere_in_a_round(join: Join):
+    """Then it is over, and says where they are."""
+    one, *others = [await join() for _ in range(3)]
+    head = Head(4, "f" * 64)
+    others[0].head = head
+    assert await one.find_head() == one.head
+    others[1].head = head
+    with pytest.raises(Behind) as caught:
+        await contribute(one, 0)
+    assert caught.value.head == head
+
+
+@pytest.mark.parametrize("join", ["open"], indirect=True)
+async def test_clients_that_know_each_other_need_no_dht(join: Join):
+    """They ask each other where they are, and come to a round."""
+    clients = [await join() for _ in range(2)]
+
+    async def fail() -> list[str]:
+        raise PeerTimeout("the search has not ended")
+
+    for client in clients:
+        await client.find_head()
+        client._roll.peers = fail
+    assert [await client.find_head() for client in clients] == [clients[0].head] * 2
+    outcomes = await asyncio.gather(*(contribute(client, seed) for seed, client in enumerate(clients)))
+    assert [len(outcome.taken) for outcome in outcomes] == [2, 2]
+    stranger = await join()
+    stranger._roll.peers, stranger._is_in_run = fail, False
+    with pytest.raises(PeerTimeout):
+        await stranger.find_head()
 
 
 async def test_bytes_of_another_adapter_are_their_senders_fault(join: Join):

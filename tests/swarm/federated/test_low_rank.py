@@ -1,5 +1,7 @@
 """The SVD of a product of factors: that of LAPACK to rounding, and the same bits however it is computed."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +50,18 @@ def test_linears_have_the_same_bits_alone_and_together():
         alone = truncate(b[:, :, index : index + 1], a[:, :, index : index + 1], 8)
         assert alone.b_KOL[:, :, 0].tobytes() == np.ascontiguousarray(together.b_KOL[:, :, index]).tobytes()
         assert alone.a_KIL[:, :, 0].tobytes() == np.ascontiguousarray(together.a_KIL[:, :, index]).tobytes()
+
+
+def test_memory_grows_with_two_factors_not_with_all_pairs():
+    """Many clients of some rank: products of all columns with all are never there at once."""
+    b, a = factors(0, 64, 48, 40, 4)
+    pairs = 64 * 64 * 40 * 4 * 8
+    for work in (lambda: truncate(b, a, 4), lambda: squared_norm(b, a)):
+        tracemalloc.start()
+        work()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < pairs / 2
 
 
 def test_the_bits_are_those_that_they_were():

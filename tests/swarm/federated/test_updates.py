@@ -85,6 +85,15 @@ def test_a_manifest_may_promise_no_more_than_the_rules_allow():
             check_manifest(msgspec.structs.replace(manifest, **change), RULES)
 
 
+def test_a_rank_that_the_manifest_hides_is_found():
+    """Where any rank within the limit will do."""
+    rules = replace(RULES, is_rank_fixed=False, max_rank=1)
+    packed = pack_update(GOOD, LAYOUT)
+    info = msgspec.structs.replace(packed.manifest.shards[0], max_rank=1)
+    with pytest.raises(InvalidRequest, match="q has rank 2, limit 1"):
+        read_shard(bytearray(packed.shards[1]), info, rules)
+
+
 def test_an_update_that_fills_its_rank_fits():
     """The bound on bytes has room for names and headers."""
     rules = replace(RULES, max_rank=2)
