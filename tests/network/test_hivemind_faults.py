@@ -251,5 +251,5 @@ async def test_b8_the_local_daemon_is_killed():
             await asyncio.wait_for(pending, 1)
         await until(lambda: client.num_restarts == 1 and client.num_peers == 1)
         async with asyncio.timeout(10):
-            while await answer_of(client, peer_id) != b"x":
+            while await answer_of(client, peer_id) != b"x":  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
