@@ -114,3 +114,22 @@ async def test_leases_work_over_a_real_dht(num_rounds):
             assert not await other.acquire(here, there, delay_s=0.0, lease_s=60.0)
             await one.release(here, there)
             one, other = other, one
+
+
+async def test_a_move_that_is_given_up_while_its_claim_settles_leaves_none():
+    """As when the server is told to stop just then: others need not wait for the claim's end."""
+    values, stored = {}, asyncio.Event()
+
+    class Telling(FakeTable):
+        async def dht_store(self, *args):
+            stored.set()
+            return await super().dht_store(*args)
+
+    desk = LeaseDesk(Telling(values, "a"), MODEL, settle_s=600.0)
+    moving = asyncio.create_task(desk.acquire(BlockRange(0, 2), BlockRange(2, 4), delay_s=0.0, lease_s=100.0))
+    await stored.wait()
+    await asyncio.sleep(0)
+    moving.cancel()
+    with suppress(asyncio.CancelledError):
+        await moving
+    assert Claim.decode(values["a"][0], peer_id="a").expires_at == 0.0

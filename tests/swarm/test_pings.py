@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.coordinates import Place
-from swarm.errors import InvalidRequest, PeerTimeout
+from swarm.errors import InvalidRequest, PeerBusy, PeerTimeout
 from swarm.pings import NUM_NEAR, NUM_RANDOM, STALE_S, Pinger, RoundTrips, neighbours
 from swarm.types import BlockRange
 from tests.swarm.test_directory import record
@@ -42,12 +42,13 @@ async def test_a_ping_does_not_count_the_making_of_the_connection():
 
 
 async def test_those_that_do_not_answer_are_named_and_forgotten():
-    """One that refuses has answered; it is alive."""
-    transport = FakeTransport({"dead": 0.05, "lives": 0.02, "refuses": 0.01})
+    """One that refuses, or is busy as one that loads other blocks, has answered; it is alive."""
+    transport = FakeTransport({"dead": 0.05, "lives": 0.02, "refuses": 0.01, "busy": 0.01})
     measuring = pinger(transport)
     records = [record(peer_id) for peer_id in transport.rtts]
     await measuring.ping(records)
     transport.errors = {"dead": PeerTimeout("silent", peer_id="dead"), "refuses": InvalidRequest("no")}
+    transport.errors["busy"] = PeerBusy("goes to other blocks")
     assert await measuring.ping(records) == {"dead"}
     assert measuring.rtt_s("dead") is None and measuring.rtt_s("lives") == pytest.approx(0.02)
 
