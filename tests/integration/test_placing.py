@@ -1,6 +1,7 @@
 """Servers that choose their blocks cover a model and move into gaps, one at a time; their sessions go on elsewhere."""
 
 import threading
+import weakref
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import pytest
@@ -93,6 +94,16 @@ def test_sessions_of_a_server_that_moves_are_served_by_another(make_swarm, local
             assert session.num_moves + session.num_replays >= 1
     assert used.plan.blocks == BlockRange(0, 2) and used.state is ServerState.ONLINE
     assert_right(local_model, outputs, [1, 2, 3, 4, 5, 6])
+
+
+def test_what_a_server_leaves_is_freed_before_it_loads_other_blocks(make_swarm):
+    """It took as much as fits: both would not."""
+    swarm = make_swarm("0:6")
+    (server,) = swarm.servers
+    old = weakref.ref(server.executor.span)
+    swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
+    assert old() is None
+    assert swarm.loop.run(server.arrive(), 30) is True
 
 
 def test_blocks_that_cannot_be_loaded_are_given_up_for_those_of_before(make_swarm, local_model, monkeypatch):
