@@ -153,7 +153,6 @@ class _Coming:
 
     spec: TensorSpec
     """Of its hidden states, as they came."""
-    keep: bool
     version: int
     num_tokens: tuple[int, ...]
     is_pushed: bool
@@ -329,7 +328,7 @@ class ServedTraining:
         )
         self._last_number = number
         self._pending[number] = len(body)
-        self._forth[number] = _Coming(spec, message.keep, message.version, message.num_tokens, is_pushed)
+        self._forth[number] = _Coming(spec, message.version, message.num_tokens, is_pushed)
         self._executor.train(lambda trainer: trainer.forth(self._run, number, part, keep=message.keep))
 
     def _backward(self, message: TrainBackward, body: memoryview) -> None:
