@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from swarm.errors import ConfigError
 
 SIGNATURE_BYTES = 64
+KEY_BYTES = 32
+"""A raw public key."""
 MAX_PEER_ID_CHARS = 64
 """An Ed25519 peer id has 52 characters, an RSA one 46."""
 
@@ -114,6 +116,18 @@ class Identity:
 def peer_id_of(public_bytes: bytes) -> str:
     """The peer id of a raw Ed25519 public key."""
     return base58.b58encode(_MULTIHASH_PREFIX + _PUBLIC_PREFIX + public_bytes).decode()
+
+
+def key_of(peer_id: str) -> bytes:
+    """The raw public key inside a peer id.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    public_key = _public_key(peer_id)
+    if public_key is None:
+        raise ValueError(f"{peer_id!r} is not the id of an Ed25519 identity")
+    return public_key.public_bytes_raw()
 
 
 def verify(peer_id: str, data: bytes, signature: bytes) -> bool:

@@ -19,6 +19,7 @@ from hashlib import blake2b
 from swarm.adapters.notes import AdapterNote, pack_notes, unpack_notes
 from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerMisbehaved
+from swarm.identity import KEY_BYTES, is_peer_id, key_of, peer_id_of
 from swarm.network import Node
 from swarm.types import MAX_BLOCKS, BlockRange, ServerState
 
@@ -39,11 +40,12 @@ MAX_NAME_BYTES = 32
 MAX_TPS = 1e9
 MAX_KV_TOKENS = (1 << 32) - 1
 MAX_PINGS = 8
+MAX_RELAYS = 3
 MAX_PERIOD_S = 1200.0
 MAX_TIME_S = 6.5535
 """Longest queue or round trip that a record can name."""
 
-_FORMAT = 3
+_FORMAT = 4
 _head = struct.Struct("!BBHHBfffBHIHd")
 _place = struct.Struct("!hhhHB")
 _ping = struct.Struct("!IH")
@@ -78,7 +80,8 @@ class ServerRecord:
         load: share of its capacity in use, 0 to 1.
         queue_s: how long a step waits there now, besides its own computation.
         kv_free_tokens: tokens of KV cache that are free.
-        is_relayed: whether others reach it through a relay only.
+        is_relayed: whether others reach it through relays only: nobody can connect to it.
+        relays: peers that carry connections to it now, where it is relayed; the nearest first.
         place: where it is in the network, if it knows.
         pings: round trips to servers that may follow it in a chain.
         quantization: "none", "int8", "nf4".
@@ -104,6 +107,7 @@ class ServerRecord:
     queue_s: float = 0.0
     kv_free_tokens: int
     is_relayed: bool = False
+    relays: tuple[str, ...] = ()
     place: Place | None = None
     pings: tuple[Ping, ...] = ()
     quantization: str
@@ -122,6 +126,8 @@ class ServerRecord:
         _require(0.0 <= self.queue_s <= MAX_TIME_S, f"queue_s {self.queue_s}, range 0..{MAX_TIME_S}")
         _require(0 <= self.kv_free_tokens <= MAX_KV_TOKENS, f"{self.kv_free_tokens} free tokens, limit {MAX_KV_TOKENS}")
         _require(len(self.pings) <= MAX_PINGS, f"{len(self.pings)} pings, limit {MAX_PINGS}")
+        _require(len(self.relays) <= MAX_RELAYS * self.is_relayed, f"{len(self.relays)} relays, limit {MAX_RELAYS}")
+        _require(all(map(is_peer_id, self.relays)), f"relays {self.relays}")
         _require(all(0.0 <= ping.rtt_s <= MAX_TIME_S for ping in self.pings), f"pings {self.pings}")
         _require(0.1 <= self.period_s <= MAX_PERIOD_S, f"period_s {self.period_s}, range 0.1..{MAX_PERIOD_S:g}")
         _require(math.isfinite(self.expires_at) and self.expires_at >= 0, f"expires_at {self.expires_at}")
@@ -160,6 +166,8 @@ class ServerRecord:
         if self.place is not None:
             ticks = (_ticks(value) for value in (*self.place.position, self.place.height_s))
             parts.append(_place.pack(*ticks, round(self.place.error * 255)))
+        if self.is_relayed:
+            parts += (bytes([len(self.relays)]), *map(key_of, self.relays))
         parts.append(bytes([len(self.pings)]))
         parts += (_ping.pack(ping.tag, _ticks(ping.rtt_s)) for ping in self.pings)
         for text in (self.quantization, self.dtype, self.public_name, self.version):
@@ -184,6 +192,7 @@ class ServerRecord:
             if end > num_blocks:
                 raise InvalidRequest(f"blocks {start}:{end}, the model has 0:{num_blocks}")
             place, position = _read_place(data, _head.size) if flags & _PLACED else (None, _head.size)
+            relays, position = _read_relays(data, position) if flags & _RELAYED else ((), position)
             pings, position = _read_pings(data, position)
             (quantization, dtype, public_name, version), rest = _read_texts(data[position:])
             return cls(
@@ -198,6 +207,7 @@ class ServerRecord:
                 queue_s=_seconds(queue),
                 kv_free_tokens=kv_free_tokens,
                 is_relayed=bool(flags & _RELAYED),
+                relays=relays,
                 place=place,
                 pings=pings,
                 quantization=quantization,
@@ -253,7 +263,7 @@ class Registry:
         keys = [shard_key(model, shard) for shard in shards]
         found = await self._node.dht_get_many(keys)
         now = time.time()
-        return [
+        records = [
             [
                 record
                 for record in read_shard(found[key], model=model, shard=shard, num_blocks=num_blocks)
@@ -261,6 +271,9 @@ class Registry:
             ]
             for shard, key in zip(shards, keys, strict=True)
         ]
+        for record in (it for shard in records for it in shard):
+            self._node.relays.learn(record.peer_id, record.relays)
+        return records
 
 
 def read_shard(
@@ -304,6 +317,16 @@ def _read_place(data: bytes, position: int) -> tuple[Place, int]:
     x, y, z, height, error = _place.unpack_from(data, position)
     place = Place(position=(_seconds(x), _seconds(y), _seconds(z)), height_s=_seconds(height), error=error / 255)
     return place, position + _place.size
+
+
+def _read_relays(data: bytes, position: int) -> tuple[tuple[str, ...], int]:
+    if position >= len(data) or data[position] > MAX_RELAYS:
+        raise InvalidRequest(f"cut short, or more than {MAX_RELAYS} relays")
+    starts = range(position + 1, position + 1 + data[position] * KEY_BYTES, KEY_BYTES)
+    keys = [data[start : start + KEY_BYTES] for start in starts]
+    if any(len(key) != KEY_BYTES for key in keys):
+        raise InvalidRequest("cut short")
+    return tuple(map(peer_id_of, keys)), position + 1 + len(keys) * KEY_BYTES
 
 
 def _read_pings(data: bytes, position: int) -> tuple[tuple[Ping, ...], int]:

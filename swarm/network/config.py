@@ -25,11 +25,10 @@ class NodeConfig:
         announce: addresses to announce in place of those found: hosts (then with our port) or multiaddrs.
         client_mode: accept no connections and store nothing for others.
         nat_port_map: ask the router for a port (UPnP, NAT-PMP).
-        use_relays: be reachable through the initial peers when nobody can connect to us.
         startup_timeout_s: deadline for the daemon, in seconds.
         join_timeout_s: deadline for the first initial peer to answer, in seconds.
         credentials: our invitation into a private swarm; None is an open one. In a private swarm initial peers may be
-            given without a peer id, `announce` takes IP addresses, and relays and port mapping are not used.
+            given without a peer id, `announce` takes IP addresses, and port mapping is not used.
         state_dir: where a member keeps what it has heard of revocations; None for the cache directory.
     """
 
@@ -41,7 +40,6 @@ class NodeConfig:
     announce: tuple[str, ...] = ()
     client_mode: bool = False
     nat_port_map: bool = False
-    use_relays: bool = False
     startup_timeout_s: float = 30.0
     join_timeout_s: float = 10.0
     credentials: Credentials | None = None

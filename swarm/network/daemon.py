@@ -38,7 +38,6 @@ class DaemonSettings:
         identity_path: identity file in libp2p's format.
         listen: multiaddrs to listen on; empty for a client that accepts no connections.
         announce: multiaddrs to announce in place of those found.
-        trusted_relays: multiaddrs of relays through which a peer behind a NAT can be reached; empty for none.
         nat_port_map: ask the router for a port by UPnP or NAT-PMP.
         max_message_bytes: largest unary message.
     """
@@ -47,7 +46,6 @@ class DaemonSettings:
     identity_path: Path
     listen: tuple[str, ...]
     announce: tuple[str, ...] = ()
-    trusted_relays: tuple[str, ...] = ()
     nat_port_map: bool = False
     max_message_bytes: int = 16 << 20
 
@@ -74,11 +72,11 @@ class DaemonSettings:
             "persistentConnMaxMsgSize": self.max_message_bytes,
             "natPortMap": int(self.nat_port_map),
             "tls": 1,
-            "autonat": 1,
+            "autonat": 0,
             "connManager": 1,
-            "relay": 1,
+            "relay": 0,
             "relayDiscovery": 0,
-            "autoRelay": int(bool(self.trusted_relays)),
+            "autoRelay": 0,
             "idleTimeout": "30s",
             **(
                 {"hostAddrs": ",".join(self.listen), "dhtServer": 1}
@@ -88,8 +86,6 @@ class DaemonSettings:
         }
         if self.announce:
             options["announceAddrs"] = ",".join(self.announce)
-        if self.trusted_relays:
-            options["trustedRelays"] = ",".join(self.trusted_relays)
         return [str(P2PD_PATH), *(f"-{name}={value}" for name, value in options.items())]
 
 

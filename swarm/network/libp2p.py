@@ -37,7 +37,7 @@ class Libp2p:
     """One process's libp2p daemon.
 
     Args:
-        config: where to listen, whom to use as relays.
+        config: where to listen.
         identity: who we are.
     """
 
@@ -58,7 +58,6 @@ class Libp2p:
             identity_path=directory / "identity.key",
             listen=listen,
             announce=announce,
-            trusted_relays=config.initial_peers if config.use_relays else (),
             nat_port_map=config.nat_port_map,
             max_message_bytes=MAX_UNARY_BYTES,
         )

@@ -25,6 +25,7 @@ from swarm.network.dialler import is_private
 from swarm.network.hive import PeerID
 from swarm.network.libp2p import Libp2p
 from swarm.network.members import MemberNetwork
+from swarm.network.relay_book import RelayBook
 from swarm.network.tasks import TaskSet
 from swarm.network.underlay import Expelled, StreamFactory
 from swarm.private.certificates import Member
@@ -51,6 +52,8 @@ class Node:
     def __init__(self, config: NodeConfig, identity: Identity, underlay: Libp2p | MemberNetwork) -> None:
         self.config = config
         self.identity = identity
+        self.relays = RelayBook()
+        """Through whom peers are reached that nobody can connect to, as far as we have heard."""
         self._underlay = underlay
         self._initial_peers = tuple(
             PeerAddress.parse(text, is_private=underlay.is_private) for text in _initial_peers(config)

@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
 
     Args:
         owner: is told of new streams and of the end.
-        carrier: "direct" or "p2p".
+        carrier: "direct", "relay" or "p2p".
         make_mux: makes the protocol state for a given time.
         limits: timeouts and sizes.
         peer_id: the authenticated peer; empty until its ticket is seen.
@@ -144,6 +144,14 @@ class Connection(asyncio.Protocol):
     def num_peer_streams(self) -> int:
         """Streams that the peer has opened, as far as its frames have been looked at."""
         return sum(not self._mux.is_ours(stream_id) for stream_id in self._streams)
+
+    @property
+    def remote_host(self) -> str | None:
+        """The address at the other end of a direct connection."""
+        if self.carrier != "direct" or self._transport is None:
+            return None
+        name = self._transport.get_extra_info("peername")
+        return str(name[0]) if name else None
 
     @property
     def transport(self) -> asyncio.Transport:

@@ -178,12 +178,46 @@ async def _dial_host(
             server_hostname="swarm",
             ssl_handshake_timeout=timeout_s,
         )
-    presented = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    if presented is None or not secrets.compare_digest(hashlib.sha256(presented).digest(), offer.fingerprint):
-        transport.abort()
-        raise PeerUnreachable("another certificate than the peer's")
+    check_certificate(transport, offer.fingerprint)
     transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return transport, protocol
+
+
+async def reach(host: str, port: int, *, timeout_s: float, fingerprint: bytes | None = None) -> None:
+    """Whether a port of an address takes connections; with a `fingerprint`, whether that certificate is there.
+
+    Raises:
+        PeerUnreachable: why not.
+    """
+    is_tls = fingerprint is not None
+    try:
+        async with asyncio.timeout(timeout_s):
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                asyncio.Protocol,
+                host,
+                port,
+                ssl=trusting_context() if is_tls else None,
+                server_hostname="swarm" if is_tls else None,
+            )
+    except (OSError, TimeoutError) as error:
+        raise PeerUnreachable(f"no connection to {host} port {port}: {error or type(error).__name__}") from error
+    try:
+        if fingerprint is not None:
+            check_certificate(transport, fingerprint)
+    finally:
+        transport.abort()
+
+
+def check_certificate(transport: asyncio.Transport, fingerprint: bytes) -> None:
+    """Whether a connection has shown the certificate that it had to; it is ended otherwise.
+
+    Raises:
+        PeerUnreachable: it has not.
+    """
+    presented = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    if presented is None or not secrets.compare_digest(hashlib.sha256(presented).digest(), fingerprint):
+        transport.abort()
+        raise PeerUnreachable("another certificate than the peer's")
 
 
 def _check_offer(offer: Offer, peer_id: str) -> Sequence[str]:

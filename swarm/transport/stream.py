@@ -49,7 +49,7 @@ class Stream:
 
     @property
     def carrier(self) -> str:
-        """ "direct" or "p2p"."""
+        """ "direct", "relay" or "p2p"."""
         return self._connection.carrier
 
     @property
@@ -146,6 +146,19 @@ class Stream:
     def __repr__(self) -> str:
         state = "failed" if self._failure else "closed" if self._is_closed else "open"
         return f"<Stream {self.service} {self.carrier} {self.peer_id[-8:]} | {state} | {len(self._inbox)} waiting>"
+
+    def open_back(self, service: str) -> "Stream":
+        """Open a stream to a service of the same peer, over the same connection.
+
+        Raises:
+            PeerDisconnected: when the connection is over.
+        """
+        return self._connection.open_stream(service)
+
+    @property
+    def remote_host(self) -> str | None:
+        """The IP address that the peer's packets come from; None where something carries them that doesn't say."""
+        return self._connection.remote_host
 
     # --- called by the connection ---
 

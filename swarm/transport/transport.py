@@ -1,8 +1,9 @@
-"""Message streams to peers: over a direct TLS connection where there is a way, else over a p2p stream.
+"""Message streams to peers: over a direct TLS connection where there is a way, else over a p2p stream or a relay.
 
     open(peer, service) --> a live connection, or dial --> Connection.open_stream --> Stream
         dial direct: ask for an offer over p2p --> direct.dial --> HELLO with the ticket
         dial p2p:    Node.open_stream_protocol --> HELLO
+        dial relay:  for a peer that nobody can connect to: it connects to us, or Detours --> HELLO with the ticket
     incoming connection --HELLO--> known peer --OPEN--> serve()'s handler(stream), one supervised task each
 
 One connection carries all streams of a peer, in both directions. This module knows nothing of models, blocks or
@@ -32,9 +33,11 @@ from swarm.errors import (
 from swarm.network import Node
 from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
-from swarm.protocol import PROTOCOL_VERSION, Message
+from swarm.protocol import CIRCUIT_SERVICE, PROTOCOL_VERSION, RELAY_SERVICE, Message
 from swarm.rates import Rates
+from swarm.transport.circuits import Circuits, Redeem
 from swarm.transport.connection import Connection
+from swarm.transport.detours import Detours
 from swarm.transport.direct import DirectListener, dial
 from swarm.transport.frames import MAX_SERVICE_BYTES
 from swarm.transport.limits import Budget, Limits, Traffic
@@ -47,7 +50,7 @@ from swarm.transport.stream import EndOfStream, Stream
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Stream], Awaitable[None]]
-Carrier = Literal["auto", "direct", "p2p"]
+Carrier = Literal["auto", "direct", "p2p", "relay"]
 
 MUX_STREAM = "/swarm/mux"
 """Name of the p2p stream that carries frames."""
@@ -79,6 +82,8 @@ class Transport:
         self.limits = limits or Limits()
         self.node = node
         self.traffic = Traffic()
+        self.is_reachable = False
+        """Whether others are known to be able to connect to us: then peers that can't be reached are asked to."""
         self._version = version
         self._listen = None if node.is_private else listen
         self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
@@ -89,6 +94,15 @@ class Transport:
         self._stopped: dict[str, SwarmError] = {}
         """Services that are served no more, and why."""
         self._reachability = Reachability()
+        self._is_relay: Callable[[str], bool] = lambda peer_id: False
+        self._circuits = Circuits(
+            node.identity,
+            is_relay=lambda peer_id: self._is_relay(peer_id),
+            accept=lambda redeem: self._accept("relay", "", redeem),
+            dial=lambda peer_id: self._dial_once(peer_id, "direct", DIRECT_TIMEOUT_S),
+            timeout_s=self.limits.hello_timeout_s,
+        )
+        self._detours = Detours(self._circuits, open_relay=self._open_relay, distance_s=self._distance_s)
         self._connections: set[Connection] = set()
         self._leaving: weakref.WeakSet[Connection] = weakref.WeakSet()  # over, but perhaps not let go by the peer yet
         self._by_peer: dict[str, list[Connection]] = {}
@@ -101,6 +115,12 @@ class Transport:
         self._listener: DirectListener | None = None
         self._tasks = TaskSet()
         self._is_closed = False
+        self._makers = {
+            "direct": self._dial_direct,
+            "p2p": self._dial_p2p,
+            "relay": self._dial_relay,
+            "call-back": self._wait_for_call,
+        }
 
     async def start(self) -> None:
         """Listen for direct connections and p2p streams.
@@ -110,7 +130,7 @@ class Transport:
         """
         if self._listen is not None:
             listener = DirectListener(
-                lambda: self._accept("direct", ""),
+                lambda: self._accept("direct", "", lambda ticket: self._desk.redeem(ticket)),
                 may_accept=self._make_room,
                 handshake_timeout_s=self.limits.hello_timeout_s,
                 max_handshakes=self.limits.max_pending_connections,
@@ -155,7 +175,7 @@ class Transport:
 
         Args:
             timeout_s: deadline for the connection, in seconds. That the service is missing shows at `receive`.
-            carrier: "direct", "p2p", or whichever works, direct ones first.
+            carrier: "direct", "p2p", "relay", or whichever works, direct ones first.
 
         Raises:
             PeerUnreachable, PeerTimeout, PeerBusy: no connection. ProtocolMismatch: the peer speaks another version.
@@ -201,8 +221,27 @@ class Transport:
         return self._listener.port if self._listener is not None else None
 
     @property
+    def fingerprint(self) -> bytes | None:
+        """SHA-256 of the certificate that is shown there."""
+        return self._listener.certificate.fingerprint if self._listener is not None else None
+
+    @property
+    def peer_id(self) -> str:
+        """Our base58 identity."""
+        return self.node.peer_id
+
+    def take_circuits(self, is_relay: Callable[[str], bool]) -> None:
+        """Take connections that come through relays.
+
+        Args:
+            is_relay: whether a peer is one that we have asked to be our relay.
+        """
+        self._is_relay = is_relay
+        self.serve(CIRCUIT_SERVICE, self._circuits.answer)
+
+    @property
     def num_connections(self) -> int:
-        """Connections of both carriers."""
+        """Connections of all carriers."""
         return len(self._connections)
 
     async def close(self) -> None:
@@ -213,6 +252,7 @@ class Transport:
         if self._listener is not None:
             await self._listener.close()
         await self._tasks.close()
+        await self._circuits.close()
         for connection in list(self._connections):
             connection.close(PeerDisconnected(f"{self.node.peer_id} is shutting down"))
         await asyncio.gather(*(connection.wait_gone() for connection in list(self._leaving)))
@@ -229,13 +269,17 @@ class Transport:
 
     # --- making connections ---
 
-    async def _connect(self, peer_id: str, carrier: Carrier, timeout_s: float) -> Connection:
+    async def _connect(
+        self, peer_id: str, carrier: Carrier, timeout_s: float, *, may_detour: bool = True
+    ) -> Connection:
         if peer_id == self.node.peer_id:
             raise InvalidRequest("a peer does not connect to itself")
-        if carrier != "p2p" and (connection := self._live(peer_id, "direct")) is not None:
+        if carrier in ("auto", "direct") and (connection := self._live(peer_id, "direct")) is not None:
             return connection
         if carrier == "direct":
             return await self._dial_once(peer_id, "direct", timeout_s)
+        if carrier == "relay" or (carrier == "auto" and may_detour and self.node.relays.of(peer_id)):
+            return await self._connect_around(peer_id, carrier, timeout_s)
         connection = self._live(peer_id, "p2p")
         if carrier == "auto" and not self.node.is_private and self._reachability.should_try(peer_id, self._now):
             if connection is None:
@@ -243,6 +287,29 @@ class Transport:
             elif peer_id not in self._probing:  # nobody waits while there is a connection: later streams will profit
                 self._tasks.spawn(self._probe_direct(peer_id), name=f"probe of {peer_id}")
         return connection or await self._dial_once(peer_id, "p2p", timeout_s)
+
+    async def _connect_around(self, peer_id: str, carrier: Carrier, timeout_s: float) -> Connection:
+        """A connection to a peer that nobody can connect to."""
+        if carrier == "auto":
+            for kind in ("p2p", "relay"):
+                if (connection := self._live(peer_id, kind)) is not None:
+                    return connection
+            if self.is_reachable and self._reachability.should_try(peer_id, self._now):
+                try:
+                    return await self._dial_once(peer_id, "call-back", min(timeout_s / 2, DIRECT_TIMEOUT_S))
+                except PeerError as error:
+                    self._reachability.failed(peer_id, self._now)
+                    log.debug("%s does not connect to us: %s", peer_id, error)
+        return await self._dial_once(peer_id, "relay", timeout_s)
+
+    async def _open_relay(self, relay_id: str, timeout_s: float) -> Stream:
+        """A stream to a relay, which must be there without another one."""
+        connection = await self._connect(relay_id, "auto", timeout_s, may_detour=False)
+        return connection.open_stream(RELAY_SERVICE)
+
+    def _distance_s(self, peer_id: str) -> float:
+        connections = [it for it in self._by_peer.get(peer_id, ()) if it.is_greeted and not it.is_closed]
+        return min((it.rtt_s or 0.0 for it in connections), default=float("inf"))
 
     async def _try_direct(self, peer_id: str, timeout_s: float) -> Connection | None:
         """A direct connection, or None; failures are remembered."""
@@ -269,8 +336,7 @@ class Transport:
             async with asyncio.timeout(timeout_s), lock:
                 connection = self._live(peer_id, carrier)
                 if connection is None:
-                    make = self._dial_direct if carrier == "direct" else self._dial_p2p
-                    connection = await make(peer_id, timeout_s)
+                    connection = await self._makers[carrier](peer_id, timeout_s)
                 return connection
         except TimeoutError as error:
             raise PeerTimeout(
@@ -311,6 +377,30 @@ class Transport:
             raise
         return await self._greet(connection)
 
+    async def _dial_relay(self, peer_id: str, timeout_s: float) -> Connection:
+        made: list[Connection] = []
+
+        def make_protocol(ticket: bytes) -> Connection:
+            made.append(self._make_connection("relay", peer_id, is_dialler=True, ticket=ticket))
+            return made[-1]
+
+        try:
+            await self._detours.dial(peer_id, self.node.relays.of(peer_id), make_protocol, timeout_s=timeout_s)
+        except BaseException:
+            for connection in made:
+                connection.close(PeerDisconnected("not needed"))
+            raise
+        return await self._greet(made[-1])
+
+    async def _wait_for_call(self, peer_id: str, timeout_s: float) -> Connection:
+        """Have a peer connect to us."""
+        await self._detours.call_back(peer_id, self.node.relays.of(peer_id), timeout_s=timeout_s)
+        connection = self._live(peer_id, "direct")
+        if connection is None:
+            raise PeerUnreachable(f"{peer_id} says that it has connected to us, but has not", peer_id=peer_id)
+        self._reachability.succeeded(peer_id)
+        return connection
+
     async def _greet(self, connection: Connection) -> Connection:
         """Exchange HELLOs on a connection that we made."""
         if self._is_closed:  # while it was being made
@@ -347,8 +437,8 @@ class Transport:
 
     # --- taking connections ---
 
-    def _accept(self, carrier: str, peer_id: str) -> Connection:
-        connection = _Accepted(self, carrier, peer_id, has_room=self._make_room(peer_id))
+    def _accept(self, carrier: str, peer_id: str, redeem: Redeem | None = None) -> Connection:
+        connection = _Accepted(self, carrier, peer_id, redeem, has_room=self._make_room(peer_id))
         self._connections.add(connection)
         return connection
 
@@ -379,11 +469,11 @@ class Transport:
             connection.close(error)
 
     def on_greeted(self, connection: Connection, ticket: bytes) -> None:
-        """A peer has said HELLO: on a direct connection its ticket tells who it is."""
+        """A peer has said HELLO: unless that is known, its ticket tells who it is."""
         if not isinstance(connection, _Accepted):
             return
-        if connection.carrier == "direct":
-            owner = self._desk.redeem(ticket)
+        if connection.redeem is not None:
+            owner = connection.redeem(ticket)
             if owner is None:
                 raise PeerMisbehaved("HELLO with a ticket that is unknown, used or expired")
             connection.peer_id = owner
@@ -461,11 +551,13 @@ class _Accepted(Connection):
 
     is_ours = False
 
-    def __init__(self, owner: Transport, carrier: str, peer_id: str, *, has_room: bool) -> None:
+    def __init__(self, owner: Transport, carrier: str, peer_id: str, redeem: Redeem | None, *, has_room: bool) -> None:
         def make_mux(now: float) -> Mux:
             return Mux(is_dialler=False, limits=owner.limits, now=now, budget=owner._budget, version=owner._version)
 
         super().__init__(owner, carrier, make_mux, owner.limits, peer_id=peer_id)
+        self.redeem = redeem
+        """Who a ticket proves the peer to be; None where that is known."""
         self._has_room = has_room
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from swarm.adapters.notes import MAX_NOTES, AdapterNote
 from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerMisbehaved
-from swarm.identity import Identity
+from swarm.identity import Identity, peer_id_of
 from swarm.network import Node, NodeConfig
+from swarm.network.relay_book import RelayBook
 from swarm.registry import (
     MAX_PINGS,
     MAX_RECORD_BYTES,
+    MAX_RELAYS,
     Ping,
     Registry,
     ServerRecord,
@@ -54,7 +56,8 @@ times = st.integers(0, 65535).map(lambda ticks: ticks / 10_000)
 axes = st.integers(-30_000, 30_000).map(lambda ticks: ticks / 10_000)
 shares = st.integers(0, 255).map(lambda part: part / 255)
 records = st.builds(
-    ServerRecord,
+    lambda relays, **fields: ServerRecord(is_relayed=relays is not None, relays=relays or (), **fields),
+    relays=st.none() | st.lists(st.binary(min_size=32, max_size=32).map(peer_id_of), max_size=MAX_RELAYS).map(tuple),
     peer_id=st.just(PEER),
     model=st.just(MODEL),
     blocks=st.tuples(st.integers(0, 4000), st.integers(1, 96)).map(lambda pair: BlockRange(pair[0], sum(pair))),
@@ -65,7 +68,6 @@ records = st.builds(
     load=shares,
     queue_s=times,
     kv_free_tokens=st.integers(0, (1 << 32) - 1),
-    is_relayed=st.booleans(),
     place=st.none() | st.builds(Place, position=st.tuples(axes, axes, axes), height_s=axes.map(abs), error=shares),
     pings=st.lists(st.builds(Ping, tag=st.integers(0, (1 << 32) - 1), rtt_s=times), max_size=MAX_PINGS).map(tuple),
     quantization=names,
@@ -96,7 +98,7 @@ def test_a_record_survives_the_wire(record: ServerRecord):
     """Every valid record is read back as it was written, and is small."""
     data = record.encode()
     assert decode(data) == record
-    assert len(data) <= 47 + 6 * MAX_PINGS + 4 * 33 + 5 * MAX_NOTES <= MAX_RECORD_BYTES
+    assert len(data) <= 48 + 6 * MAX_PINGS + 32 * MAX_RELAYS + 4 * 33 + 5 * MAX_NOTES <= MAX_RECORD_BYTES
 
 
 def test_a_usual_record_is_compact():
@@ -188,7 +190,7 @@ class FakeNode:
     """A node whose DHT is a dictionary."""
 
     def __init__(self, identity: Identity, table: dict[str, dict[str, bytes]]):
-        self.peer_id, self.table = identity.peer_id, table
+        self.peer_id, self.table, self.relays = identity.peer_id, table, RelayBook()
 
     async def dht_store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         self.table.setdefault(key, {})[subkey] = value

@@ -1,0 +1,398 @@
+"""Peers that nobody can connect to: through relays that know nothing, or by connecting to who asks; real nodes."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerMisbehaved, PeerUnreachable
+from swarm.network import Node, NodeConfig
+from swarm.network.daemon import claim_port
+from swarm.network.relay_book import RelayBook
+from swarm.protocol import (
+    CIRCUIT_SERVICE,
+    DIAL_BACK_SERVICE,
+    RELAY_SERVICE,
+    CircuitBytes,
+    CircuitOpened,
+    DialBack,
+    DialedBack,
+    InfoRequest,
+    Message,
+    OpenCircuit,
+    Reserve,
+)
+from swarm.transport import EndOfStream, Stream, Transport
+from swarm.transport.dial_back import DIALS, DialBackDesk, Verdict, ask_around
+from swarm.transport.relay import RelayDesk, RelayLimits
+from swarm.transport.reservations import Reservations
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+SECRET = b"what nobody else is to see" * 8
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def nodes() -> AsyncIterator[list[Node]]:
+    """Two that can be reached, and two that can't and know both."""
+    async with AsyncExitStack() as stack:
+        start: Callable[..., Awaitable[Node]] = lambda **options: Node.start(NodeConfig(host="127.0.0.1", **options))  # noqa: E731
+        first = await stack.enter_async_context(await start())
+        second = await stack.enter_async_context(await start(initial_peers=first.addresses))
+        peers = first.addresses + second.addresses
+        hidden = [await stack.enter_async_context(await start(client_mode=True, initial_peers=peers)) for _ in "ab"]
+        yield [first, second, *hidden]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def swarm(nodes: list[Node]) -> AsyncIterator[SimpleNamespace]:
+    """Two relays; a target that is relayed by both, and serves an echo; a dialler that nobody can connect to either."""
+    async with AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(Transport(node, listen=("127.0.0.1", 0))) for node in nodes[:2]]
+        target, dialler = [await stack.enter_async_context(Transport(node)) for node in nodes[2:]]
+        desks = [RelayDesk(RelayLimits()) for _ in relays]
+        for relay, desk in zip(relays, desks, strict=True):
+            relay.serve(RELAY_SERVICE, desk.serve)
+        found: list[str] = [relay.peer_id for relay in relays]
+
+        async def candidates() -> list[str]:
+            return found
+
+        seen: list[str] = []
+
+        async def echo(stream: Stream) -> None:
+            seen.append(stream.peer_id)
+            while True:
+                message, body = await stream.receive()
+                await stream.send(message, body)
+
+        target.serve("echo", echo)
+        reservations = Reservations(target, candidates)
+        stack.push_async_callback(reservations.close)
+        assert await reservations.start(10.0)
+        learn(nodes, target.peer_id, tuple(found))
+        yield SimpleNamespace(
+            relays=relays,
+            desks=desks,
+            target=target,
+            dialler=dialler,
+            reservations=reservations,
+            seen=seen,
+            found=found,
+        )
+    for node in nodes:
+        node.relays = RelayBook()
+
+
+def learn(nodes: list[Node], peer_id: str, relays: tuple[str, ...]) -> None:
+    """All have read the record."""
+    for node in nodes:
+        node.relays.learn(peer_id, relays)
+
+
+async def echoed(transport: Transport, peer_id: str, body: bytes = SECRET, carrier: Any = "auto") -> str:
+    """Send something to the echo and get it back; over which carrier."""
+    async with await transport.open(peer_id, "echo", timeout_s=10, carrier=carrier) as stream:
+        await stream.send(InfoRequest(), body)
+        assert (await stream.receive(10))[1] == body
+        return stream.carrier
+
+
+async def test_messages_pass_a_relay_unchanged_and_both_ends_know_each_other(swarm: SimpleNamespace):
+    """Small and large ones, both ways, over one connection; the target knows who asks though a relay asked it."""
+    for size in (0, 1000, 3_000_000):
+        assert await echoed(swarm.dialler, swarm.target.peer_id, os.urandom(size)) == "relay"
+    assert swarm.seen == [swarm.dialler.peer_id] * 3
+    assert sum(desk.num_circuits for desk in swarm.desks) == 1
+    assert sum(desk.num_bytes for desk in swarm.desks) > 6_000_000
+    assert swarm.dialler.rtt_s(swarm.target.peer_id) is None or swarm.dialler.rtt_s(swarm.target.peer_id) > 0
+
+
+async def test_both_relays_are_kept_and_a_lost_one_is_replaced_by_the_other(swarm: SimpleNamespace):
+    """The target says so when one ends; the dialler goes on through the one that is left."""
+    while len(swarm.reservations.relays) < 2:
+        await changed(swarm.reservations)
+    swarm.found.pop(0)
+    lost = swarm.relays[0]
+    telling = asyncio.ensure_future(changed(swarm.reservations))
+    await lost.stop_serving(RELAY_SERVICE, PeerUnreachable("gone"))
+    await telling
+    assert swarm.reservations.relays == (swarm.relays[1].peer_id,)
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+
+
+async def changed(reservations: Reservations) -> None:
+    """Wait until relays have changed."""
+    event = asyncio.Event()
+    reservations.on_change = event.set
+    await asyncio.wait_for(event.wait(), 10)
+
+
+async def test_a_relayed_connection_ends_with_its_reservation(swarm: SimpleNamespace):
+    """Whoever waits for an answer learns that it will not come."""
+    async with await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=10) as stream:
+        await stream.send(InfoRequest())
+        await stream.receive(10)
+        await swarm.reservations.close()
+        await swarm.target.stop_serving(CIRCUIT_SERVICE, PeerUnreachable("leaves"))
+        with pytest.raises(PeerError):
+            await stream.receive(10)
+    assert sum(desk.num_reservations for desk in swarm.desks) == 0
+    with pytest.raises(PeerUnreachable, match="not relayed here"):
+        await echoed(swarm.dialler, swarm.target.peer_id)
+
+
+async def test_who_can_be_reached_is_connected_to_in_place_of_a_relay(swarm: SimpleNamespace):
+    """The relay only asks the target to; so all bytes go directly."""
+    asking = swarm.relays[1]
+    await held(swarm)
+    swarm.found.remove(asking.peer_id)
+    await asking.stop_serving(RELAY_SERVICE, PeerUnreachable("no relay any more"))
+    for connection in list(asking._by_peer.get(swarm.target.peer_id, ())):
+        connection.close(PeerDisconnected("nobody needs it"))
+    asking.is_reachable = True
+    assert await echoed(asking, swarm.target.peer_id) == "direct"
+    assert swarm.desks[0].num_bytes == 0 and swarm.seen == [asking.peer_id]
+    asking.is_reachable = False
+    for connection in list(asking._by_peer[swarm.target.peer_id]):
+        connection.close(PeerDisconnected("nobody needs it"))
+    assert await echoed(asking, swarm.target.peer_id) == "relay"
+
+
+async def test_records_that_lead_in_circles_end_in_an_error(swarm: SimpleNamespace, nodes: list[Node]):
+    """A relay has to be reached without another relay."""
+    learn(nodes, "12D3KooWBad", (swarm.target.peer_id,))
+    learn(nodes, swarm.target.peer_id, ("12D3KooWBad",))
+    with pytest.raises(PeerUnreachable, match="no way to"):
+        await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=5)
+
+
+# -- relays that lie ------------------------------------------------------------------------------------------------
+
+
+async def through(swarm: SimpleNamespace, handler: Callable[[Stream, Stream], Awaitable[None]]) -> str:
+    """Ask for the echo through a relay that does this with the streams of dialler and target."""
+    desk = swarm.desks[0]
+
+    async def serve(stream: Stream) -> None:
+        message, _ = await stream.receive(5)
+        assert isinstance(message, OpenCircuit)
+        async with desk._reservations[swarm.target.peer_id].open_back(CIRCUIT_SERVICE) as other:
+            await handler(stream, other)
+
+    swarm.relays[0].serve(RELAY_SERVICE, serve)
+    learn([swarm.dialler.node], swarm.target.peer_id, (swarm.relays[0].peer_id,))
+    return await echoed(swarm.dialler, swarm.target.peer_id)
+
+
+async def carry(
+    near: Stream, far: Stream, change: Callable[[Message, bytes], bytes] = lambda message, body: body
+) -> None:
+    """Carry pieces both ways."""
+
+    async def one_way(source: Stream, sink: Stream) -> None:
+        while True:
+            message, body = await source.receive()
+            await sink.send(message, change(message, bytes(body)))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(one_way(near, far))
+        group.create_task(one_way(far, near))
+
+
+async def held(swarm: SimpleNamespace) -> None:
+    """Wait until the first relay has the reservation."""
+    while swarm.relays[0].peer_id not in swarm.reservations.relays:
+        await changed(swarm.reservations)
+
+
+async def test_a_relay_sees_nothing_of_what_it_carries(swarm: SimpleNamespace):
+    """Neither what is asked nor what is answered, though it is carried faithfully."""
+    await held(swarm)
+    carried: list[bytes] = []
+
+    async def watch(near: Stream, far: Stream) -> None:
+        await far.send(CircuitOpened(peer_id=near.peer_id, is_call_back=False))
+        with pytest.raises(BaseExceptionGroup):
+            await carry(near, far, lambda message, body: carried.append(body) or body)  # type: ignore[func-returns-value]
+
+    assert await through(swarm, watch) == "relay"
+    assert carried and SECRET[:16] not in b"".join(carried)
+
+
+async def test_a_relay_can_be_nobody_else(swarm: SimpleNamespace, nodes: list[Node]):
+    """It can't answer for the target, nor ask in the name of a third, nor change a byte."""
+    await held(swarm)
+
+    async def answer_itself(near: Stream, far: Stream) -> None:
+        await far.send(CircuitOpened(peer_id=nodes[1].peer_id, is_call_back=False))  # a greeting for somebody else
+        await carry(near, far)
+
+    with pytest.raises(PeerUnreachable, match="somebody else"):
+        await through(swarm, answer_itself)
+
+    async def pretend(near: Stream, far: Stream) -> None:
+        await far.send(CircuitOpened(peer_id=near.peer_id, is_call_back=False))
+        (greeting, _) = await far.receive(5)
+        forged = type(greeting)(
+            fingerprint=greeting.fingerprint,
+            nonce=bytes(32),
+            signature=greeting.signature,  # type: ignore[attr-defined]
+        )
+        await near.send(forged)
+        await carry(near, far)
+
+    with pytest.raises(PeerUnreachable, match="somebody else"):
+        await through(swarm, pretend)
+
+    async def change(near: Stream, far: Stream) -> None:
+        await far.send(CircuitOpened(peer_id=near.peer_id, is_call_back=False))
+        await carry(near, far, lambda message, body: body[:-1] + bytes([body[-1] ^ 1]) if len(body) > 600 else body)
+
+    with pytest.raises(PeerError):
+        await through(swarm, change)
+    assert swarm.seen == []
+
+
+async def test_a_ticket_proves_its_dialler_only(swarm: SimpleNamespace, nodes: list[Node]):
+    """A relay that names another peer as the dialler is refused by the target, even where it dials itself."""
+    await held(swarm)
+    victim, relay = nodes[1].peer_id, swarm.relays[0]
+    other = swarm.desks[0]._reservations[swarm.target.peer_id].open_back(CIRCUIT_SERVICE)
+    await other.send(CircuitOpened(peer_id=victim, is_call_back=False))
+    greeting, _ = await other.receive(5)
+    assert greeting.signature  # type: ignore[attr-defined]
+    made: list[Any] = []
+
+    class Opened:
+        """The stream of a circuit that is open already."""
+
+        peer_id = relay.peer_id
+        answers = [greeting]  # noqa: RUF012
+
+        async def send(self, message: Message, body: bytes = b"", timeout_s: float | None = None) -> None:
+            if isinstance(message, CircuitBytes):
+                await other.send(message, body)
+
+        async def receive(self, timeout_s: float | None = None) -> tuple[Message, Any]:
+            return (self.answers.pop(), b"") if self.answers else await other.receive(timeout_s)
+
+        async def close(self) -> None:
+            await other.close()
+
+    circuits = relay._circuits
+    circuits._answer_to = lambda greeting, target: nodes[0].identity.sign(b"as the victim")  # type: ignore[method-assign]
+
+    def make(ticket: bytes) -> Any:
+        made.append(relay._make_connection("relay", swarm.target.peer_id, is_dialler=True, ticket=ticket))
+        return made[-1]
+
+    await circuits.open(Opened(), swarm.target.peer_id, make)  # type: ignore[arg-type]
+    connection = await relay._greet(made[0])  # the target says HELLO before it has seen ours
+    stream = connection.open_stream("echo")
+    with pytest.raises(PeerMisbehaved, match="ticket"):
+        await stream.receive(5)
+    assert swarm.seen == []
+
+
+async def test_only_our_relays_open_circuits(swarm: SimpleNamespace):
+    """Somebody who is connected to us for another reason can't."""
+    stream = swarm.target._live(swarm.relays[0].peer_id, "direct") or swarm.relays[0]._live(
+        swarm.target.peer_id, "direct"
+    )
+    assert stream is not None
+    await swarm.reservations.close()
+    opened = swarm.relays[0]._live(swarm.target.peer_id, "direct").open_stream(CIRCUIT_SERVICE)
+    await opened.send(CircuitOpened(peer_id=swarm.dialler.peer_id, is_call_back=False))
+    with pytest.raises(InvalidRequest, match="no reservation"):
+        await opened.receive(5)
+
+
+# -- what a relay gives -----------------------------------------------------------------------------------------------
+
+
+async def test_room_for_circuits_and_reservations_is_bounded(swarm: SimpleNamespace):
+    """One peer gets a quarter of the circuits; who reserves beyond the limit is told to try later."""
+    desk = RelayDesk(RelayLimits(max_circuits=4, max_reservations=0))
+    swarm.relays[0].serve(RELAY_SERVICE, desk.serve)
+    desk._reservations = swarm.desks[0]._reservations
+    learn([swarm.dialler.node], swarm.target.peer_id, (swarm.relays[0].peer_id,))
+    await held(swarm)
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    stream = await swarm.dialler.open(swarm.relays[0].peer_id, RELAY_SERVICE, timeout_s=5)
+    await stream.send(OpenCircuit(peer_id=swarm.target.peer_id, is_call_back=False))
+    with pytest.raises(PeerBusy, match="no room for another circuit"):
+        await stream.receive(5)
+    stream = await swarm.dialler.open(swarm.relays[0].peer_id, RELAY_SERVICE, timeout_s=5)
+    await stream.send(Reserve())
+    with pytest.raises(PeerBusy, match="limit of 0 peers"):
+        await stream.receive(5)
+
+
+# -- whether others can connect to us -----------------------------------------------------------------------------
+
+
+async def asking(swarm: SimpleNamespace) -> tuple[Transport, int]:
+    """A peer that listens, its libp2p port, and another that tries to connect to it."""
+    swarm.relays[1].serve(DIAL_BACK_SERVICE, DialBackDesk().serve)
+    return swarm.relays[0], int(swarm.relays[0].node.addresses[0].split("/")[4])
+
+
+async def test_a_peer_learns_that_it_can_be_reached(swarm: SimpleNamespace):
+    """And under which address."""
+    transport, port = await asking(swarm)
+    verdict = await ask_around(transport, port, [swarm.relays[1].peer_id])
+    assert verdict == Verdict(is_reachable=True, host="127.0.0.1", num_answers=1)
+
+
+@pytest.mark.parametrize("fault", ["control port", "port", "certificate"])
+async def test_a_peer_learns_that_it_cannot_be_reached(swarm: SimpleNamespace, fault: str):
+    """Either port may be closed, or somebody else be behind it."""
+    transport, port = await asking(swarm)
+    free_port = claim_port("127.0.0.1", 0)
+    question = DialBack(
+        port=free_port if fault == "port" else transport.direct_port,
+        fingerprint=bytes(32) if fault == "certificate" else transport.fingerprint,
+        control_port=free_port if fault == "control port" else port,
+    )
+    call = transport.call(swarm.relays[1].peer_id, DIAL_BACK_SERVICE, question, timeout_s=5, carrier="direct")
+    assert await call == DialedBack(host="127.0.0.1", is_reachable=False)
+
+
+async def test_who_cannot_tell_says_nothing(swarm: SimpleNamespace, nodes: list[Node]):
+    """Peers that don't know the question, that are not there, and that can't see an address."""
+    transport, port = await asking(swarm)
+    assert await ask_around(transport, port, []) is None
+    assert await ask_around(transport, port, [nodes[2].peer_id]) is None
+    question = DialBack(port=1, fingerprint=bytes(32), control_port=1)
+    with pytest.raises(InvalidRequest, match="can't see"):
+        await transport.call(swarm.relays[1].peer_id, DIAL_BACK_SERVICE, question, timeout_s=5, carrier="p2p")
+    ask = partial(transport.call, swarm.relays[1].peer_id, DIAL_BACK_SERVICE, question, timeout_s=5, carrier="direct")
+    for _ in range(int(DIALS.burst)):
+        await ask()
+    with pytest.raises(PeerBusy, match="too often"):
+        await ask()
+
+
+async def test_a_stream_that_ends_early_is_an_error_not_a_hang(swarm: SimpleNamespace):
+    """A relay that closes the circuit at once, and one that talks nonsense."""
+    await held(swarm)
+
+    async def nothing(near: Stream, far: Stream) -> None:
+        await near.close()
+
+    with pytest.raises(PeerUnreachable, match="ended the circuit"):
+        await through(swarm, nothing)
+
+    async def nonsense(near: Stream, far: Stream) -> None:
+        await near.send(InfoRequest())
+        with pytest.raises(EndOfStream):
+            await near.receive(5)
+
+    with pytest.raises(PeerUnreachable, match="in place of CircuitGreeting"):
+        await through(swarm, nonsense)
