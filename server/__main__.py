@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from swarm import __version__, logs
 from swarm.command import HelpFormatter, exit_status, on_signals, program
 from swarm.errors import ConfigError
-from swarm.options import add_checkpoint, add_initial_peers, add_threads, require_at_least
+from swarm.options import (
+    MBIT_BYTES,
+    add_checkpoint,
+    add_initial_peers,
+    add_relay_rate,
+    add_threads,
+    check_relay_rate,
+    require_at_least,
+)
 from swarm.private.arguments import add_credentials, load_credentials
 from swarm.server.config import CacheSize, ServerConfig, parse_bytes
 from swarm.types import BlockRange
@@ -97,6 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
     add("--data-port", type=int, default=0, metavar="PORT", help="TCP port for direct connections; 0 picks a free one")
     add("--announce", nargs="+", default=(), metavar="ADDR", help="addresses to announce in place of those found")
+    add(
+        "--relay",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="be reached through other peers, which carry connections but can't read them; auto: if peers that are"
+        " asked at the start can't connect to us",
+    )
+    add_relay_rate(parser)
     add("--public-name", default="", metavar="NAME", help="name shown to others, at most 32 bytes")
     add(
         "--identity",
@@ -119,6 +135,9 @@ def _config(args: argparse.Namespace) -> ServerConfig:
     if not 0 <= args.drain_timeout <= MAX_DRAIN_S:
         raise ConfigError(f"--drain-timeout {args.drain_timeout:g}, range 0..{MAX_DRAIN_S:g} seconds")
     require_at_least(args, 1, "num_blocks")
+    check_relay_rate(args)
+    if args.relay == "always" and args.credentials:
+        raise ConfigError("--relay always has no meaning in a private swarm, which has no relays")
     if args.adapters and not parse_bytes(args.max_adapter_memory):
         raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(
@@ -133,6 +152,8 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         port=args.port,
         data_port=args.data_port,
         announce=tuple(args.announce),
+        relay=args.relay,
+        relayed_bytes_per_s=args.relay_rate * MBIT_BYTES,
         public_name=args.public_name,
         identity_path=args.identity,
         credentials=load_credentials(args),
@@ -193,7 +214,8 @@ async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") 
             joining.cancel()
             return
         await joining
-        screen.joined(server.node.addresses, server.plan, server.reason)
+        relays = server.reach.relays if server.reach.is_relayed else None
+        screen.joined(server.node.addresses, server.plan, server.reason, relays=relays)
         loading = asyncio.create_task(server.load(screen.loaded))
         if await _first(stop, loading):
             await server.leave()

@@ -3,11 +3,14 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from swarm.errors import ConfigError
 from swarm.private.credentials import Credentials
+from swarm.transport.relay import BYTES_PER_S
 from swarm.types import BlockRange
 
+RelayMode = Literal["auto", "always", "never"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -68,6 +71,10 @@ class ServerConfig:
     """TCP port of the direct data plane; 0 picks a free one."""
     announce: tuple[str, ...] = ()
     """Addresses to announce in place of those found."""
+    relay: RelayMode = "auto"
+    """Whether to be reached through other peers: auto asks some at start whether they can connect to us."""
+    relayed_bytes_per_s: float = BYTES_PER_S
+    """What may be carried to and from peers that nobody can connect to; 0 carries nothing."""
     credentials: Credentials | None = None
     """Our invitation into a private swarm; there, `port` carries everything and nothing is downloaded."""
     public_name: str = ""

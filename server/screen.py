@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from swarm.server.plan import Plan
     from swarm.server.server import Server
 
+NOBODY_CONNECTS = "nobody can connect to this machine; these peers carry connections to it, which they can't read:"
+
 
 class Screen:
     """Tells how a server's start goes.
@@ -37,17 +39,27 @@ class Screen:
         self._console = console or Console(highlight=False)
         self._progress: Progress | None = None
 
-    def joined(self, addresses: Sequence[str], plan: "Plan", reason: str = "") -> None:
-        """The network is up: where the server can be reached, what it will serve and why, what to type elsewhere."""
+    def joined(
+        self, addresses: Sequence[str], plan: "Plan", reason: str = "", *, relays: Sequence[str] | None = None
+    ) -> None:
+        """The network is up: where the server can be reached, what it will serve and why, what to type elsewhere.
+
+        Args:
+            addresses: its own; none where nobody can connect to it.
+            plan: what it will serve.
+            reason: why.
+            relays: who carries connections to it then.
+        """
         self._plan = plan
         if self._console.is_terminal:
-            self._greet(addresses)
+            self._greet(addresses, relays)
         else:
             checkpoint, plan = self._plan.checkpoint, self._plan
             self._line(f"{checkpoint.name} {checkpoint.digest[:12]}, blocks {plan.blocks} of 0:{plan.num_blocks}")
             if reason:
                 self._line(reason)
-            self._line("\n  ".join(["listening on", *addresses]))
+            heading = "listening on" if relays is None else NOBODY_CONNECTS
+            self._line("\n  ".join([heading, *(addresses if relays is None else relays)]))
             if (credentials := self._config.credentials) is not None:
                 self._line(f"private swarm {credentials.swarm}, as {credentials.member}")
             elif not self._config.initial_peers:
@@ -101,7 +113,7 @@ class Screen:
             self._progress.stop()
             self._progress = None
 
-    def _greet(self, addresses: Sequence[str]) -> None:
+    def _greet(self, addresses: Sequence[str], relays: Sequence[str] | None) -> None:
         checkpoint, plan = self._plan.checkpoint, self._plan
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
@@ -113,10 +125,14 @@ class Screen:
         if (credentials := self._config.credentials) is not None:
             table.add_row("private", f"{credentials.swarm}, as {credentials.member}")
         self._console.print(Panel.fit(table, title="swarm server", title_align="left", border_style="dim"))
-        self._say("It can be reached at", *addresses)
-        self._say("Another machine joins with", self._join_command(addresses[0]))
-        self._say("Ask it with", self._ask_command(addresses[0]))
-        self._say("See how the swarm is", f"{program('health')} --initial-peers {addresses[0]}")
+        if relays is None:
+            self._say("It can be reached at", *addresses)
+        else:
+            self._say(f"{NOBODY_CONNECTS[0].upper()}{NOBODY_CONNECTS[1:]}", *relays)
+        peer = (addresses or self._config.initial_peers)[0]
+        self._say("Another machine joins with", self._join_command(peer))
+        self._say("Ask it with", self._ask_command(peer))
+        self._say("See how the swarm is", f"{program('health')} --initial-peers {peer}")
 
     def _say(self, heading: str, *lines: str) -> None:
         """A heading, and lines that can be copied whole: the terminal may wrap them, we don't."""

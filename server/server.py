@@ -20,7 +20,8 @@ from swarm import __version__
 from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, announce_model, refuse_other_content
 from swarm.errors import ConfigError, PeerBusy, PeerError, SwarmError
-from swarm.network.node import Node, NodeConfig
+from swarm.network.node import Node
+from swarm.network.tasks import TaskSet
 from swarm.placement import Holding
 from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, STATE_SERVICE, TRAIN_SERVICE
 from swarm.registry import MAX_TIME_S, Registry, ServerRecord
@@ -35,8 +36,8 @@ from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.placing import Placing
 from swarm.server.plan import Plan
+from swarm.server.reach import Reach
 from swarm.server.training import TrainingDesk
-from swarm.transport import Transport
 from swarm.types import BlockRange, ServerState
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Server:
         self._blocks_before = plan.blocks
         self._was_settled = False
         self._on_moved: Callable[[], None] = lambda: None
+        self._tasks = TaskSet()
         self._stack = AsyncExitStack()
         self._serving = AsyncExitStack()
 
@@ -80,32 +82,21 @@ class Server:
 
         Raises:
             ConfigError: port in use, bad identity file or address, or not one block fits.
-            PeerUnreachable: none of the initial peers answers.
+            PeerUnreachable: none of the initial peers answers; or nobody can connect to us, and nobody relays.
             AccessDenied: the swarm is private, and we may not serve in it.
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
         config = self.config
         if config.metrics_port is not None:
             await self._serve_metrics(config.metrics_port)
-        self.node = await Node.start(
-            NodeConfig(
-                identity_path=config.identity_path,
-                initial_peers=config.initial_peers,
-                host=config.host,
-                port=config.port,
-                announce=config.announce,
-                credentials=config.credentials,
-            )
-        )
-        self._stack.push_async_callback(self.node.close)
-        self.transport = Transport(
-            self.node, listen=(config.host, config.data_port), announce_hosts=_hosts(config.announce) or None
-        )
-        await self.transport.start()
-        self._stack.push_async_callback(self.transport.close)
+        self.reach = Reach(config)
+        self._stack.push_async_callback(self.reach.close)
+        await self.reach.enter()
+        self.node, self.transport = self.reach.node, self.reach.transport
         self._registry = Registry(self.node)
         await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
         self._placing = Placing(self, self.transport, self._registry)
+        self.reach.follow(self._possible_relays, self._on_relays_changed)
         if self.plan.is_auto:
             blocks, self.reason = await self._placing.choose()
             self.plan = replace(self.plan, blocks=blocks)
@@ -371,6 +362,7 @@ class Server:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self._tasks.close()
         await self._serving.aclose()
         await self._stack.aclose()
 
@@ -381,6 +373,15 @@ class Server:
         if self.handler is not None:
             self.handler.relieve(self._placing.scout.replicas)
         await self._announce()
+
+    def _possible_relays(self) -> list[str]:
+        """Servers that can be reached."""
+        return [record.peer_id for record in self._placing.scout.others if not record.is_relayed]
+
+    def _on_relays_changed(self) -> None:
+        """Tell the swarm at once through whom we are reached."""
+        if self.state is not ServerState.OFFLINE:
+            self._tasks.spawn(self._announce(), name="announce relays")
 
     async def _announce(self) -> None:
         config, plan, facts, scout = self.config, self.plan, self._placing.facts, self._placing.scout
@@ -397,6 +398,8 @@ class Server:
             load=handler.load if handler is not None else 0.0,
             queue_s=min(handler.queue_s, MAX_TIME_S) if handler is not None else 0.0,
             kv_free_tokens=executor.free_tokens if executor is not None else 0,
+            is_relayed=self.reach.is_relayed,
+            relays=self.reach.relays,
             quantization=plan.quantization,
             dtype=str(plan.dtype).removeprefix("torch."),
             public_name=config.public_name,
@@ -414,8 +417,3 @@ class Server:
                 await announce_model(self.node, entry)
         except SwarmError as error:
             logger.warning("could not announce %s: %s", self.state.name, error)
-
-
-def _hosts(announce: tuple[str, ...]) -> tuple[str, ...]:
-    """The host parts of announced addresses ("1.2.3.4" or "/ip4/1.2.3.4/tcp/...")."""
-    return tuple(address.split("/")[2] if address.startswith("/") else address for address in announce)

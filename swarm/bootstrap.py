@@ -1,6 +1,6 @@
-"""`python -m swarm.bootstrap`: a peer that serves no blocks and helps others to find each other.
+"""`python -m swarm.bootstrap`: a peer that serves no blocks and helps others to find and to reach each other.
 
-arguments --> Node.start --> addresses, ONLINE --> (SIGTERM, SIGINT) --> close
+arguments --> Node.start, help_others --> addresses, ONLINE --> (SIGTERM, SIGINT) --> close
 """
 
 import argparse
@@ -11,18 +11,22 @@ from collections.abc import Sequence
 from swarm import logs
 from swarm.command import HelpFormatter, exit_status, on_signals, program
 from swarm.network import Node, NodeConfig
-from swarm.options import add_initial_peers
+from swarm.options import MBIT_BYTES, add_initial_peers, add_relay_rate, check_relay_rate
 from swarm.private.arguments import add_credentials, load_credentials
+from swarm.transport import Transport
+from swarm.transport.public import help_others
+from swarm.transport.relay import BYTES_PER_S
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 after a clean stop, 2 an error, 130 interrupted before."""
     args = build_parser().parse_args(argv)
     logs.configure(args)
-    return exit_status(lambda: _run(_config(args)))
+    return exit_status(lambda: _run(_config(args), args))
 
 
 def _config(args: argparse.Namespace) -> NodeConfig:
+    check_relay_rate(args)
     return NodeConfig(
         identity_path=args.identity,
         initial_peers=tuple(args.initial_peers),
@@ -34,8 +38,13 @@ def _config(args: argparse.Namespace) -> NodeConfig:
     )
 
 
-async def serve(config: NodeConfig) -> None:
-    """Be a peer until SIGTERM or SIGINT."""
+async def serve(config: NodeConfig, *, data_port: int = 0, relayed_bytes_per_s: float = BYTES_PER_S) -> None:
+    """Be a peer until SIGTERM or SIGINT.
+
+    Args:
+        data_port: TCP port for direct connections; 0 picks a free one.
+        relayed_bytes_per_s: what to carry for peers that nobody can connect to.
+    """
     stopped = asyncio.Event()
     with on_signals(stopped.set):
         start = asyncio.ensure_future(Node.start(config))
@@ -46,7 +55,8 @@ async def serve(config: NodeConfig) -> None:
             await asyncio.wait({start})
             return
         stop.cancel()
-        async with start.result() as node:
+        async with start.result() as node, Transport(node, listen=(config.host, data_port)) as transport:
+            help_others(transport, relayed_bytes_per_s=relayed_bytes_per_s)
             for address in node.addresses:
                 print(address, flush=True)
             print(f"ONLINE {node.peer_id}; others join with --initial-peers {node.addresses[0]}", flush=True)
@@ -68,13 +78,14 @@ async def _until(stopped: asyncio.Event, node: Node) -> None:
         node.check_access()
 
 
-def _run(config: NodeConfig) -> None:
+def _run(config: NodeConfig, args: argparse.Namespace) -> None:
+    serving = serve(config, data_port=args.data_port, relayed_bytes_per_s=args.relay_rate * MBIT_BYTES)
     try:
         import uvloop
     except ImportError:
-        asyncio.run(serve(config))
+        asyncio.run(serving)
     else:
-        uvloop.run(serve(config))
+        uvloop.run(serving)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, metavar="PORT", help="TCP port to listen on; 0 picks a free one")
     parser.add_argument(
+        "--data-port", type=int, default=0, metavar="PORT", help="TCP port for direct connections; 0 picks a free one"
+    )
+    parser.add_argument(
         "--identity", metavar="FILE", help="identity file, made when missing; without it, a new identity"
     )
     parser.add_argument(
@@ -98,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_initial_peers(parser, without="none: a new swarm begins")
     add_credentials(parser)
+    add_relay_rate(parser)
     parser.add_argument("--nat-port-map", action="store_true", help="ask the router for a port (UPnP, NAT-PMP)")
     logs.add_arguments(parser)
     return parser

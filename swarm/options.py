@@ -1,6 +1,6 @@
 """Options that several commands take, worded and checked alike.
 
-    add_initial_peers, add_checkpoint, add_threads (parser) ─► args ─► require_at_least(args, 1, "threads", ...)
+    add_initial_peers, add_checkpoint, add_threads, add_relay_rate (parser) ─► args ─► require_at_least, check_...
 
 Light, since parsers are built before anything else is imported. It doesn't know what commands do with them.
 """
@@ -8,8 +8,10 @@ Light, since parsers are built before anything else is imported. It doesn't know
 import argparse
 from pathlib import Path
 
-from swarm.errors import InvalidRequest
+from swarm.errors import ConfigError, InvalidRequest
 
+MBIT_BYTES = 1e6 / 8
+MAX_RELAY_RATE = 1e6
 MODEL = "embedded name, checkpoint directory or hub id (default: %(default)s)"
 """Help of whatever names a model."""
 
@@ -46,6 +48,27 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser, *, what: str = "the local part") -> None:
     """Add --threads: for `what`."""
     parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads for {what} (default: torch's choice)")
+
+
+def add_relay_rate(parser: argparse.ArgumentParser) -> None:
+    """Add --relay-rate, in Mbit/s."""
+    parser.add_argument(
+        "--relay-rate",
+        type=float,
+        default=100.0,
+        metavar="MBIT/S",
+        help="what to carry to and from servers that nobody can connect to; 0 carries nothing",
+    )
+
+
+def check_relay_rate(args: argparse.Namespace) -> None:
+    """Refuse rates that are none.
+
+    Raises:
+        ConfigError: names the limits.
+    """
+    if not 0 <= args.relay_rate <= MAX_RELAY_RATE:
+        raise ConfigError(f"--relay-rate {args.relay_rate:g}, range 0..{MAX_RELAY_RATE:g} Mbit/s")
 
 
 def require_at_least(args: argparse.Namespace, least: int, *names: str) -> None:

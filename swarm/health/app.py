@@ -177,8 +177,10 @@ class _Api:
         return _json(report)
 
     async def _dial(self, peer_id: str) -> ReachReport:
-        direct, p2p = await asyncio.gather(self._try(peer_id, "direct"), self._try(peer_id, "p2p"))
-        return ReachReport(peer_id=peer_id, ok=direct.ok or p2p.ok, direct=direct, p2p=p2p)
+        carriers: tuple[Carrier, ...] = ("direct", "p2p", "relay")
+        direct, p2p, relay = await asyncio.gather(*(self._try(peer_id, carrier) for carrier in carriers))
+        is_ok = direct.ok or p2p.ok or relay.ok
+        return ReachReport(peer_id=peer_id, ok=is_ok, direct=direct, p2p=p2p, relay=relay)
 
     async def _try(self, peer_id: str, carrier: Carrier) -> CarrierReport:
         started = time.monotonic()

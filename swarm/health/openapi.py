@@ -25,7 +25,8 @@ class ReachReport(Value, frozen=True):
     peer_id: Annotated[str, msgspec.Meta(description="The peer that was tried.")]
     ok: Annotated[bool, msgspec.Meta(description="Whether it answered on any way.")]
     direct: Annotated[CarrierReport, msgspec.Meta(description="Over a TCP connection of its own: the fast way.")]
-    p2p: Annotated[CarrierReport, msgspec.Meta(description="Through libp2p, perhaps over a relay.")]
+    p2p: Annotated[CarrierReport, msgspec.Meta(description="Through libp2p.")]
+    relay: Annotated[CarrierReport, msgspec.Meta(description="Through peers that carry connections to it.")]
 
 
 class ErrorReport(Value, frozen=True):

@@ -243,6 +243,14 @@ class Node:
         """
         return tuple(await self._underlay.list_addresses())
 
+    async def connected_peers(self) -> tuple[str, ...]:
+        """Ids of these peers.
+
+        Raises:
+            PeerTimeout: the daemon does not answer.
+        """
+        return tuple(await self._underlay.list_peers())
+
     async def connect(self, address: str, *, timeout_s: float = 5.0) -> None:
         """Make sure that there is a connection to the peer at a full address.
 

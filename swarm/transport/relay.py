@@ -25,6 +25,8 @@ OPEN_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 30.0
 """How long an end may leave a piece unread."""
 MAX_PIECE_BYTES = 1 << 18
+BYTES_PER_S = 100e6 / 8
+"""What a relay carries if nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class RelayLimits:
         max_circuits: at once, in all; a quarter of them to one peer, and a quarter from one account.
     """
 
-    bytes_per_s: float = 100e6 / 8
+    bytes_per_s: float = BYTES_PER_S
     max_reservations: int = 128
     max_circuits: int = 256
 

@@ -32,7 +32,7 @@ class FakeTransport:
 
     async def call(self, peer_id: str, service: str, message: Any, *, timeout_s: float, carrier: str) -> None:
         self.calls.append((peer_id, carrier))
-        if carrier == "p2p":
+        if carrier != "direct":
             raise PeerUnreachable("no way\x1b[1m")
 
 
@@ -179,7 +179,7 @@ def test_reachability_is_tried_both_ways_and_remembered(client: TestClient, moni
         report = client.get(f"/api/v1/reachable/{peer}").json()
     assert report["ok"] and report["direct"]["ok"] and not report["p2p"]["ok"]
     assert "\x1b" not in report["p2p"]["message"] and "no way" in report["p2p"]["message"]
-    assert sorted(monitor.transport.calls) == [(peer, "direct"), (peer, "p2p")]
+    assert sorted(monitor.transport.calls) == [(peer, "direct"), (peer, "p2p"), (peer, "relay")]
 
 
 @pytest.mark.parametrize("peer", ["x", "12D3KooW", "Qm" + "1" * 44, "a" * 3000, "12D3KooW" + "0" * 44])

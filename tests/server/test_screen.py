@@ -1,6 +1,7 @@
 """What an operator sees: always the same lines in a pipe, something friendlier on a terminal."""
 
 import io
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,15 @@ from swarm.types import BlockRange
 ADDRESS = "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooWA1bysvV5nRqkEcKQPY1Z2oW7RjvqCJ4wJ4m6Xb6Yt4bA"
 
 
-def show(*, terminal: bool, blocks: str = "0:16", metrics_url: str | None = None, reason: str = "", **config) -> str:
+def show(
+    *,
+    terminal: bool,
+    blocks: str = "0:16",
+    metrics_url: str | None = None,
+    reason: str = "",
+    relays: Sequence[str] | None = None,
+    **config,
+) -> str:
     """All that a server's start prints, on a narrow terminal or into a pipe."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=60, color_system=None, highlight=False)
     plan = SimpleNamespace(
@@ -26,7 +35,7 @@ def show(*, terminal: bool, blocks: str = "0:16", metrics_url: str | None = None
         device=torch.device("cpu"),
     )
     screen = Screen(ServerConfig(model="tiny", **config), plan, console)
-    screen.joined([ADDRESS], plan, reason)
+    screen.joined([ADDRESS] if relays is None else [], plan, reason, relays=relays)
     for done in range(1, 4):
         screen.loaded(done, 3)
     executor = SimpleNamespace(total_tokens=4096)
@@ -41,6 +50,14 @@ def test_a_pipe_gets_the_lines_that_programs_wait_for():
     assert f"  {ADDRESS}" in lines and "stopped" in lines and "loaded 3/3 blocks" in lines
     assert "ONLINE: blocks 0:16, unquantised float32 on cpu, KV cache for 4096 tokens" in lines
     assert any(f"--initial-peers {ADDRESS}" in line for line in lines)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_server_that_nobody_can_connect_to_says_who_carries_its_connections(terminal: bool):
+    """It has no addresses of its own; others join at the peer at which it has joined."""
+    text = show(terminal=terminal, relays=["12D3KooWRelay"], initial_peers=(ADDRESS,))
+    assert "obody can connect to this machine" in text and "  12D3KooWRelay" in text and "listening" not in text
+    assert not terminal or f"--initial-peers {ADDRESS}" in text
 
 
 def test_a_server_that_joined_says_no_join_command_in_a_pipe():
