@@ -21,6 +21,7 @@ from random import Random
 from typing import Any
 
 from tests.wan.namespaces import kill_all_in
+from tests.wan.nat import Nat
 from tests.wan.paths import Network, Path
 
 READ_BURST = 64
@@ -42,6 +43,8 @@ class Settings:
     default: dict[str, float]
     paths: list[tuple[int, int, dict[str, float]]]
     seed: int
+    nats: list[tuple[int, str, bool]]
+    """Hosts behind routers: the address that others see, and whether they may begin."""
 
 
 class Pump:
@@ -52,6 +55,12 @@ class Pump:
         paths = {(a, b): Path(**path) for a, b, path in settings.paths}
         self._network = Network(Path(**settings.default), paths, Random(settings.seed))
         self._hosts = {socket.inet_aton(address): host for host, address in enumerate(settings.addresses)}
+        self._nats: dict[int, Nat] = {}
+        for host, outside, is_open in settings.nats:
+            inside = socket.inet_aton(settings.addresses[host])
+            self._nats[host] = Nat(inside, socket.inet_aton(outside), is_open=is_open)
+            del self._hosts[inside]
+            self._hosts[socket.inet_aton(outside)] = host
         self._sources = {fd: host for host, fd in enumerate(settings.tun_fds)}
         self._late_s: list[float] = []
         self._commands = b""
@@ -89,9 +98,19 @@ class Pump:
                 packet = os.read(fd, MAX_PACKET_BYTES)
             except BlockingIOError:
                 return
-            destination = self._hosts.get(packet[16:20]) if packet[0] >> 4 == 4 else None
-            if destination is not None:
-                self._network.send(time.monotonic(), self._sources[fd], destination, packet)
+            if packet[0] >> 4 == 4:
+                self._send(self._sources[fd], packet)
+
+    def _send(self, source: int, packet: bytes) -> None:
+        """Through the router of either host, if it has one."""
+        destination = self._hosts.get(packet[16:20])
+        passed: bytes | None = packet
+        if source in self._nats:
+            passed = self._nats[source].out(packet)
+        if destination in self._nats and passed is not None:
+            passed = self._nats[destination].into(passed)
+        if destination is not None and passed is not None:
+            self._network.send(time.monotonic(), source, destination, passed)
 
     def _deliver(self) -> None:
         for due, destination, packet in self._network.arrivals(time.monotonic()):

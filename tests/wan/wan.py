@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from tests.wan import namespaces
 from tests.wan.namespaces import Namespace
@@ -22,7 +22,8 @@ from tests.wan.paths import Path
 from tests.wan.pump import Settings, command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
-MAX_HOSTS = 250
+MAX_HOSTS = 125
+FIRST_OUTSIDE = 128
 STOP_TIMEOUT_S = 10.0
 
 
@@ -44,6 +45,8 @@ class Wan:
         hosts: how many.
         delay_s, jitter_s, loss, rate_bps: of the way between any two of them, see `Path`.
         paths: of single pairs, in either order, in place of the above.
+        nats: hosts behind a router that translates addresses: "closed" lets nobody in who was not written to, "open"
+            everybody; others see such a host at `outside_address`.
         mtu: largest packet in bytes.
         seed: for jitter and loss.
 
@@ -62,6 +65,7 @@ class Wan:
         loss: float = 0.0,
         rate_bps: float = 0.0,
         paths: Mapping[tuple[int, int], Path] | None = None,
+        nats: Mapping[int, Literal["closed", "open"]] | None = None,
         mtu: int = 1500,
         seed: int = 0,
     ):
@@ -71,7 +75,7 @@ class Wan:
         self.report: PumpReport | None = None
         """After the end: what the pump did."""
         self._default = Path(delay_s=delay_s, jitter_s=jitter_s, loss=loss, rate_bps=rate_bps)
-        self._paths, self._mtu, self._seed = dict(paths or {}), mtu, seed
+        self._paths, self._nats, self._mtu, self._seed = dict(paths or {}), dict(nats or {}), mtu, seed
         self._namespaces: list[Namespace] = []
         self._processes: list[subprocess.Popen[Any]] = []
         self._pump: subprocess.Popen[str] | None = None
@@ -95,6 +99,10 @@ class Wan:
         if not 0 <= host < self.num_hosts:
             raise ValueError(f"host {host} of {self.num_hosts}")
         return f"10.77.0.{host + 1}"
+
+    def outside_address(self, host: int) -> str:
+        """The address of a host behind a router as others see it."""
+        return f"10.77.0.{FIRST_OUTSIDE + host}"
 
     def local_address(self, host: int) -> str:
         """The address to listen on for a host."""
@@ -133,6 +141,7 @@ class Wan:
             default=asdict(self._default),
             paths=[(a, b, asdict(path)) for (a, b), path in self._paths.items()],
             seed=self._seed,
+            nats=[(host, self.outside_address(host), kind == "open") for host, kind in self._nats.items()],
         )
         self._pump = subprocess.Popen(
             command_line(settings),
