@@ -129,7 +129,7 @@ class Screen:
             self._say("It can be reached at", *addresses)
         else:
             self._say(f"{NOBODY_CONNECTS[0].upper()}{NOBODY_CONNECTS[1:]}", *relays)
-        peer = (addresses or self._config.initial_peers)[0]
+        peer = (addresses if relays is None else self._config.initial_peers)[0]
         self._say("Another machine joins with", self._join_command(peer))
         self._say("Ask it with", self._ask_command(peer))
         self._say("See how the swarm is", f"{program('health')} --initial-peers {peer}")

@@ -24,7 +24,7 @@ from swarm.network.node import Node
 from swarm.network.tasks import TaskSet
 from swarm.placement import Holding
 from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_SERVICE, STATE_SERVICE, TRAIN_SERVICE
-from swarm.registry import MAX_TIME_S, Registry, ServerRecord
+from swarm.registry import MAX_TIME_S, Registry, ServerRecord, shard_of
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
 from swarm.server.blocks.span import BlockSpan
@@ -97,6 +97,7 @@ class Server:
         await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
         self._placing = Placing(self, self.transport, self._registry)
         self.reach.follow(self._possible_relays, self._on_relays_changed)
+        self.transport.look_up = self._look_up
         if self.plan.is_auto:
             blocks, self.reason = await self._placing.choose()
             self.plan = replace(self.plan, blocks=blocks)
@@ -373,6 +374,11 @@ class Server:
         if self.handler is not None:
             self.handler.relieve(self._placing.scout.replicas)
         await self._announce()
+
+    async def _look_up(self, peer_id: str) -> None:
+        """Read the record of a server that a client names before we have seen it."""
+        checkpoint = self.plan.checkpoint
+        await self._registry.lookup_shards(checkpoint.digest, [shard_of(peer_id)], num_blocks=self.plan.num_blocks)
 
     def _possible_relays(self) -> list[str]:
         """Servers that can be reached."""

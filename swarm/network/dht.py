@@ -71,9 +71,10 @@ class Dht:
     async def create(cls, underlay: Underlay, peer_id: str, *, client_mode: bool) -> "Dht":
         """A participant that knows nobody yet. A client stores nothing for others and is not asked."""
         own_id = PeerID.from_base58(peer_id)
+        source = None if client_mode else own_id.to_bytes()  # of a client that was a full node before, others know that
         node = await DHTNode.create(
             p2p=CallerP2P(underlay, own_id),
-            node_id=DHTID.generate(source=own_id.to_bytes()),  # the same after a restart
+            node_id=DHTID.generate(source=source),  # else the same after a restart
             wait_timeout=CALL_TIMEOUT_S,
             cache_locally=False,
             cache_nearest=0,

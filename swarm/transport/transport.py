@@ -84,6 +84,8 @@ class Transport:
         self.traffic = Traffic()
         self.is_reachable = False
         """Whether others are known to be able to connect to us: then peers that can't be reached are asked to."""
+        self.look_up: Callable[[str], Awaitable[object]] | None = None
+        """Has `node.relays` learn of a peer of which nothing was heard."""
         self._version = version
         self._listen = None if node.is_private else listen
         self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
@@ -278,6 +280,8 @@ class Transport:
             return connection
         if carrier == "direct":
             return await self._dial_once(peer_id, "direct", timeout_s)
+        if carrier == "auto" and may_detour and not self.node.relays.knows(peer_id) and peer_id not in self._by_peer:
+            await self._learn_of(peer_id, timeout_s / 3)
         if carrier == "relay" or (carrier == "auto" and may_detour and self.node.relays.of(peer_id)):
             return await self._connect_around(peer_id, carrier, timeout_s)
         connection = self._live(peer_id, "p2p")
@@ -301,6 +305,18 @@ class Transport:
                     self._reachability.failed(peer_id, self._now)
                     log.debug("%s does not connect to us: %s", peer_id, error)
         return await self._dial_once(peer_id, "relay", timeout_s)
+
+    async def _learn_of(self, peer_id: str, timeout_s: float) -> None:
+        """Look a peer up, so that we need not find out by waiting in vain that nobody can connect to it."""
+        if self.look_up is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.look_up(peer_id)
+        except (PeerError, TimeoutError) as error:
+            log.debug("%s was not looked up: %r", peer_id, error)
+        if not self.node.relays.knows(peer_id):
+            self.node.relays.learn(peer_id, ())
 
     async def _open_relay(self, relay_id: str, timeout_s: float) -> Stream:
         """A stream to a relay, which must be there without another one."""

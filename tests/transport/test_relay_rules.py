@@ -47,7 +47,7 @@ def test_the_book_of_relays_forgets_who_needs_none_and_is_bounded():
     book.learn("a", ["r"])
     assert book.of("a") == ("r",)
     book.learn("a", [])
-    assert book.of("a") == ()
+    assert book.of("a") == () and book.knows("a") and not book.knows("b")
     for number in range(MAX_PEERS + 1):
         book.learn(str(number), ["r"])
-    assert book.of("0") == () and book.of("1") == ("r",)
+    assert not book.knows("0") and book.of("1") == ("r",)
