@@ -1,0 +1,115 @@
+"""How a server finds out how it is reached; real peers on loopback (behind routers: tests/integration/test_relays)."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+import pytest_asyncio
+
+from swarm.errors import InvalidRequest, PeerUnreachable
+from swarm.network import Node, NodeConfig
+from swarm.protocol import DIAL_BACK_SERVICE, RELAY_SERVICE, Reserve
+from swarm.server import reach as reach_module
+from swarm.server.config import ServerConfig
+from swarm.server.reach import Reach
+from swarm.transport import Transport
+from swarm.transport.dial_back import Verdict
+from swarm.transport.public import help_others
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def bootstrap() -> AsyncIterator[SimpleNamespace]:
+    """A peer that can be reached; it helps nobody until it is told to."""
+    async with (
+        await Node.start(NodeConfig(host="127.0.0.1")) as node,
+        Transport(node, listen=("127.0.0.1", 0)) as transport,
+    ):
+        yield SimpleNamespace(node=node, transport=transport)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def helpful(bootstrap: SimpleNamespace) -> AsyncIterator[SimpleNamespace]:
+    """It relays and dials back."""
+    help_others(bootstrap.transport, relayed_bytes_per_s=1e6)
+    yield bootstrap
+    for service in (RELAY_SERVICE, DIAL_BACK_SERVICE):
+        await bootstrap.transport.stop_serving(service, InvalidRequest("no more"))
+
+
+@asynccontextmanager
+async def entered(bootstrap: SimpleNamespace, **settings: object) -> AsyncIterator[Reach]:
+    """A server's network, up."""
+    config = ServerConfig(model="tiny", host="127.0.0.1", initial_peers=bootstrap.node.addresses, **settings)  # type: ignore[arg-type]
+    reach = Reach(config)
+    try:
+        await reach.enter()
+        yield reach
+    finally:
+        await reach.close()
+
+
+async def test_a_server_that_can_be_reached_helps_others(helpful: SimpleNamespace):
+    """It knows that it can be, relays, and asks hidden peers to connect to it."""
+    async with entered(helpful) as reach:
+        assert not reach.is_relayed and reach.relays == () and reach.transport.is_reachable
+        assert reach.relay_desk is not None
+        stream = await helpful.transport.open(reach.node.peer_id, RELAY_SERVICE, timeout_s=5)
+        await stream.send(Reserve())
+        await stream.receive(5)
+        assert reach.relay_desk.num_reservations == 1
+
+
+async def test_a_server_that_is_to_relay_nothing_only_dials_back(helpful: SimpleNamespace):
+    """Its owner has said so."""
+    async with entered(helpful, relayed_bytes_per_s=0) as reach:
+        assert reach.relay_desk is None
+        stream = await helpful.transport.open(reach.node.peer_id, RELAY_SERVICE, timeout_s=5)
+        await stream.send(Reserve())
+        with pytest.raises(InvalidRequest, match="does not serve"):
+            await stream.receive(5)
+
+
+async def test_where_nobody_can_tell_a_server_takes_itself_for_reachable(bootstrap: SimpleNamespace):
+    """As in a swarm of peers that don't know the question; but it doesn't have others try in vain."""
+    async with entered(bootstrap) as reach:
+        assert not reach.is_relayed and not reach.transport.is_reachable
+
+
+async def test_a_server_that_nobody_reaches_takes_relays_and_keeps_its_identity(
+    helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    """It listens no more, and says at which peers it can be found."""
+    asked = []
+
+    async def nobody(transport: Transport, port: int, peers: object) -> Verdict:
+        asked.append((transport.peer_id, port))
+        return Verdict(is_reachable=False, host="192.0.2.1", num_answers=3)
+
+    monkeypatch.setattr(reach_module, "ask_around", nobody)
+    async with entered(helpful) as reach:
+        assert reach.is_relayed and reach.relays == (helpful.node.peer_id,)
+        assert reach.node.addresses == () and reach.transport.direct_port is None
+        assert asked == [(reach.node.peer_id, asked[0][1])] and asked[0][1] > 0
+        assert reach.relay_desk is None
+
+
+async def test_without_any_relay_the_error_says_what_to_do(bootstrap: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """Open ports, or a peer that relays; and why those who were asked don't."""
+    monkeypatch.setattr(reach_module, "RELAY_TIMEOUT_S", 1.0)
+    with pytest.raises(PeerUnreachable, match=r"--port and --data-port, .* relay \(12D3KooW.*: "):
+        async with entered(bootstrap, relay="always"):
+            pass
+
+
+async def test_a_server_that_is_told_not_to_ask_does_not(helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """--relay never."""
+
+    async def ask(*args: object) -> Verdict:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(reach_module, "ask_around", ask)
+    async with entered(helpful, relay="never") as reach:
+        assert not reach.is_relayed
