@@ -60,7 +60,11 @@ async def ask_around(transport: Transport, control_port: int, peer_ids: Collecti
 
 
 def judge(answers: Sequence[DialedBack]) -> Verdict | None:
-    """Half of those who can tell decide; where some see us at a public address, only they can. Pure."""
+    """Half of those who can tell decide; where some see us at a public address, only they can. Pure.
+
+    A peer on this machine that can't connect to us says nothing: we may listen at another of its addresses.
+    """
+    answers = [it for it in answers if it.is_reachable or not ipaddress.ip_address(it.host).is_loopback]
     public = [answer for answer in answers if _is_public(answer.host)]
     counted = public or list(answers)
     if not counted:

@@ -25,6 +25,8 @@ NUM_RELAYS = 2
 """Reservations that are kept: one may be lost at any time."""
 NUM_TRIED = 6
 """Relays that are asked at a time; the nearest are kept."""
+KEEP_SHARE, KEEP_S = 0.7, 0.005
+"""A relay that we have is left for one whose round trip is below this share of its own, by so many seconds more."""
 RESERVE_TIMEOUT_S = 5.0
 RETRY_S = 10.0
 """How long until others are asked while there are too few."""
@@ -124,7 +126,7 @@ class Reservations:
         asked = random.sample(candidates, min(NUM_TRIED, len(candidates)))
         self._refusals = {}
         found = [it for it in await asyncio.gather(*map(self._reserve, asked)) if it is not None]
-        nearest = sorted((*self._held.values(), *found), key=lambda it: it.rtt_s)
+        nearest = sorted((*self._held.values(), *found), key=self._worth_s)
         for reservation in nearest[NUM_RELAYS:]:
             self._held.pop(reservation.relay_id, None)
             await reservation.stream.close()
@@ -132,6 +134,10 @@ class Reservations:
             if reservation in nearest[:NUM_RELAYS]:
                 self._held[reservation.relay_id] = reservation
                 self._tasks.spawn(self._watch(reservation), name=f"reservation with {reservation.relay_id}")
+
+    def _worth_s(self, reservation: _Reservation) -> float:
+        """Its round trip; one that we have stays unless another is much nearer."""
+        return reservation.rtt_s * KEEP_SHARE - KEEP_S if reservation.relay_id in self._held else reservation.rtt_s
 
     async def _reserve(self, relay_id: str) -> _Reservation | None:
         """Ask one; None if it does not, or can't be reached."""

@@ -30,6 +30,7 @@ def test_public_views_count_more_than_those_of_neighbours():
     """A neighbour reaches us where the world does not."""
     assert judge([]) is None
     assert judge(answers(("10.0.0.2", True))) == Verdict(is_reachable=True, host="10.0.0.2", num_answers=1)
+    assert judge(answers(("127.0.0.1", False))) is None
     mixed = answers(("10.0.0.2", True), ("10.0.0.2", True), ("8.8.8.8", False))
     assert judge(mixed) == Verdict(is_reachable=False, host="8.8.8.8", num_answers=1)
 
