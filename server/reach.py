@@ -84,37 +84,47 @@ class Reach:
         )
         is_hidden = config.relay == "always" and config.credentials is None
         await self._open(node_config, is_hidden=is_hidden)
-        if config.relay == "auto" and not self.node.is_private:
+        if config.relay == "auto" and not config.announce and not self.node.is_private:
             is_hidden = await self._adapt(node_config)
         if is_hidden:
             await self._find_relays()
         else:
             self.relay_desk = help_others(self.transport, relayed_bytes_per_s=config.relayed_bytes_per_s)
 
-    async def _open(self, node_config: NodeConfig, *, is_hidden: bool, data_port: int | None = None) -> None:
-        """Start, again if need be."""
+    async def _open(
+        self, node_config: NodeConfig, *, is_hidden: bool, data_port: int = 0, inside: Sequence[str] = ()
+    ) -> None:
+        """Start, again if need be.
+
+        Args:
+            is_hidden: whether others reach us through relays, unless they find us at one of the `inside` addresses.
+            data_port: for direct connections, if not the one of the configuration.
+        """
         await self._stack.aclose()
         self.node = await Node.start(replace(node_config, client_mode=is_hidden))
         self._stack.push_async_callback(self.node.close)
-        listen = None if is_hidden else (self._config.host, data_port or self._config.data_port)
-        self.transport = Transport(self.node, listen=listen, announce_hosts=_hosts(node_config.announce) or None)
+        listen = self._config.host, data_port or self._config.data_port
+        self.transport = Transport(
+            self.node, listen=listen, announce_hosts=tuple(inside) or _hosts(node_config.announce) or None
+        )
         await self.transport.start()
         self._stack.push_async_callback(self.transport.close)
 
     async def _adapt(self, node_config: NodeConfig) -> bool:
         """Ask others whether they can connect to us, and start anew if that asks for it; whether we are hidden."""
-        port, data_port = _port(self.node.addresses), self.transport.direct_port
+        port, data_port, own = _port(self.node.addresses), self.transport.direct_port, _hosts(self.node.addresses)
+        assert data_port is not None
         verdict = await self._ask(port)
         if verdict is None:
             return False
         if not verdict.is_reachable:
-            logger.info("none of %d peers can connect to ports %d and %s", verdict.num_answers, port, data_port)
-            await self._open(node_config, is_hidden=True)
-        elif not node_config.announce and verdict.host not in _hosts(self.node.addresses):  # a port is forwarded
+            asked = f"most of {verdict.num_answers} peers" if verdict.num_answers > 1 else "the peer that was asked"
+            logger.info("%s can't connect to ports %d and %d of %s", asked, port, data_port, verdict.host)
+            await self._open(node_config, is_hidden=True, inside=own)
+        elif verdict.host not in own:  # ports are forwarded; neighbours may still use our own address
             logger.info("others reach this machine at %s", verdict.host)
-            await self._open(
-                replace(node_config, port=port, announce=(verdict.host,)), is_hidden=False, data_port=data_port
-            )
+            announce = (verdict.host, *own)
+            await self._open(replace(node_config, port=port, announce=announce), is_hidden=False, data_port=data_port)
         self.transport.is_reachable = verdict.is_reachable
         return not verdict.is_reachable
 

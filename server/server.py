@@ -74,6 +74,7 @@ class Server:
         self._was_settled = False
         self._on_moved: Callable[[], None] = lambda: None
         self._tasks = TaskSet()
+        self._telling: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
         self._serving = AsyncExitStack()
 
@@ -96,12 +97,12 @@ class Server:
         self._registry = Registry(self.node)
         await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
         self._placing = Placing(self, self.transport, self._registry)
-        self.reach.follow(self._possible_relays, self._on_relays_changed)
         self.transport.look_up = self._look_up
         if self.plan.is_auto:
             blocks, self.reason = await self._placing.choose()
             self.plan = replace(self.plan, blocks=blocks)
         await self._announce()
+        self.reach.follow(self._possible_relays, self._on_relays_changed)
 
     async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Load the blocks and serve them.
@@ -386,8 +387,15 @@ class Server:
 
     def _on_relays_changed(self) -> None:
         """Tell the swarm at once through whom we are reached."""
-        if self.state is not ServerState.OFFLINE:
-            self._tasks.spawn(self._announce(), name="announce relays")
+        if self._telling is None or self._telling.done():
+            self._telling = self._tasks.spawn(self._tell_relays(), name="announce relays")
+
+    async def _tell_relays(self) -> None:
+        """Announce ourselves until what was announced is so."""
+        told: tuple[str, ...] | None = None
+        while told != self.reach.relays and self.state is not ServerState.OFFLINE:
+            told = self.reach.relays
+            await self._announce()
 
     async def _announce(self) -> None:
         config, plan, facts, scout = self.config, self.plan, self._placing.facts, self._placing.scout

@@ -134,7 +134,7 @@ class TlsListener:
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: _Handshake(self._make_protocol),
+                lambda: Handshake(self._make_protocol),
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=self._handshake_timeout_s,
@@ -147,7 +147,7 @@ class TlsListener:
             raise
 
 
-class _Handshake(asyncio.Protocol):
+class Handshake(asyncio.Protocol):
     """Stands for the protocol until there is one to talk to."""
 
     def __init__(self, make_protocol: Callable[[], asyncio.Protocol]) -> None:

@@ -22,6 +22,10 @@ class RelayBook:
         if len(self._relays) > MAX_PEERS:
             del self._relays[next(iter(self._relays))]
 
+    def forget(self, peer_id: str) -> None:
+        """What was heard of a peer is wrong."""
+        self._relays.pop(peer_id, None)
+
     def knows(self, peer_id: str) -> bool:
         """Whether anything was heard of it."""
         return peer_id in self._relays

@@ -39,6 +39,7 @@ from swarm.protocol.fields import (
     MAX_META_BYTES,
     MAX_PINGS,
     MAX_STEP_TOKENS,
+    OFFER_SERVICE,
     PROTOCOL_VERSION,
     PUSH_SERVICE,
     RELAY_SERVICE,
@@ -82,11 +83,13 @@ from swarm.protocol.refusals import (
     printable,
 )
 from swarm.protocol.relays import (
+    AskOffer,
     CircuitBytes,
     CircuitGreeting,
     CircuitOpened,
     DialBack,
     DialedBack,
+    DirectOffer,
     OpenCircuit,
     Reserve,
     Reserved,
@@ -140,6 +143,7 @@ __all__ = [
     "MAX_META_BYTES",
     "MAX_PINGS",
     "MAX_STEP_TOKENS",
+    "OFFER_SERVICE",
     "PROTOCOL_VERSION",
     "PUSH_SERVICE",
     "RELAY_SERVICE",
@@ -152,6 +156,7 @@ __all__ = [
     "AdapterPart",
     "AdapterRequest",
     "AnyMessage",
+    "AskOffer",
     "Block",
     "CircuitBytes",
     "CircuitGreeting",
@@ -162,6 +167,7 @@ __all__ = [
     "DialBack",
     "DialedBack",
     "Digest",
+    "DirectOffer",
     "Encoding",
     "FederatedBallot",
     "Forward",
@@ -270,6 +276,8 @@ AnyMessage = (
     | CircuitBytes
     | DialBack
     | DialedBack
+    | AskOffer
+    | DirectOffer
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -42,6 +42,7 @@ FEDERATED_SERVICE = "federated"
 RELAY_SERVICE = "relay"
 CIRCUIT_SERVICE = "circuit"
 DIAL_BACK_SERVICE = "dial-back"
+OFFER_SERVICE = "offer"
 
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]

@@ -65,3 +65,16 @@ class DialedBack(Message, frozen=True, tag=103):
     host: Annotated[str, msgspec.Meta(max_length=64)]
     """The address that we come from."""
     is_reachable: bool
+
+
+class AskOffer(Message, frozen=True, tag=104):
+    """Ask for a direct way, over a connection through a relay: we may be neighbours. Answered by `DirectOffer`."""
+
+
+class DirectOffer(Message, frozen=True, tag=105):
+    """Where and how to connect directly, as in the offers of `/swarm/offer`; there is no way without hosts."""
+
+    hosts: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=8)]
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    fingerprint: Annotated[bytes, msgspec.Meta(max_length=32)]
+    ticket: Annotated[bytes, msgspec.Meta(max_length=32)]

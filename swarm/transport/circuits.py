@@ -20,8 +20,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cached_property
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerError, PeerMisbehaved, PeerUnreachable
+from swarm.errors import InvalidRequest, PeerBusy, PeerError, PeerMisbehaved, PeerUnreachable, SwarmError
 from swarm.identity import Identity, verify
+from swarm.network.listener import Handshake
 from swarm.network.tasks import TaskSet
 from swarm.network.tls import trusting_context
 from swarm.protocol import CircuitBytes, CircuitGreeting, CircuitOpened, Message, OpenCircuit
@@ -31,10 +32,12 @@ from swarm.transport.stream import EndOfStream, Stream
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 1 << 16
+PIECE_BYTES = 32 << 10
 NONCE_BYTES = 32
 CALL_BACKS = Rate(burst=32, per_s=1)
-"""How often one peer may have us connect to it."""
+"""How often one peer may have us connect to it, and how often one relay may say that somebody wants that."""
+SEND_TIMEOUT_S = 30.0
+"""How long the other end may leave a piece unread."""
 _GREETING, _TICKET = b"swarm circuit greeting", b"swarm circuit ticket"
 
 Redeem = Callable[[bytes], str | None]
@@ -127,9 +130,14 @@ class Circuits:
             raise InvalidRequest("we have no reservation with this relay")
         if not message.is_call_back:
             return await self._take(stream, dialler=message.peer_id)
-        if not self._call_backs.charge(message.peer_id, asyncio.get_running_loop().time()):
+        now = asyncio.get_running_loop().time()
+        if not all(self._call_backs.charge(key, now) for key in (stream.peer_id, message.peer_id)):
             raise PeerBusy("asked too often to connect", retry_after_s=1 / CALL_BACKS.per_s)
-        await self._dial(message.peer_id)
+        try:
+            await self._dial(message.peer_id)
+        except SwarmError as error:
+            log.debug("can't connect to %s, who wants it: %s", message.peer_id, error)
+            raise PeerUnreachable("no connection to you") from None  # what our network looks like is not theirs to know
 
     async def close(self) -> None:
         """End what was made."""
@@ -140,13 +148,19 @@ class Circuits:
         nonce, sides = secrets.token_bytes(NONCE_BYTES), {"dialler": dialler, "target": self._identity.peer_id}
         fingerprint = self._certificate.fingerprint
         signature = self._identity.sign(statement(_GREETING, fingerprint, nonce, **sides))
-        await stream.send(CircuitGreeting(fingerprint=fingerprint, nonce=nonce, signature=signature))
+        await stream.send(
+            CircuitGreeting(fingerprint=fingerprint, nonce=nonce, signature=signature), timeout_s=self._timeout_s
+        )
         expected = statement(_TICKET, fingerprint, nonce, **sides)
+
+        def redeem(ticket: bytes) -> str | None:
+            return dialler if verify(dialler, expected, ticket) else None
+
         near, far = socket.socketpair()
         pump = await self._start(stream, far)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: self._accept(lambda ticket: dialler if verify(dialler, expected, ticket) else None),
+                lambda: Handshake(lambda: self._accept(redeem)),
                 near,
                 ssl=self._certificate.context,
                 ssl_handshake_timeout=self._timeout_s,
@@ -210,7 +224,7 @@ async def _carry(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.S
 async def _send_all(reader: asyncio.StreamReader, stream: Stream) -> None:
     with suppress(PeerError, ConnectionError):
         while data := await reader.read(PIECE_BYTES):
-            await stream.send(CircuitBytes(), data)
+            await stream.send(CircuitBytes(), data, timeout_s=SEND_TIMEOUT_S)
 
 
 async def _receive_all(stream: Stream, writer: asyncio.StreamWriter) -> None:

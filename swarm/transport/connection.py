@@ -36,6 +36,8 @@ WRITE_BUFFER_BYTES = 1 << 19
 """Senders wait while more than this is queued at the carrier."""
 GOODBYE_S = 1.0
 """How long a peer may take to let go of a connection that we close."""
+MAX_EARLY_BYTES = 1 << 20
+"""What may come before we have looked at who is there."""
 MAX_REST_S = 0.5
 """How long a peer is not read at most, far below what it takes for silence."""
 _JOIN_BYTES = 1 << 16  # up to here one joined write is cheaper than two
@@ -88,6 +90,7 @@ class Connection(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._transport: asyncio.Transport | None = None
         self._is_started = False
+        self._early = bytearray()  # what came before `start`: from whom is not known until then
         self._gone = asyncio.Event()
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._corked: list[bytes] = []
@@ -102,7 +105,10 @@ class Connection(asyncio.Protocol):
     def start(self) -> None:
         """Say HELLO; before that only the carrier's own handshake has been seen by the peer."""
         self._is_started = True
+        early, self._early = bytes(self._early), bytearray()
         self._flush()
+        if early:
+            self.data_received(early)
 
     async def wait_greeted(self) -> None:
         """Wait for the peer's HELLO.
@@ -283,6 +289,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.is_closed:
+            return
+        if not self._is_started:
+            self._early += data
+            if len(self._early) > MAX_EARLY_BYTES:
+                self.transport.abort()
             return
         self._owner.traffic.received += len(data)
         try:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from swarm.errors import PeerError, PeerTimeout, PeerUnreachable
+from swarm.errors import PeerBusy, PeerTimeout, PeerUnreachable, SwarmError
 from swarm.transport.circuits import Circuits
 from swarm.transport.reachability import Reachability
 from swarm.transport.stream import Stream
@@ -42,11 +42,15 @@ class Detours:
         """Connect to a peer through one of its relays; `make_protocol` is told the ticket for HELLO.
 
         Raises:
-            PeerUnreachable: none of them works. PeerMisbehaved: somebody else answers.
+            PeerUnreachable: none of them works. PeerBusy: one of them, or the peer, has no room.
         """
 
         async def through(stream: Stream) -> None:
-            await self._circuits.open(stream, peer_id, make_protocol)
+            try:
+                await self._circuits.open(stream, peer_id, make_protocol)
+            except BaseException:
+                await stream.close()
+                raise
 
         await self._through_any(peer_id, relays, through, timeout_s)
 
@@ -67,30 +71,37 @@ class Detours:
         self, peer_id: str, relays: Sequence[str], through: Callable[[Stream], Awaitable[None]], timeout_s: float
     ) -> None:
         """Do it with the first relay that works, each of which may take its share of the time."""
-        failures = []
+        failures: dict[str, SwarmError] = {}
         for relay_id in self._in_order(relays):
+            share_s = timeout_s / len(relays)
             try:
-                async with asyncio.timeout(timeout_s / len(relays)):
-                    await self._with(relay_id, through, timeout_s / len(relays))
+                async with asyncio.timeout(share_s):
+                    await through(await self._reached(relay_id, share_s))
                     return self._failures.succeeded(relay_id)
             except TimeoutError:
-                error: PeerError = PeerTimeout(f"not within {timeout_s / len(relays):g} s")
-            except PeerError as caught:
-                error = caught
-            self._failures.failed(relay_id, asyncio.get_running_loop().time())
-            failures.append(f"{relay_id}: {error}")
-        reasons = "; ".join(failures) or "it has none"
-        raise PeerUnreachable(f"no way to {peer_id} through its relays: {reasons}", peer_id=peer_id)
+                self._failures.failed(relay_id, self._now)
+                failures[relay_id] = PeerTimeout(f"not within {share_s:g} s")
+            except SwarmError as error:  # whatever one says, others may do better
+                failures[relay_id] = error
+        reasons = "; ".join(f"{relay_id}: {error}" for relay_id, error in failures.items()) or "it has none"
+        text = f"no way to {peer_id} through its relays: {reasons}"
+        busy = [error.retry_after_s for error in failures.values() if isinstance(error, PeerBusy)]
+        if busy:
+            raise PeerBusy(text, peer_id=peer_id, retry_after_s=min(busy))
+        raise PeerUnreachable(text, peer_id=peer_id)
 
-    async def _with(self, relay_id: str, through: Callable[[Stream], Awaitable[None]], timeout_s: float) -> None:
-        stream = await self._open_relay(relay_id, timeout_s)
+    async def _reached(self, relay_id: str, timeout_s: float) -> Stream:
+        """A stream to a relay, which is blamed if that fails."""
         try:
-            await through(stream)
-        except BaseException:
-            await stream.close()
+            return await self._open_relay(relay_id, timeout_s)
+        except SwarmError:
+            self._failures.failed(relay_id, self._now)
             raise
 
     def _in_order(self, relays: Sequence[str]) -> list[str]:
         """Those that worked when they were used last, the nearest first of those that we are connected to."""
-        now = asyncio.get_running_loop().time()
-        return sorted(relays, key=lambda it: (not self._failures.should_try(it, now), self._distance_s(it)))
+        return sorted(relays, key=lambda it: (not self._failures.should_try(it, self._now), self._distance_s(it)))
+
+    @property
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

@@ -3,17 +3,20 @@
     ask_around ── DialBack: our ports and certificate ──► some peers: DialBackDesk ── TCP, TLS ──► our ports
         ◄──────────────────────── DialedBack: where we come from, whether that worked ┘
 
-A peer dials no address but the one that the question came from, so nobody is made to knock at a stranger's door. What
-peers on public addresses say of public addresses counts more than what a neighbour in the same house says.
+A peer dials no address but the one that the question came from, so nobody is made to knock at a stranger's door; where
+that is its own router, which stands for anybody, it says nothing. What peers say of public addresses counts more than
+what a neighbour in the same house says.
 """
 
 import asyncio
 import ipaddress
 import logging
 import random
+import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerUnreachable, SwarmError
 from swarm.protocol import DIAL_BACK_SERVICE, DialBack, DialedBack
@@ -24,6 +27,7 @@ from swarm.transport.transport import Transport
 
 log = logging.getLogger(__name__)
 
+ROUTES = Path("/proc/net/route")
 NUM_ASKED = 5
 DIAL_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 8.0
@@ -108,23 +112,33 @@ class DialBackDesk:
         host, now = stream.remote_host, asyncio.get_running_loop().time()
         if not isinstance(message, DialBack):
             raise InvalidRequest(f"{type(message).__name__} in place of DialBack")
-        if host is None:
-            raise InvalidRequest("we can't see where you are: ask over a direct connection")
+        if host is None or host in gateways(ROUTES):
+            raise InvalidRequest("we can't see where you are: ask over a direct connection, past no router of ours")
         if self._num_dials >= MAX_DIALS or not self._rates.charge(stream.account, now):
             raise PeerBusy("asked too often", retry_after_s=1 / DIALS.per_s)
         self._num_dials += 1
         try:
-            await stream.send(DialedBack(host=host, is_reachable=await _can_reach(host, message)))
+            is_reachable = await _can_reach(host, message)
         finally:
             self._num_dials -= 1
+        await stream.send(DialedBack(host=host, is_reachable=is_reachable), timeout_s=ASK_TIMEOUT_S)
+
+
+def gateways(routes: Path) -> frozenset[str]:
+    """The routers through which this machine reaches others, by Linux's table; none where there is no such table."""
+    try:
+        lines = routes.read_text().splitlines()[1:]
+    except OSError:
+        return frozenset()
+    fields = [line.split() for line in lines]
+    packed = [int(it[2], 16) for it in fields if len(it) > 2 and it[2] != "00000000"]
+    return frozenset(str(ipaddress.IPv4Address(number.to_bytes(4, sys.byteorder))) for number in packed)
 
 
 async def _can_reach(host: str, message: DialBack) -> bool:
     try:
-        await asyncio.gather(
-            reach(host, message.control_port, timeout_s=DIAL_TIMEOUT_S),
-            reach(host, message.port, fingerprint=message.fingerprint, timeout_s=DIAL_TIMEOUT_S),
-        )
+        await reach(host, message.port, fingerprint=message.fingerprint, timeout_s=DIAL_TIMEOUT_S)
+        await reach(host, message.control_port, timeout_s=DIAL_TIMEOUT_S)
     except PeerUnreachable as error:
         log.debug("can't reach %s: %s", host, error)
         return False

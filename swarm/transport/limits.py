@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+from swarm.protocol import CIRCUIT_SERVICE, RELAY_SERVICE
 from swarm.rates import Rate
 
 PING_RATE = Rate(burst=64, per_s=8)
 OPEN_RATE = Rate(burst=512, per_s=64)
 """Twice the rate of new sessions, each of which takes a stream of its client and one of a server."""
+NARROW_SERVICES = frozenset({RELAY_SERVICE, CIRCUIT_SERVICE})
 OFFER_RATE = Rate(burst=16, per_s=1)
 
 
@@ -22,6 +24,7 @@ class Limits:
         max_pending_connections: connections that have not said HELLO yet; beyond, the oldest makes room.
         max_message_bytes: meta and body of one message.
         window_bytes: a sender waits when so much of what it sent on a stream has not been consumed.
+        narrow_window_bytes: the same on streams of `NARROW_SERVICES`, whose bytes wait at a relay.
         max_buffered_bytes: received and not yet consumed on one connection; a stream that goes beyond is refused.
         max_total_buffered_bytes: the same over all connections.
         ping_period_s: a PING is sent after so much silence.
@@ -43,6 +46,7 @@ class Limits:
     max_pending_connections: int = 64
     max_message_bytes: int = 64 << 20
     window_bytes: int = 4 << 20
+    narrow_window_bytes: int = 256 << 10
     max_buffered_bytes: int = 192 << 20
     max_total_buffered_bytes: int = 1 << 30
     ping_period_s: float = 1.0
@@ -55,6 +59,10 @@ class Limits:
     open_rate: Rate = OPEN_RATE
     max_refused_opens: int = 256
     offer_rate: Rate = OFFER_RATE
+
+    def window_of(self, service: str) -> int:
+        """The window of streams to a service."""
+        return min(self.narrow_window_bytes, self.window_bytes) if service in NARROW_SERVICES else self.window_bytes
 
 
 @dataclass(slots=True)

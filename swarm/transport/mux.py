@@ -39,10 +39,11 @@ class _State:
         "meta",
         "returned",
         "unconsumed",
+        "window",
     )
 
     def __init__(self, window: int) -> None:
-        self.credit = window
+        self.credit = self.window = window
         self.unconsumed = 0  # units received and not given back
         self.returned = 0  # units consumed whose CREDIT is not sent yet
         self.is_finished = False
@@ -159,7 +160,7 @@ class Mux:
         if stream_id > MAX_STREAM_ID:
             raise PeerBusy("all stream ids of this connection are used up")
         self._next_id += 2
-        self._streams[stream_id] = _State(self._limits.window_bytes)
+        self._streams[stream_id] = _State(self._limits.window_of(service))
         self._output.append(encode_frame(Kind.OPEN, stream_id, service.encode()))
         return stream_id
 
@@ -205,7 +206,7 @@ class Mux:
             return
         state.unconsumed -= cost
         state.returned += cost
-        if state.returned >= self._limits.window_bytes // 4 and not state.is_peer_finished:
+        if state.returned >= state.window // 4 and not state.is_peer_finished:
             self._output.append(
                 encode_frame(Kind.CREDIT, stream_id, min(state.returned, MAX_STREAM_ID).to_bytes(4, "big"))
             )
@@ -251,7 +252,7 @@ class Mux:
         except UnicodeDecodeError as error:
             raise PeerMisbehaved("OPEN of a service whose name is not UTF-8") from error
         self._last_peer_id = frame.stream_id
-        self._streams[frame.stream_id] = _State(self._limits.window_bytes)
+        self._streams[frame.stream_id] = _State(self._limits.window_of(service))
         events.append(Opened(frame.stream_id, service))
 
     def _on_data(self, frame: Frame, events: list[Event], now: float) -> None:
@@ -282,10 +283,10 @@ class Mux:
     def _account(self, frame: Frame, state: _State) -> None:
         """Check a DATA frame against the window and the message limit, and count it."""
         if state.meta is None:
-            if state.unconsumed + state.returned >= self._limits.window_bytes:
+            if state.unconsumed + state.returned >= state.window:
                 raise PeerMisbehaved(
                     f"message on stream {frame.stream_id} without credit: {state.unconsumed + state.returned} units "
-                    f"are not given back, window {self._limits.window_bytes}"
+                    f"are not given back, window {state.window}"
                 )
             state.cost = MESSAGE_COST
             state.unconsumed += MESSAGE_COST
@@ -333,10 +334,8 @@ class Mux:
         if state is None:
             return
         state.credit += int.from_bytes(frame.meta, "big")
-        if state.credit > self._limits.window_bytes:
-            raise PeerMisbehaved(
-                f"credit of {state.credit} on stream {frame.stream_id}, window {self._limits.window_bytes}"
-            )
+        if state.credit > state.window:
+            raise PeerMisbehaved(f"credit of {state.credit} on stream {frame.stream_id}, window {state.window}")
         events.append(Credited(frame.stream_id))
 
     def _on_ping(self, frame: Frame, events: list[Event], now: float) -> None:

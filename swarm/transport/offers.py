@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from swarm.errors import PeerDisconnected, PeerMisbehaved, ProtocolMismatch
+from swarm.errors import PeerBusy, PeerDisconnected, PeerMisbehaved, ProtocolMismatch
 from swarm.network import Node
+from swarm.protocol import AskOffer, DirectOffer
 from swarm.rates import Rate, Rates
 from swarm.transport.direct import MAX_HOSTS, DirectListener, Offer, Tickets
+from swarm.transport.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,18 @@ async def ask_offer(node: Node, peer_id: str, *, version: int, timeout_s: float)
     if offer.version != version:
         raise ProtocolMismatch(f"{peer_id} speaks protocol version {offer.version}, we speak {version}")
     return offer
+
+
+async def ask_offer_over(stream: Stream, *, version: int, timeout_s: float) -> Offer:
+    """The same over a stream to the peer's `offer` service, which is closed afterwards."""
+    async with stream:
+        await stream.send(AskOffer(), timeout_s=timeout_s)
+        answer, _ = await stream.receive(timeout_s)
+    if not isinstance(answer, DirectOffer):
+        raise PeerMisbehaved(f"{type(answer).__name__} in place of DirectOffer", peer_id=stream.peer_id)
+    return Offer(
+        version=version, hosts=answer.hosts, port=answer.port, fingerprint=answer.fingerprint, ticket=answer.ticket
+    )
 
 
 def decode_offer(data: bytes, *, peer_id: str) -> Offer:
@@ -93,6 +107,19 @@ class OfferDesk:
         self._tickets = Tickets()
         self._rates = Rates(rate)
         self._num_answering = 0
+
+    async def serve(self, stream: Stream) -> None:
+        """The handler of the `offer` service, for peers that have come through a relay.
+
+        Raises:
+            PeerBusy: asked too often.
+        """
+        await stream.receive(self._timeout_s)
+        if not self._rates.charge(stream.peer_id, self._now):
+            raise PeerBusy("asked for too many offers", retry_after_s=1 / self._rates.rate.per_s)
+        offer = self._offer_for(stream.peer_id)
+        answer = DirectOffer(hosts=offer.hosts, port=offer.port, fingerprint=offer.fingerprint, ticket=offer.ticket)
+        await stream.send(answer, timeout_s=self._timeout_s)
 
     def redeem(self, ticket: bytes) -> str | None:
         """The peer to whom a ticket was given; it is void afterwards."""

@@ -3,12 +3,14 @@
     candidates() ─► a few of them ─ Reserve ─► the nearest are kept, for as long as their streams last
                                                      └─ lost ─► others are asked ──► on_change: tell the swarm
 
-A reservation is a stream that stays open; both ends notice within seconds when the other is gone.
+A reservation is a stream that stays open; both ends notice within seconds when the other is gone. Connections that a
+relay carries outlive it.
 """
 
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from swarm.errors import PeerMisbehaved, SwarmError
 from swarm.network.tasks import TaskSet
 from swarm.protocol import RELAY_SERVICE, Reserve, Reserved
+from swarm.transport.reachability import Reachability
 from swarm.transport.stream import EndOfStream, Stream
 from swarm.transport.transport import Transport
 
@@ -30,6 +33,12 @@ KEEP_SHARE, KEEP_S = 0.7, 0.005
 RESERVE_TIMEOUT_S = 5.0
 RETRY_S = 10.0
 """How long until others are asked while there are too few."""
+PAUSE_S = 1.0
+"""Shortest time between two searches."""
+SHORT_S = 60.0
+"""A relay that gives a reservation up so soon is not asked again for a while, each time a longer one."""
+LEAVE_S = 60.0
+"""How long a relay is kept after it was left for a nearer one: others have read that we are there."""
 SEARCH_S = 300.0
 """How often nearer ones are looked for while there are enough."""
 
@@ -39,6 +48,7 @@ class _Reservation:
     relay_id: str
     stream: Stream
     rtt_s: float
+    since: float
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -60,6 +70,9 @@ class Reservations:
         self.on_change = on_change
         self._transport, self._candidates = transport, candidates
         self._held: dict[str, _Reservation] = {}
+        self._used: Counter[str] = Counter()
+        """Relays that may open circuits to us: those that are asked, held, and left lately."""
+        self._failures = Reachability()
         self._changed = asyncio.Event()
         self._refusals: dict[str, str] = {}
         self._tasks = TaskSet()
@@ -76,7 +89,7 @@ class Reservations:
 
     async def start(self, timeout_s: float) -> bool:
         """Look for relays from now on; whether there is one within `timeout_s`."""
-        self._transport.take_circuits(lambda peer_id: peer_id in self._held)
+        self._transport.take_circuits(lambda peer_id: peer_id in self._used)
         self._tasks.spawn(self._keep(), name="reservations with relays")
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -88,8 +101,6 @@ class Reservations:
     async def close(self) -> None:
         """Give all reservations up."""
         await self._tasks.close()
-        for reservation in self._held.values():
-            await reservation.stream.close()
         self._held.clear()
 
     async def _keep(self) -> None:
@@ -100,10 +111,11 @@ class Reservations:
             await self._search()
             if self.relays != before:
                 self._tell()
-            due = loop.time() + (SEARCH_S if len(self._held) >= NUM_RELAYS else RETRY_S)
+            searched = loop.time()
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
+                async with asyncio.timeout(SEARCH_S if len(self._held) >= NUM_RELAYS else RETRY_S):
                     await self._lost()
+            await asyncio.sleep(max(0.0, searched + PAUSE_S - loop.time()))
 
     async def _lost(self) -> None:
         """Returns when a reservation is lost, and has taken it out."""
@@ -115,25 +127,29 @@ class Reservations:
         finally:
             for task in waiting:
                 task.cancel()
+        now = asyncio.get_running_loop().time()
         for task in done:
-            self._held.pop(waiting[task].relay_id, None)
-            log.info("relay %s is lost", waiting[task].relay_id)
+            lost = waiting[task]
+            self._held.pop(lost.relay_id, None)
+            if now - lost.since < SHORT_S:
+                self._failures.failed(lost.relay_id, now)
+            log.info("relay %s is lost", lost.relay_id)
         self._tell()
 
     async def _search(self) -> None:
         """Ask some that may relay, and keep the nearest of them and of those that we have."""
-        candidates = [it for it in await self._candidates() if it not in self._held and it != self._transport.peer_id]
+        now, known = asyncio.get_running_loop().time(), {self._transport.peer_id, *self._used}
+        candidates = [it for it in await self._candidates() if it not in known and self._failures.should_try(it, now)]
         asked = random.sample(candidates, min(NUM_TRIED, len(candidates)))
         self._refusals = {}
         found = [it for it in await asyncio.gather(*map(self._reserve, asked)) if it is not None]
         nearest = sorted((*self._held.values(), *found), key=self._worth_s)
         for reservation in nearest[NUM_RELAYS:]:
-            self._held.pop(reservation.relay_id, None)
-            await reservation.stream.close()
+            was_held = self._held.pop(reservation.relay_id, None) is not None
+            self._tasks.spawn(self._leave(reservation, LEAVE_S if was_held else 0.0), name="leave a relay")
         for reservation in found:
             if reservation in nearest[:NUM_RELAYS]:
                 self._held[reservation.relay_id] = reservation
-                self._tasks.spawn(self._watch(reservation), name=f"reservation with {reservation.relay_id}")
 
     def _worth_s(self, reservation: _Reservation) -> float:
         """Its round trip; one that we have stays unless another is much nearer."""
@@ -154,7 +170,9 @@ class Reservations:
                 except BaseException:
                     await stream.close()
                     raise
-                return _Reservation(relay_id, stream, loop.time() - asked)
+            reservation = _Reservation(relay_id, stream, loop.time() - asked, loop.time())
+            self._tasks.spawn(self._watch(reservation), name=f"reservation with {relay_id}")
+            return reservation
         except (SwarmError, EndOfStream, TimeoutError) as error:
             self._refusals[relay_id] = str(error) or f"no answer within {RESERVE_TIMEOUT_S:g} s"
             log.debug("%s is no relay for us: %r", relay_id, error)
@@ -162,12 +180,21 @@ class Reservations:
 
     async def _watch(self, reservation: _Reservation) -> None:
         """Returns when the reservation is over."""
+        self._used[reservation.relay_id] += 1
         try:
             with suppress(SwarmError, EndOfStream):
                 await reservation.stream.receive()  # nothing comes on it but its end
         finally:
+            self._used -= Counter([reservation.relay_id])
             reservation.lost.set()
             await reservation.stream.close()
+
+    async def _leave(self, reservation: _Reservation, after_s: float) -> None:
+        """Give a reservation up; connections that it carries go on."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(after_s):
+                await reservation.lost.wait()
+        await reservation.stream.close()
 
     def _tell(self) -> None:
         self._changed.set()

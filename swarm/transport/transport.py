@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Literal, Self
 
 from swarm.errors import (
@@ -33,7 +34,7 @@ from swarm.errors import (
 from swarm.network import Node
 from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
-from swarm.protocol import CIRCUIT_SERVICE, PROTOCOL_VERSION, RELAY_SERVICE, Message
+from swarm.protocol import CIRCUIT_SERVICE, OFFER_SERVICE, PROTOCOL_VERSION, RELAY_SERVICE, Message
 from swarm.rates import Rates
 from swarm.transport.circuits import Circuits, Redeem
 from swarm.transport.connection import Connection
@@ -42,7 +43,7 @@ from swarm.transport.direct import DirectListener, dial
 from swarm.transport.frames import MAX_SERVICE_BYTES
 from swarm.transport.limits import Budget, Limits, Traffic
 from swarm.transport.mux import Mux
-from swarm.transport.offers import OFFER_STREAM, OfferDesk, ask_offer
+from swarm.transport.offers import OFFER_STREAM, OfferDesk, ask_offer, ask_offer_over
 from swarm.transport.places import make_place
 from swarm.transport.reachability import Reachability
 from swarm.transport.stream import EndOfStream, Stream
@@ -54,6 +55,10 @@ Carrier = Literal["auto", "direct", "p2p", "relay"]
 
 MUX_STREAM = "/swarm/mux"
 """Name of the p2p stream that carries frames."""
+GREETING_S = 1.0
+"""How long the HELLO of a peer that was asked to connect to us may be on its way."""
+RELAY_SILENCE_S = 20.0
+"""How long the peer behind a relay may be silent: its answers may wait behind much else. The relay has less time."""
 DIRECT_TIMEOUT_S = 3.0
 """Longest wait for a direct connection when a p2p stream would do."""
 
@@ -113,6 +118,8 @@ class Transport:
         """Streams that are served, of each account."""
         self._opens = Rates(self.limits.open_rate)
         self._probing: set[str] = set()
+        self._awaited: dict[str, asyncio.Event] = {}
+        """Peers that were asked to connect to us; set when they have."""
         self._desk: OfferDesk
         self._listener: DirectListener | None = None
         self._tasks = TaskSet()
@@ -151,6 +158,8 @@ class Transport:
             rate=self.limits.offer_rate,
         )
         await self.node.add_stream_handler(OFFER_STREAM, self._desk.answer)
+        if not self.node.is_private:
+            self.serve(OFFER_SERVICE, self._desk.serve)
 
     def serve(self, service: str, handler: Handler) -> None:
         """Call `handler(stream)` for each stream that a peer opens to `service`.
@@ -254,9 +263,9 @@ class Transport:
         if self._listener is not None:
             await self._listener.close()
         await self._tasks.close()
-        await self._circuits.close()
         for connection in list(self._connections):
             connection.close(PeerDisconnected(f"{self.node.peer_id} is shutting down"))
+        await self._circuits.close()
         await asyncio.gather(*(connection.wait_gone() for connection in list(self._leaving)))
 
     async def __aenter__(self) -> Self:
@@ -288,8 +297,8 @@ class Transport:
         if carrier == "auto" and not self.node.is_private and self._reachability.should_try(peer_id, self._now):
             if connection is None:
                 connection = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S))
-            elif peer_id not in self._probing:  # nobody waits while there is a connection: later streams will profit
-                self._tasks.spawn(self._probe_direct(peer_id), name=f"probe of {peer_id}")
+            else:
+                self._probe(peer_id, "direct")
         return connection or await self._dial_once(peer_id, "p2p", timeout_s)
 
     async def _connect_around(self, peer_id: str, carrier: Carrier, timeout_s: float) -> Connection:
@@ -297,14 +306,17 @@ class Transport:
         if carrier == "auto":
             for kind in ("p2p", "relay"):
                 if (connection := self._live(peer_id, kind)) is not None:
+                    self._probe(peer_id, "call-back" if self.is_reachable else "direct")
                     return connection
             if self.is_reachable and self._reachability.should_try(peer_id, self._now):
-                try:
-                    return await self._dial_once(peer_id, "call-back", min(timeout_s / 2, DIRECT_TIMEOUT_S))
-                except PeerError as error:
-                    self._reachability.failed(peer_id, self._now)
-                    log.debug("%s does not connect to us: %s", peer_id, error)
-        return await self._dial_once(peer_id, "relay", timeout_s)
+                direct = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S), "call-back")
+                if direct is not None:
+                    return direct
+        try:
+            return await self._dial_once(peer_id, "relay", timeout_s)
+        except PeerUnreachable:
+            self.node.relays.forget(peer_id)  # perhaps it has others now, or none
+            raise
 
     async def _learn_of(self, peer_id: str, timeout_s: float) -> None:
         """Look a peer up, so that we need not find out by waiting in vain that nobody can connect to it."""
@@ -315,6 +327,7 @@ class Transport:
                 await self.look_up(peer_id)
         except (PeerError, TimeoutError) as error:
             log.debug("%s was not looked up: %r", peer_id, error)
+            return
         if not self.node.relays.knows(peer_id):
             self.node.relays.learn(peer_id, ())
 
@@ -327,20 +340,26 @@ class Transport:
         connections = [it for it in self._by_peer.get(peer_id, ()) if it.is_greeted and not it.is_closed]
         return min((it.rtt_s or 0.0 for it in connections), default=float("inf"))
 
-    async def _try_direct(self, peer_id: str, timeout_s: float) -> Connection | None:
+    async def _try_direct(self, peer_id: str, timeout_s: float, kind: str = "direct") -> Connection | None:
         """A direct connection, or None; failures are remembered."""
         try:
-            return await self._dial_once(peer_id, "direct", timeout_s)
+            return await self._dial_once(peer_id, kind, timeout_s)
         except (PeerUnreachable, PeerTimeout, PeerDisconnected) as error:
             self._reachability.failed(peer_id, self._now)
             log.debug("no direct connection to %s: %s", peer_id, error)
             return None
 
-    async def _probe_direct(self, peer_id: str) -> None:
-        self._probing.add(peer_id)
+    def _probe(self, peer_id: str, kind: str) -> None:
+        """Try for a direct connection; nobody waits, since there is another one: later streams will profit."""
+        if peer_id not in self._probing and self._reachability.should_try(peer_id, self._now):
+            self._probing.add(peer_id)
+            self._tasks.spawn(self._probe_direct(peer_id, kind), name=f"probe of {peer_id}")
+
+    async def _probe_direct(self, peer_id: str, kind: str) -> None:
         try:
-            await self._try_direct(peer_id, DIRECT_TIMEOUT_S)
+            await self._try_direct(peer_id, DIRECT_TIMEOUT_S, kind)
         except SwarmError as error:
+            self._reachability.failed(peer_id, self._now)
             log.info("no direct connection to %s: %s", peer_id, error)
         finally:
             self._probing.discard(peer_id)
@@ -363,7 +382,12 @@ class Transport:
                 self._dial_locks.pop((peer_id, carrier), None)
 
     async def _dial_direct(self, peer_id: str, timeout_s: float) -> Connection:
-        offer = await ask_offer(self.node, peer_id, version=self._version, timeout_s=timeout_s)
+        relayed = self._live(peer_id, "relay")
+        if relayed is None:
+            offer = await ask_offer(self.node, peer_id, version=self._version, timeout_s=timeout_s)
+        else:  # behind the same router, perhaps
+            stream = relayed.open_stream(OFFER_SERVICE)
+            offer = await ask_offer_over(stream, version=self._version, timeout_s=timeout_s)
         if not offer.hosts:
             raise PeerUnreachable(f"{peer_id} takes no direct connections", peer_id=peer_id)
         made: list[Connection] = []
@@ -400,22 +424,35 @@ class Transport:
             made.append(self._make_connection("relay", peer_id, is_dialler=True, ticket=ticket))
             return made[-1]
 
+        winner: Connection | None = None
         try:
-            await self._detours.dial(peer_id, self.node.relays.of(peer_id), make_protocol, timeout_s=timeout_s)
-        except BaseException:
+            await self._detours.dial(peer_id, self._relays_of(peer_id), make_protocol, timeout_s=timeout_s)
+            winner = made[-1]
+        finally:
             for connection in made:
-                connection.close(PeerDisconnected("not needed"))
-            raise
-        return await self._greet(made[-1])
+                if connection is not winner:
+                    connection.close(PeerDisconnected("not needed"))
+        return await self._greet(winner)
 
     async def _wait_for_call(self, peer_id: str, timeout_s: float) -> Connection:
         """Have a peer connect to us."""
-        await self._detours.call_back(peer_id, self.node.relays.of(peer_id), timeout_s=timeout_s)
-        connection = self._live(peer_id, "direct")
-        if connection is None:
-            raise PeerUnreachable(f"{peer_id} says that it has connected to us, but has not", peer_id=peer_id)
+        came = self._awaited.setdefault(peer_id, asyncio.Event())
+        try:
+            await self._detours.call_back(peer_id, self._relays_of(peer_id), timeout_s=timeout_s)
+            async with asyncio.timeout(GREETING_S):  # it says so as soon as it has our HELLO; its own may be on its way
+                while (connection := self._live(peer_id, "direct")) is None:
+                    came.clear()
+                    await came.wait()
+        except TimeoutError:
+            raise PeerUnreachable(f"{peer_id} says that it has connected to us, but has not", peer_id=peer_id) from None
+        finally:
+            self._awaited.pop(peer_id, None)
         self._reachability.succeeded(peer_id)
         return connection
+
+    def _relays_of(self, peer_id: str) -> tuple[str, ...]:
+        """Its relays without ourselves, whom it would have connected to."""
+        return tuple(it for it in self.node.relays.of(peer_id) if it not in (self.peer_id, peer_id))
 
     async def _greet(self, connection: Connection) -> Connection:
         """Exchange HELLOs on a connection that we made."""
@@ -436,14 +473,19 @@ class Transport:
         def make_mux(now: float) -> Mux:
             return Mux(
                 is_dialler=is_dialler,
-                limits=self.limits,
+                limits=self._limits_of(carrier),
                 now=now,
                 budget=self._budget,
                 ticket=ticket,
                 version=self._version,
             )
 
-        return Connection(self, carrier, make_mux, self.limits, peer_id=peer_id)
+        return Connection(self, carrier, make_mux, self._limits_of(carrier), peer_id=peer_id)
+
+    def _limits_of(self, carrier: str) -> Limits:
+        if carrier != "relay":
+            return self.limits
+        return replace(self.limits, silence_timeout_s=max(self.limits.silence_timeout_s, RELAY_SILENCE_S))
 
     def _live(self, peer_id: str, carrier: str) -> Connection | None:
         for connection in self._by_peer.get(peer_id, ()):
@@ -497,6 +539,8 @@ class Transport:
         if self._is_closed or len(self._by_peer.get(connection.peer_id, ())) >= self.limits.max_connections_per_peer:
             raise PeerBusy(f"limit of {self.limits.max_connections_per_peer} connections per peer", retry_after_s=5.0)
         self._add(connection)
+        if (came := self._awaited.get(connection.peer_id)) is not None:
+            came.set()
 
     def on_opened(self, connection: Connection, stream: Stream) -> None:
         """A peer has opened a stream: check the limits, start the handler."""
@@ -569,9 +613,10 @@ class _Accepted(Connection):
 
     def __init__(self, owner: Transport, carrier: str, peer_id: str, redeem: Redeem | None, *, has_room: bool) -> None:
         def make_mux(now: float) -> Mux:
-            return Mux(is_dialler=False, limits=owner.limits, now=now, budget=owner._budget, version=owner._version)
+            return Mux(is_dialler=False, limits=limits, now=now, budget=owner._budget, version=owner._version)
 
-        super().__init__(owner, carrier, make_mux, owner.limits, peer_id=peer_id)
+        limits = owner._limits_of(carrier)
+        super().__init__(owner, carrier, make_mux, limits, peer_id=peer_id)
         self.redeem = redeem
         """Who a ticket proves the peer to be; None where that is known."""
         self._has_room = has_room

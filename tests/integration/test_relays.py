@@ -1,7 +1,7 @@
 """Servers and clients behind routers that let nobody in, as processes on an emulated network of their own."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from swarm.checkpoint.source import resolve
 from swarm.client.processes import PeerProcess, all_stopped
 from swarm.client.runtime import SwarmService, connect
 from swarm.client.session import SessionConfig
+from swarm.errors import PeerDisconnected
+from swarm.registry import ServerRecord
 from tests.integration.conftest import HIDDEN, NUM_BLOCKS, closing
 from tests.integration.test_swarm import embed, expected_logits, logits
 from tests.wan import Wan, WanUnavailable
@@ -90,16 +92,37 @@ def test_a_server_that_nobody_can_connect_to_is_reached_through_others(hosts: Ho
 
 
 def test_a_session_goes_on_when_the_relay_that_carries_it_is_killed(hosts: Hosts, local_model):
-    """Through another one; and the server finds a new relay, and says so."""
+    """Through the other one: the bootstrap peer, which carries it, is stopped between two steps."""
     with closing(hosts.connect()) as service, service.open_session(batch_size=1, max_length=8) as session:
+        bootstrap = hosts.address.split("/")[-1]
+        hidden = next(it for it in wait_for_records(service) if it.is_relayed)
+        assert bootstrap in hidden.relays
+        service._loop.run(only_through(service, hidden.peer_id, bootstrap))
         inputs = embed(local_model, [1, 2, 3, 4])
         session.step(inputs[:3], positions=[0], num_tokens=[3])
         hosts.bootstrap.signal(signal.SIGSTOP)
         try:
+            service._loop.run(only_through(service, hidden.peer_id, *hidden.relays))
             outputs = session.step(inputs[3:], positions=[3], num_tokens=[1])
         finally:
             hosts.bootstrap.signal(signal.SIGCONT)
+        assert session.num_replays == 1 and carriers(service)[hidden.peer_id] == {"relay"}
     assert_right(local_model, outputs)
+
+
+def wait_for_records(service: SwarmService) -> Sequence[ServerRecord]:
+    """Records of both servers, the hidden one with two relays."""
+    while len(records := service.peers.records) < 2 or max(len(it.relays) for it in records) < 2:
+        service._loop.run(service.peers.refresh(max_age_s=0.2))
+    return records
+
+
+async def only_through(service: SwarmService, peer_id: str, *relays: str) -> None:
+    """Have a client know these relays of a peer only; connections that it has are closed."""
+    service._node.relays.learn(peer_id, relays)
+    for connection in list(service._transport._by_peer.get(peer_id, ())):
+        if len(relays) == 1:
+            connection.close(PeerDisconnected("another way is tried"))
 
 
 def test_a_server_whose_ports_are_forwarded_announces_the_address_that_others_see(hosts: Hosts, local_model):

@@ -81,7 +81,7 @@ async def test_where_nobody_can_tell_a_server_takes_itself_for_reachable(bootstr
 async def test_a_server_that_nobody_reaches_takes_relays_and_keeps_its_identity(
     helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
-    """It listens no more, and says at which peers it can be found."""
+    """It leaves the DHT's tables, says at which peers it can be found, and listens for neighbours still."""
     asked = []
 
     async def nobody(transport: Transport, port: int, peers: object) -> Verdict:
@@ -91,7 +91,7 @@ async def test_a_server_that_nobody_reaches_takes_relays_and_keeps_its_identity(
     monkeypatch.setattr(reach_module, "ask_around", nobody)
     async with entered(helpful) as reach:
         assert reach.is_relayed and reach.relays == (helpful.node.peer_id,)
-        assert reach.node.addresses == () and reach.transport.direct_port is None
+        assert reach.node.addresses == () and reach.transport.direct_port is not None
         assert asked == [(reach.node.peer_id, asked[0][1])] and asked[0][1] > 0
         assert reach.relay_desk is None
 
@@ -104,12 +104,15 @@ async def test_without_any_relay_the_error_says_what_to_do(bootstrap: SimpleName
             pass
 
 
-async def test_a_server_that_is_told_not_to_ask_does_not(helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
-    """--relay never."""
+@pytest.mark.parametrize("settings", [{"relay": "never"}, {"announce": ("127.0.0.1",)}])
+async def test_a_server_that_is_told_where_it_is_does_not_ask(
+    helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+):
+    """--relay never, and --announce."""
 
     async def ask(*args: object) -> Verdict:
         raise AssertionError("asked")
 
     monkeypatch.setattr(reach_module, "ask_around", ask)
-    async with entered(helpful, relay="never") as reach:
+    async with entered(helpful, **settings) as reach:
         assert not reach.is_relayed

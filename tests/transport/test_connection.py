@@ -55,3 +55,24 @@ async def test_a_carrier_that_never_says_that_it_is_gone_is_left_alone(monkeypat
     connection.close(PeerDisconnected("over"))
     await asyncio.wait_for(connection.wait_gone(), 10)
     assert carrier.num_aborts >= 1 and owner.closed == 1
+
+
+async def test_nothing_that_comes_is_looked_at_before_it_is_known_who_is_there():
+    """A stranger who ends TLS early could say HELLO, and open a stream, before his certificate is compared."""
+    owner, limits = Owner(), Limits()
+    greeted: list[Connection] = []
+    owner.on_greeted = lambda connection, ticket: greeted.append(connection)  # type: ignore[attr-defined]
+    connection = Connection(owner, "relay", lambda now: Mux(is_dialler=True, limits=limits, now=now), limits)  # type: ignore[arg-type]
+    carrier = MuteCarrier()
+    connection.connection_made(carrier)
+    hello = Mux(is_dialler=False, limits=limits, now=0.0).take_output()
+    connection.data_received(hello)
+    assert not greeted and not connection.is_greeted
+    connection.start()
+    assert greeted == [connection] and connection.is_greeted
+    late = Connection(owner, "relay", lambda now: Mux(is_dialler=True, limits=limits, now=now), limits)  # type: ignore[arg-type]
+    late.connection_made(carrier)
+    late.data_received(bytes(connection_module.MAX_EARLY_BYTES + 1))
+    assert carrier.num_aborts == 1
+    for made in (connection, late):
+        made.close(PeerDisconnected("over"))

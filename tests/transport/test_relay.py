@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +27,13 @@ from swarm.protocol import (
     Message,
     OpenCircuit,
     Reserve,
+    Reserved,
 )
 from swarm.transport import EndOfStream, Stream, Transport
 from swarm.transport.dial_back import DIALS, DialBackDesk, Verdict, ask_around
+from swarm.transport.reachability import Reachability
 from swarm.transport.relay import RelayDesk, RelayLimits
-from swarm.transport.reservations import Reservations
+from swarm.transport.reservations import PAUSE_S, Reservations
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SECRET = b"what nobody else is to see" * 8
@@ -133,8 +135,8 @@ async def changed(reservations: Reservations) -> None:
     await asyncio.wait_for(event.wait(), 10)
 
 
-async def test_a_relayed_connection_ends_with_its_reservation(swarm: SimpleNamespace):
-    """Whoever waits for an answer learns that it will not come."""
+async def test_whoever_waits_at_a_relayed_peer_that_leaves_learns_it(swarm: SimpleNamespace):
+    """The answer will not come; and nobody is let through once the reservation is over."""
     async with await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=10) as stream:
         await stream.send(InfoRequest())
         await stream.receive(10)
@@ -162,6 +164,105 @@ async def test_who_can_be_reached_is_connected_to_in_place_of_a_relay(swarm: Sim
     for connection in list(asking._by_peer[swarm.target.peer_id]):
         connection.close(PeerDisconnected("nobody needs it"))
     assert await echoed(asking, swarm.target.peer_id) == "relay"
+
+
+async def test_neighbours_find_each_other_behind_a_relay(swarm: SimpleNamespace, nodes: list[Node]):
+    """The first connection passes the relay; over it they learn of a direct way, which later streams take."""
+    async with Transport(nodes[2], listen=("127.0.0.1", 0)) as neighbour:
+        neighbour.serve("echo", echo)
+        async with kept_reservations(neighbour, swarm.found):
+            swarm.dialler._reachability = Reachability()
+            learn([swarm.dialler.node], neighbour.peer_id, tuple(swarm.found))
+            assert await echoed(swarm.dialler, neighbour.peer_id) == "relay"
+            assert await echoed(swarm.dialler, neighbour.peer_id) == "relay"  # meanwhile it asks
+            while (found := swarm.dialler._live(neighbour.peer_id, "direct")) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert found.is_greeted
+            assert await echoed(swarm.dialler, neighbour.peer_id) == "direct"
+
+
+async def test_a_relay_that_refuses_is_no_reason_not_to_try_another(swarm: SimpleNamespace):
+    """It serves no relay any more, or it is ourselves; the second one works."""
+    first, second = swarm.relays
+    await held(swarm)
+    await first.stop_serving(RELAY_SERVICE, InvalidRequest("does not relay"))
+    relays = (swarm.dialler.peer_id, first.peer_id, second.peer_id)
+    learn([swarm.dialler.node], swarm.target.peer_id, relays)
+    while second.peer_id not in swarm.reservations.relays:
+        await changed(swarm.reservations)
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+
+
+async def test_a_peer_without_room_is_busy_not_lost(swarm: SimpleNamespace):
+    """Whoever looks after others must not take it for dead."""
+    await held(swarm)
+
+    async def full(stream: Stream) -> None:
+        await stream.receive()
+        raise PeerBusy("no room", retry_after_s=7.0)
+
+    for relay in swarm.relays:
+        relay.serve(RELAY_SERVICE, full)
+    with pytest.raises(PeerBusy, match="no room") as caught:
+        await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=5)
+    assert caught.value.retry_after_s == 7.0
+
+
+async def test_who_is_called_back_in_vain_learns_nothing_of_the_network_there(swarm: SimpleNamespace):
+    """Not which of the addresses that it named exist behind the router."""
+    await held(swarm)
+    asking = swarm.relays[1]
+
+    async def nowhere(peer_id: str, timeout_s: float) -> None:
+        raise PeerUnreachable("192.168.1.1: Connection refused", peer_id=peer_id)
+
+    swarm.target._makers["direct"] = nowhere
+    for connection in list(asking._by_peer.get(swarm.target.peer_id, ())):
+        connection.close(PeerDisconnected("nobody needs it"))
+    with pytest.raises(PeerUnreachable, match="no connection to you") as caught:
+        await asking._wait_for_call(swarm.target.peer_id, 5.0)
+    assert "192.168" not in str(caught.value)
+
+
+async def test_a_relay_that_hangs_up_is_not_asked_again_at_once(swarm: SimpleNamespace, nodes: list[Node]):
+    """It would have us knock at all others, and tell the swarm, in an endless loop."""
+    asked: list[str] = []
+
+    async def hangs_up(stream: Stream) -> None:
+        asked.append(stream.peer_id)
+        await stream.receive()
+        await stream.send(Reserved(max_circuits=1))
+
+    for relay in swarm.relays:
+        relay.serve(RELAY_SERVICE, hangs_up)
+    found = [relay.peer_id for relay in swarm.relays]
+    async with Transport(nodes[3]) as other, kept_reservations(other, found) as reservations:
+        while reservations.relays:
+            await changed(reservations)
+        await asyncio.sleep(2.5 * PAUSE_S)
+    assert len(asked) == 2
+
+
+@asynccontextmanager
+async def kept_reservations(transport: Transport, found: list[str]) -> AsyncIterator[Reservations]:
+    """Reservations of a peer with any of these."""
+
+    async def candidates() -> list[str]:
+        return found
+
+    reservations = Reservations(transport, candidates)
+    try:
+        assert await reservations.start(10.0)
+        yield reservations
+    finally:
+        await reservations.close()
+
+
+async def echo(stream: Stream) -> None:
+    """Send every message back."""
+    while True:
+        message, body = await stream.receive()
+        await stream.send(message, body)
 
 
 async def test_records_that_lead_in_circles_end_in_an_error(swarm: SimpleNamespace, nodes: list[Node]):

@@ -1,24 +1,76 @@
-"""The pure parts of relays: a rate, a vote, an address book."""
+"""The rules of relays: turns and a rate, a vote, an address book."""
 
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.network.relay_book import MAX_PEERS, RelayBook
 from swarm.protocol import DialedBack
-from swarm.transport.dial_back import Verdict, judge
-from swarm.transport.relay import Throttle
+from swarm.transport.dial_back import Verdict, gateways, judge
+from swarm.transport.relay import Turns, Turnstile
 
 
-@given(st.lists(st.tuples(st.integers(1, 1 << 16), st.floats(0, 0.5)), min_size=1, max_size=50))
-def test_a_throttle_never_lets_more_pass_than_its_rate_and_a_burst(pieces: list[tuple[int, float]]):
-    """At any moment, counted from the first piece; and it is as quick as that when it always has something to do."""
-    throttle, now, passed, rate = Throttle(1e5), 0.0, 0, 1e5
-    for size, pause_s in pieces:
-        now += pause_s
-        at = now + throttle.delay_s(size, now)
-        assert passed <= rate * (at + Throttle.BURST_S) + 1e-6
-        assert at - now <= passed / rate + 1e-9
-        passed += size
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 1 << 16)), min_size=1, max_size=60),
+    st.integers(1, 60),
+)
+def test_those_who_wait_at_a_relay_take_turns(arrivals: list[tuple[str, int]], num_first: int):
+    """Everybody passes once, and own pieces in order."""
+    turns, owners, passed = Turns(), dict[int, tuple[str, int]](), list[int]()
+    for number, (key, cost) in enumerate(arrivals):
+        owners[turns.arrive(key, cost)] = key, cost
+        if number >= num_first and (found := turns.next()) is not None:
+            passed.append(found)
+    while (found := turns.next()) is not None:
+        passed.append(found)
+    assert sorted(passed) == sorted(owners)
+    for key in "abc":
+        own = [number for number in passed if owners[number][0] == key]
+        assert own == sorted(own)
+
+
+@given(st.integers(1, 1 << 16), st.integers(1, 1 << 16))
+def test_one_with_many_circuits_is_no_quicker_than_one_with_few(large: int, small: int):
+    """Both have more waiting than ever passes: what has passed of each differs by a piece of each at most."""
+    turns, passed = Turns(), {"many": 0, "few": 0}
+    pairs = [("many", large), ("few", small)]
+    pieces = {turns.arrive(key, cost): (key, cost) for key, cost in 200 * pairs}
+    for _ in range(100):
+        number = turns.next()
+        assert number is not None
+        key, cost = pieces[number]
+        passed[key] += cost
+        assert abs(passed["many"] - passed["few"]) <= large + small
+
+
+@pytest.mark.asyncio
+async def test_a_turnstile_keeps_to_its_rate_and_forgets_who_has_gone():
+    """A burst passes at once, and no more; somebody who gives up holds nobody up."""
+    turnstile = Turnstile(1e4)
+    tasks = [asyncio.ensure_future(turnstile.pass_through(key, 600)) for key in "aabab"]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert sum(task.done() for task in tasks) == 2  # 1000 bytes are a burst: the second begins in it
+    tasks[2].cancel()
+    started = asyncio.get_running_loop().time()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert asyncio.get_running_loop().time() - started >= 0.05
+
+
+def test_routers_are_read_from_the_table_of_routes(tmp_path: Path):
+    """They stand for anybody: no verdict is given on them."""
+    table = tmp_path / "route"
+    table.write_text(
+        "Iface\tDestination\tGateway\tFlags\n"
+        f"eth0\t00000000\t{int.from_bytes(bytes([172, 17, 0, 1]), sys.byteorder):08X}\t0003\n"
+        "eth0\t000011AC\t00000000\t0001\n"
+    )
+    assert gateways(table) == {"172.17.0.1"}
+    assert gateways(tmp_path / "none") == frozenset()
 
 
 def answers(*pairs: tuple[str, bool]) -> list[DialedBack]:
