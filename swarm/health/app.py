@@ -34,7 +34,7 @@ from swarm.health.openapi import CarrierReport, ErrorReport, ReachReport
 from swarm.health.pages import FOLDER, PAGE_ROWS, render_badge, render_page
 from swarm.identity import is_peer_id
 from swarm.protocol import INFO_SERVICE, InfoRequest
-from swarm.transport.transport import Carrier
+from swarm.transport.ways import Carrier
 
 MAX_PAGES_KEPT = 64
 MAX_DIALS = 4

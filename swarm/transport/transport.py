@@ -17,7 +17,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Self
 
 from swarm.errors import (
     AccessDenied,
@@ -28,39 +28,30 @@ from swarm.errors import (
     PeerError,
     PeerMisbehaved,
     PeerTimeout,
-    PeerUnreachable,
     SwarmError,
 )
 from swarm.network import Node
 from swarm.network.daemon import resolve_host
 from swarm.network.tasks import TaskSet
-from swarm.protocol import CIRCUIT_SERVICE, OFFER_SERVICE, PROTOCOL_VERSION, RELAY_SERVICE, Message
+from swarm.protocol import CIRCUIT_SERVICE, OFFER_SERVICE, PROTOCOL_VERSION, Message
 from swarm.rates import Rates
 from swarm.transport.circuits import Circuits, Redeem
 from swarm.transport.connection import Connection
-from swarm.transport.detours import Detours
-from swarm.transport.direct import DirectListener, dial
+from swarm.transport.direct import DirectListener
 from swarm.transport.frames import MAX_SERVICE_BYTES
 from swarm.transport.limits import Budget, Limits, Traffic
 from swarm.transport.mux import Mux
-from swarm.transport.offers import OFFER_STREAM, OfferDesk, ask_offer, ask_offer_over
+from swarm.transport.offers import OFFER_STREAM, OfferDesk
 from swarm.transport.places import make_place
-from swarm.transport.reachability import Reachability
 from swarm.transport.stream import EndOfStream, Stream
+from swarm.transport.ways import DIRECT_TIMEOUT_S, MUX_STREAM, Carrier, Ways
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Stream], Awaitable[None]]
-Carrier = Literal["auto", "direct", "p2p", "relay"]
 
-MUX_STREAM = "/swarm/mux"
-"""Name of the p2p stream that carries frames."""
-GREETING_S = 1.0
-"""How long the HELLO of a peer that was asked to connect to us may be on its way."""
 RELAY_SILENCE_S = 20.0
 """How long the peer behind a relay may be silent: its answers may wait behind much else. The relay has less time."""
-DIRECT_TIMEOUT_S = 3.0
-"""Longest wait for a direct connection when a p2p stream would do."""
 
 
 class Transport:
@@ -100,36 +91,25 @@ class Transport:
         """Tasks that serve streams, by service."""
         self._stopped: dict[str, SwarmError] = {}
         """Services that are served no more, and why."""
-        self._reachability = Reachability()
         self._is_relay: Callable[[str], bool] = lambda peer_id: False
         self._circuits = Circuits(
             node.identity,
             is_relay=lambda peer_id: self._is_relay(peer_id),
             accept=lambda redeem: self._accept("relay", "", redeem),
-            dial=lambda peer_id: self._dial_once(peer_id, "direct", DIRECT_TIMEOUT_S),
+            dial=lambda peer_id: self._ways.dial(peer_id, "direct", DIRECT_TIMEOUT_S),
             timeout_s=self.limits.hello_timeout_s,
         )
-        self._detours = Detours(self._circuits, open_relay=self._open_relay, distance_s=self._distance_s)
         self._connections: set[Connection] = set()
         self._leaving: weakref.WeakSet[Connection] = weakref.WeakSet()  # over, but perhaps not let go by the peer yet
         self._by_peer: dict[str, list[Connection]] = {}
-        self._dial_locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._handling: Counter[str] = Counter()
         """Streams that are served, of each account."""
         self._opens = Rates(self.limits.open_rate)
-        self._probing: set[str] = set()
-        self._awaited: dict[str, asyncio.Event] = {}
-        """Peers that were asked to connect to us; set when they have."""
         self._desk: OfferDesk
         self._listener: DirectListener | None = None
         self._tasks = TaskSet()
         self._is_closed = False
-        self._makers = {
-            "direct": self._dial_direct,
-            "p2p": self._dial_p2p,
-            "relay": self._dial_relay,
-            "call-back": self._wait_for_call,
-        }
+        self._ways = Ways(self, self._circuits, self._tasks, version=version)
 
     async def start(self) -> None:
         """Listen for direct connections and p2p streams.
@@ -193,7 +173,7 @@ class Transport:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self._connect(peer_id, carrier, timeout_s)
+                connection = await self._ways.connect(peer_id, carrier, timeout_s)
         except TimeoutError as error:
             raise PeerTimeout(f"no connection to {peer_id} within {timeout_s:g} s", peer_id=peer_id) from error
         return connection.open_stream(service)
@@ -280,182 +260,13 @@ class Transport:
 
     # --- making connections ---
 
-    async def _connect(
-        self, peer_id: str, carrier: Carrier, timeout_s: float, *, may_detour: bool = True
-    ) -> Connection:
-        if peer_id == self.node.peer_id:
-            raise InvalidRequest("a peer does not connect to itself")
-        if carrier in ("auto", "direct") and (connection := self._live(peer_id, "direct")) is not None:
-            return connection
-        if carrier == "direct":
-            return await self._dial_once(peer_id, "direct", timeout_s)
-        if carrier == "auto" and may_detour and not self.node.relays.knows(peer_id) and peer_id not in self._by_peer:
-            await self._learn_of(peer_id, timeout_s / 3)
-        if carrier == "relay" or (carrier == "auto" and may_detour and self.node.relays.of(peer_id)):
-            return await self._connect_around(peer_id, carrier, timeout_s)
-        connection = self._live(peer_id, "p2p")
-        if carrier == "auto" and not self.node.is_private and self._reachability.should_try(peer_id, self._now):
-            if connection is None:
-                connection = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S))
-            else:
-                self._probe(peer_id, "direct")
-        return connection or await self._dial_once(peer_id, "p2p", timeout_s)
-
-    async def _connect_around(self, peer_id: str, carrier: Carrier, timeout_s: float) -> Connection:
-        """A connection to a peer that nobody can connect to."""
-        if carrier == "auto":
-            for kind in ("p2p", "relay"):
-                if (connection := self._live(peer_id, kind)) is not None:
-                    self._probe(peer_id, "call-back" if self.is_reachable else "direct")
-                    return connection
-            if self.is_reachable and self._reachability.should_try(peer_id, self._now):
-                direct = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S), "call-back")
-                if direct is not None:
-                    return direct
-        try:
-            return await self._dial_once(peer_id, "relay", timeout_s)
-        except PeerUnreachable:
-            self.node.relays.forget(peer_id)  # perhaps it has others now, or none
-            raise
-
-    async def _learn_of(self, peer_id: str, timeout_s: float) -> None:
-        """Look a peer up, so that we need not find out by waiting in vain that nobody can connect to it."""
-        if self.look_up is None:
-            return
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.look_up(peer_id)
-        except (PeerError, TimeoutError) as error:
-            log.debug("%s was not looked up: %r", peer_id, error)
-            return
-        if not self.node.relays.knows(peer_id):
-            self.node.relays.learn(peer_id, ())
-
-    async def _open_relay(self, relay_id: str, timeout_s: float) -> Stream:
-        """A stream to a relay, which must be there without another one."""
-        connection = await self._connect(relay_id, "auto", timeout_s, may_detour=False)
-        return connection.open_stream(RELAY_SERVICE)
-
-    def _distance_s(self, peer_id: str) -> float:
+    def distance_s(self, peer_id: str) -> float:
+        """See `swarm.transport.ways`."""
         connections = [it for it in self._by_peer.get(peer_id, ()) if it.is_greeted and not it.is_closed]
         return min((it.rtt_s or 0.0 for it in connections), default=float("inf"))
 
-    async def _try_direct(self, peer_id: str, timeout_s: float, kind: str = "direct") -> Connection | None:
-        """A direct connection, or None; failures are remembered."""
-        try:
-            return await self._dial_once(peer_id, kind, timeout_s)
-        except (PeerUnreachable, PeerTimeout, PeerDisconnected) as error:
-            self._reachability.failed(peer_id, self._now)
-            log.debug("no direct connection to %s: %s", peer_id, error)
-            return None
-
-    def _probe(self, peer_id: str, kind: str) -> None:
-        """Try for a direct connection; nobody waits, since there is another one: later streams will profit."""
-        if peer_id not in self._probing and self._reachability.should_try(peer_id, self._now):
-            self._probing.add(peer_id)
-            self._tasks.spawn(self._probe_direct(peer_id, kind), name=f"probe of {peer_id}")
-
-    async def _probe_direct(self, peer_id: str, kind: str) -> None:
-        try:
-            await self._try_direct(peer_id, DIRECT_TIMEOUT_S, kind)
-        except SwarmError as error:
-            self._reachability.failed(peer_id, self._now)
-            log.info("no direct connection to %s: %s", peer_id, error)
-        finally:
-            self._probing.discard(peer_id)
-
-    async def _dial_once(self, peer_id: str, carrier: str, timeout_s: float) -> Connection:
-        """Dial; whoever wants the same connection meanwhile waits for this attempt first."""
-        lock = self._dial_locks.setdefault((peer_id, carrier), asyncio.Lock())
-        try:
-            async with asyncio.timeout(timeout_s), lock:
-                connection = self._live(peer_id, carrier)
-                if connection is None:
-                    connection = await self._makers[carrier](peer_id, timeout_s)
-                return connection
-        except TimeoutError as error:
-            raise PeerTimeout(
-                f"no {carrier} connection to {peer_id} within {timeout_s:g} s", peer_id=peer_id
-            ) from error
-        finally:
-            if not lock.locked():
-                self._dial_locks.pop((peer_id, carrier), None)
-
-    async def _dial_direct(self, peer_id: str, timeout_s: float) -> Connection:
-        relayed = self._live(peer_id, "relay")
-        if relayed is None:
-            offer = await ask_offer(self.node, peer_id, version=self._version, timeout_s=timeout_s)
-        else:  # behind the same router, perhaps
-            stream = relayed.open_stream(OFFER_SERVICE)
-            offer = await ask_offer_over(stream, version=self._version, timeout_s=timeout_s)
-        if not offer.hosts:
-            raise PeerUnreachable(f"{peer_id} takes no direct connections", peer_id=peer_id)
-        made: list[Connection] = []
-
-        def make_protocol() -> Connection:
-            made.append(self._make_connection("direct", peer_id, is_dialler=True, ticket=offer.ticket))
-            return made[-1]
-
-        winner: asyncio.Protocol | None = None
-        try:
-            _, winner = await dial(offer, make_protocol, peer_id=peer_id, timeout_s=timeout_s)
-        finally:
-            for connection in made:
-                if connection is not winner:
-                    connection.close(PeerDisconnected("not needed"))
-        assert isinstance(winner, Connection)
-        connection = await self._greet(winner)
-        self._reachability.succeeded(peer_id)
-        return connection
-
-    async def _dial_p2p(self, peer_id: str, timeout_s: float) -> Connection:
-        connection = self._make_connection("p2p", peer_id, is_dialler=True)
-        try:
-            await self.node.open_stream_protocol(peer_id, MUX_STREAM, connection, timeout_s=timeout_s)
-        except BaseException:
-            connection.close(PeerDisconnected("not needed"))
-            raise
-        return await self._greet(connection)
-
-    async def _dial_relay(self, peer_id: str, timeout_s: float) -> Connection:
-        made: list[Connection] = []
-
-        def make_protocol(ticket: bytes) -> Connection:
-            made.append(self._make_connection("relay", peer_id, is_dialler=True, ticket=ticket))
-            return made[-1]
-
-        winner: Connection | None = None
-        try:
-            await self._detours.dial(peer_id, self._relays_of(peer_id), make_protocol, timeout_s=timeout_s)
-            winner = made[-1]
-        finally:
-            for connection in made:
-                if connection is not winner:
-                    connection.close(PeerDisconnected("not needed"))
-        return await self._greet(winner)
-
-    async def _wait_for_call(self, peer_id: str, timeout_s: float) -> Connection:
-        """Have a peer connect to us."""
-        came = self._awaited.setdefault(peer_id, asyncio.Event())
-        try:
-            await self._detours.call_back(peer_id, self._relays_of(peer_id), timeout_s=timeout_s)
-            async with asyncio.timeout(GREETING_S):  # it says so as soon as it has our HELLO; its own may be on its way
-                while (connection := self._live(peer_id, "direct")) is None:
-                    came.clear()
-                    await came.wait()
-        except TimeoutError:
-            raise PeerUnreachable(f"{peer_id} says that it has connected to us, but has not", peer_id=peer_id) from None
-        finally:
-            self._awaited.pop(peer_id, None)
-        self._reachability.succeeded(peer_id)
-        return connection
-
-    def _relays_of(self, peer_id: str) -> tuple[str, ...]:
-        """Its relays without ourselves, whom it would have connected to."""
-        return tuple(it for it in self.node.relays.of(peer_id) if it not in (self.peer_id, peer_id))
-
-    async def _greet(self, connection: Connection) -> Connection:
-        """Exchange HELLOs on a connection that we made."""
+    async def greet(self, connection: Connection) -> Connection:
+        """See `swarm.transport.ways`."""
         if self._is_closed:  # while it was being made
             error = PeerDisconnected(f"{self.node.peer_id} is shutting down")
             connection.close(error)
@@ -469,10 +280,12 @@ class Transport:
             raise
         return connection
 
-    def _make_connection(self, carrier: str, peer_id: str, *, is_dialler: bool, ticket: bytes = b"") -> Connection:
+    def make(self, carrier: str, peer_id: str, *, ticket: bytes = b"") -> Connection:
+        """See `swarm.transport.ways`."""
+
         def make_mux(now: float) -> Mux:
             return Mux(
-                is_dialler=is_dialler,
+                is_dialler=True,
                 limits=self._limits_of(carrier),
                 now=now,
                 budget=self._budget,
@@ -487,7 +300,12 @@ class Transport:
             return self.limits
         return replace(self.limits, silence_timeout_s=max(self.limits.silence_timeout_s, RELAY_SILENCE_S))
 
-    def _live(self, peer_id: str, carrier: str) -> Connection | None:
+    def is_connected(self, peer_id: str) -> bool:
+        """See `swarm.transport.ways`."""
+        return peer_id in self._by_peer
+
+    def live(self, peer_id: str, carrier: str) -> Connection | None:
+        """See `swarm.transport.ways`."""
         for connection in self._by_peer.get(peer_id, ()):
             if connection.carrier == carrier and connection.is_greeted and not connection.is_closed:
                 return connection
@@ -539,8 +357,7 @@ class Transport:
         if self._is_closed or len(self._by_peer.get(connection.peer_id, ())) >= self.limits.max_connections_per_peer:
             raise PeerBusy(f"limit of {self.limits.max_connections_per_peer} connections per peer", retry_after_s=5.0)
         self._add(connection)
-        if (came := self._awaited.get(connection.peer_id)) is not None:
-            came.set()
+        self._ways.came(connection.peer_id)
 
     def on_opened(self, connection: Connection, stream: Stream) -> None:
         """A peer has opened a stream: check the limits, start the handler."""

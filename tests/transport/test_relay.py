@@ -171,11 +171,11 @@ async def test_neighbours_find_each_other_behind_a_relay(swarm: SimpleNamespace,
     async with Transport(nodes[2], listen=("127.0.0.1", 0)) as neighbour:
         neighbour.serve("echo", echo)
         async with kept_reservations(neighbour, swarm.found):
-            swarm.dialler._reachability = Reachability()
+            swarm.dialler._ways._reachability = Reachability()
             learn([swarm.dialler.node], neighbour.peer_id, tuple(swarm.found))
             assert await echoed(swarm.dialler, neighbour.peer_id) == "relay"
             assert await echoed(swarm.dialler, neighbour.peer_id) == "relay"  # meanwhile it asks
-            while (found := swarm.dialler._live(neighbour.peer_id, "direct")) is None:  # noqa: ASYNC110
+            while (found := swarm.dialler.live(neighbour.peer_id, "direct")) is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             assert found.is_greeted
             assert await echoed(swarm.dialler, neighbour.peer_id) == "direct"
@@ -216,11 +216,11 @@ async def test_who_is_called_back_in_vain_learns_nothing_of_the_network_there(sw
     async def nowhere(peer_id: str, timeout_s: float) -> None:
         raise PeerUnreachable("192.168.1.1: Connection refused", peer_id=peer_id)
 
-    swarm.target._makers["direct"] = nowhere
+    swarm.target._ways._makers["direct"] = nowhere
     for connection in list(asking._by_peer.get(swarm.target.peer_id, ())):
         connection.close(PeerDisconnected("nobody needs it"))
     with pytest.raises(PeerUnreachable, match="no connection to you") as caught:
-        await asking._wait_for_call(swarm.target.peer_id, 5.0)
+        await asking._ways.dial(swarm.target.peer_id, "call-back", 5.0)
     assert "192.168" not in str(caught.value)
 
 
@@ -390,11 +390,11 @@ async def test_a_ticket_proves_its_dialler_only(swarm: SimpleNamespace, nodes: l
     circuits._answer_to = lambda greeting, target: nodes[0].identity.sign(b"as the victim")  # type: ignore[method-assign]
 
     def make(ticket: bytes) -> Any:
-        made.append(relay._make_connection("relay", swarm.target.peer_id, is_dialler=True, ticket=ticket))
+        made.append(relay.make("relay", swarm.target.peer_id, ticket=ticket))
         return made[-1]
 
     await circuits.open(Opened(), swarm.target.peer_id, make)  # type: ignore[arg-type]
-    connection = await relay._greet(made[0])  # the target says HELLO before it has seen ours
+    connection = await relay.greet(made[0])  # the target says HELLO before it has seen ours
     with pytest.raises(PeerError):
         await connection.open_stream("echo").receive(5)
     assert connection.is_closed and swarm.seen == []
@@ -402,12 +402,12 @@ async def test_a_ticket_proves_its_dialler_only(swarm: SimpleNamespace, nodes: l
 
 async def test_only_our_relays_open_circuits(swarm: SimpleNamespace):
     """Somebody who is connected to us for another reason can't."""
-    stream = swarm.target._live(swarm.relays[0].peer_id, "direct") or swarm.relays[0]._live(
+    stream = swarm.target.live(swarm.relays[0].peer_id, "direct") or swarm.relays[0].live(
         swarm.target.peer_id, "direct"
     )
     assert stream is not None
     await swarm.reservations.close()
-    opened = swarm.relays[0]._live(swarm.target.peer_id, "direct").open_stream(CIRCUIT_SERVICE)
+    opened = swarm.relays[0].live(swarm.target.peer_id, "direct").open_stream(CIRCUIT_SERVICE)
     await opened.send(CircuitOpened(peer_id=swarm.dialler.peer_id, is_call_back=False))
     with pytest.raises(InvalidRequest, match="no reservation"):
         await opened.receive(5)

@@ -28,7 +28,7 @@ from swarm.errors import (
 from swarm.network import Node, NodeConfig
 from swarm.protocol import PROTOCOL_VERSION, Info, InfoRequest
 from swarm.transport import EndOfStream, Limits, Stream, Transport
-from swarm.transport import transport as transport_module
+from swarm.transport import ways as ways_module
 from swarm.transport.direct import Offer
 from swarm.transport.frames import Kind, encode_frame
 from swarm.transport.offers import ask_offer
@@ -403,11 +403,11 @@ async def test_auto_takes_the_direct_way_and_falls_back(nodes: tuple[Node, Node]
         with pytest.raises(PeerUnreachable, match="takes no direct connections"):
             await pair.open("echo", "direct")
         assert (await pair.open("echo")).carrier == "p2p"
-    monkeypatch.setattr(transport_module, "DIRECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ways_module, "DIRECT_TIMEOUT_S", 0.5)
     async with connected(nodes, server={"announce_hosts": ["127.0.0.3"]}) as pair:
         asked = []
         monkeypatch.setattr(
-            transport_module, "ask_offer", lambda *args, **options: asked.append(args) or ask_offer(*args, **options)
+            ways_module, "ask_offer", lambda *args, **options: asked.append(args) or ask_offer(*args, **options)
         )
         for _ in range(3):
             stream = await pair.open("echo")
@@ -453,7 +453,7 @@ async def test_a_ticket_works_once_and_a_stranger_has_none(nodes: tuple[Node, No
         async def reuse(*_: object, **__: object) -> Offer:
             return offer
 
-        monkeypatch.setattr(transport_module, "ask_offer", reuse)
+        monkeypatch.setattr(ways_module, "ask_offer", reuse)
         stream = await pair.open("echo", "direct")
         stream._connection.close(PeerDisconnected("test"))
         with pytest.raises(PeerMisbehaved, match="ticket that is unknown, used or expired"):
@@ -493,14 +493,14 @@ async def test_a_connection_that_was_being_made_when_the_transport_closed_is_dro
     nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ):
     """Nobody would close it later."""
-    is_dialling, may_go_on, dial = asyncio.Event(), asyncio.Event(), transport_module.dial
+    is_dialling, may_go_on, dial = asyncio.Event(), asyncio.Event(), ways_module.dial
 
     async def slow_dial(*args: Any, **options: Any) -> Any:
         is_dialling.set()
         await may_go_on.wait()
         return await dial(*args, **options)
 
-    monkeypatch.setattr(transport_module, "dial", slow_dial)
+    monkeypatch.setattr(ways_module, "dial", slow_dial)
     async with connected(nodes) as pair:
         opening = asyncio.create_task(pair.open("echo", "direct"))
         await is_dialling.wait()
