@@ -135,7 +135,7 @@ def test_a_server_that_left_is_not_routed_to(make_swarm):
     swarm = make_swarm("0:6", "0:6")
     with closing(swarm.connect()) as service:
         swarm.loop.run(swarm.servers[0].leave())
-        service._loop.run(service.peers.refresh(max_age_s=0))
+        service._loop.run(service.peers.refresh(max_age_s=0, everything=True))
         assert [record.peer_id for record in service.peers.records] == [swarm.servers[1].node.peer_id]
 
 
@@ -151,7 +151,7 @@ def test_a_server_announces_joining_then_online_then_offline(make_swarm):
                 swarm.loop.run(step(), 30)
             records = service._loop.run(Registry(service._node).lookup(resolve(str(swarm.model)).digest))
             states.append([(record.state.name, str(record.blocks)) for record in records])
-            service._loop.run(service.peers.refresh(max_age_s=0))
+            service._loop.run(service.peers.refresh(max_age_s=0, everything=True))
             assert len(service.peers.records) == (step == server.load)
     assert states == [[("JOINING", "0:6")], [("ONLINE", "0:6")], []]
 
