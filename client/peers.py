@@ -5,15 +5,17 @@
     step timings, failures ──────┼──► Offers ──swarm.routing.Router──► hops
     who has which adapter ───────┘    (client.adapter_needs)
 
-Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. What steps took counts
-more than what servers say. Which servers can't send to each other is remembered for a while, too.
+Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. But records outlive
+their servers: who isn't connected to us is asked before a route over it is handed out. What steps took counts more than
+what servers say. Which servers can't send to each other is remembered for a while, too.
 """
 
 import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +27,7 @@ from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import Directory
-from swarm.errors import PeerError, RouteNotFound, SwarmError
+from swarm.errors import PeerDisconnected, PeerError, PeerUnreachable, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
@@ -33,7 +35,7 @@ from swarm.route_map import Location
 from swarm.routing import VISIT_S, Need, Offer, Route, Router
 from swarm.session import Hop
 from swarm.transport import Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, name_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,13 @@ ROOM_TOKENS = 64
 """Tokens beyond those of a session for which a server should have room when the session comes to it."""
 BATCH_TOKENS = 1024
 """What a micro-batch of training has, about."""
+SILENT_S = 1e6
+"""Cost of a server that did not answer just now: more than any chain without it."""
 NUM_ACQUAINTANCES = 8
 """Servers that a client measures now and then, to know its place and the ways to those that it uses."""
+
+Silent = Collection[str]
+"""Servers that did not answer just now."""
 
 
 class Peers:
@@ -120,8 +127,15 @@ class Peers:
         others = [record for record in records if record.peer_id not in self._behaviour]
         count = min(NUM_ACQUAINTANCES - min(len(used), NUM_ACQUAINTANCES // 2), len(others))
         chosen = self._generator.choice(len(others), count, replace=False) if count else ()
-        await self._pinger.ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
+        await self._ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
         self._router = None
+
+    async def _ping(self, records: Iterable[ServerRecord]) -> dict[str, PeerError]:
+        """Measure the ways to these; who does not answer has failed."""
+        silent = {} if self._pinger is None else await self._pinger.ping(records)
+        for peer_id, error in silent.items():
+            self.failed(peer_id, error)
+        return silent
 
     async def route(
         self,
@@ -131,7 +145,7 @@ class Peers:
         chain: Sequence[Hop] = (),
         adapters: AdapterNeeds | None = None,
     ) -> tuple[Hop, ...]:
-        """The quickest chain over `blocks` by what is known now.
+        """The quickest chain over `blocks` by what is known now, of servers that are there.
 
         Args:
             blocks: to be covered.
@@ -148,8 +162,8 @@ class Peers:
         after = next((hop.peer_id for hop in chain if hop.blocks.end == blocks.start), None)
         before = next((hop.peer_id for hop in chain if hop.blocks.start == blocks.end), None)
         return await self._find(
-            lambda router: router.fastest(
-                blocks, need=need, penalties=self._penalties(adapters), after=after, before=before
+            lambda router, silent: router.fastest(
+                blocks, need=need, penalties=self._penalties(adapters, silent), after=after, before=before
             )
         )
 
@@ -175,13 +189,20 @@ class Peers:
             await self.refresh(max_age_s=max_age_s, everything=max_age_s < REFRESH_S)
             records = [it for it in self._directory.online if it.blocks.covers(blocks) and it.peer_id not in without]
             if records:
-                break
-        else:
-            raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
+                with suppress(RouteNotFound):
+                    return await self._best_of(records, blocks, num_tokens, adapters)
+        raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
+
+    async def _best_of(
+        self, records: Sequence[ServerRecord], blocks: BlockRange, num_tokens: int, adapters: AdapterNeeds | None
+    ) -> Hop:
+        """The best of some servers that have these blocks, for all of them; raises RouteNotFound if they are gone."""
         now = time.monotonic()
         router = Router([replace(self._offer(record, now), blocks=blocks) for record in records], self._place)
         need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
-        (hop,) = router.fastest(blocks, need=need, penalties=self._penalties(adapters)).hops
+        (hop,) = await self._over_present(
+            lambda silent: router.fastest(blocks, need=need, penalties=self._penalties(adapters, silent))
+        )
         return hop
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
@@ -191,18 +212,18 @@ class Peers:
             as `route`.
         """
         return await self._find(
-            lambda router: router.spread(
-                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties=self._penalties(None)
+            lambda router, silent: router.spread(
+                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties=self._penalties(None, silent)
             )
         )
 
-    async def _find(self, find: Callable[[Router], Route]) -> tuple[Hop, ...]:
+    async def _find(self, find: Callable[[Router, Silent], Route]) -> tuple[Hop, ...]:
         """Find a route by what is known; read the records again when that gives none, or one over a failed server."""
         if not self._directory.records:
             await self.refresh()
         self.keep_fresh()
         try:
-            hops = find(self._table()).hops
+            hops = await self._over_present(lambda silent: find(self._table(), silent))
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
         except RouteNotFound:
@@ -210,7 +231,33 @@ class Peers:
         await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
         if not self._directory.records:
             await refuse_other_content(self._node, self.model_name, self.model)
-        return find(self._table()).hops
+        return await self._over_present(lambda silent: find(self._table(), silent))
+
+    async def _over_present(self, find: Callable[[Silent], Route]) -> tuple[Hop, ...]:
+        """The best route whose servers are there: those that we don't hear are asked, and avoided if they are silent.
+
+        Raises:
+            RouteNotFound: blocks are missing, or all who say that they have them are gone.
+        """
+        silent: dict[str, PeerError] = {}
+        while True:
+            hops = find(silent.keys()).hops
+            news = await self._ask({hop.peer_id for hop in hops} - silent.keys())
+            if not news:
+                break
+            silent |= news
+        gone = [hop for hop in hops if isinstance(silent.get(hop.peer_id), PeerUnreachable | PeerDisconnected)]
+        if gone:
+            missing = [block for hop in gone for block in hop.blocks]
+            raise RouteNotFound(f"all servers of blocks {name_ranges(missing)} are gone", missing=missing)
+        return hops  # perhaps over one that is only slow to answer: it is given the time that a session has to open
+
+    async def _ask(self, peer_ids: Collection[str]) -> dict[str, PeerError]:
+        """Ask those that we don't hear whether they are there; who does not answer."""
+        if self._pinger is None:
+            return {}
+        unheard = [it for it in self.records if it.peer_id in peer_ids and not self._pinger.hears(it.peer_id)]
+        return await self._ping(unheard) if unheard else {}
 
     def keep_fresh(self) -> None:
         """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""
@@ -268,14 +315,14 @@ class Peers:
         """Whether a server failed after the records were read."""
         return peer_id in self._behaviour and self._behaviour[peer_id].failed_at > self._directory.refreshed_at
 
-    def _penalties(self, adapters: AdapterNeeds | None) -> dict[str, float]:
-        """What visits of some servers cost besides: failures, and adapters that have to be brought there."""
+    def _penalties(self, adapters: AdapterNeeds | None, silent: Silent = ()) -> dict[str, float]:
+        """What visits of some servers cost besides: failures, silence, and adapters that have to be brought there."""
         now = time.monotonic()
         penalties = {peer_id: seen.penalty_s(now) for peer_id, seen in self._behaviour.items()}
         if adapters is not None:
             for record in self._directory.online:
                 penalties[record.peer_id] = penalties.get(record.peer_id, 0.0) + adapters.load_s(record)
-        return penalties
+        return penalties | dict.fromkeys(silent, SILENT_S)
 
     def _table(self) -> Router:
         """The table of routes, made anew when there is news or it is old."""

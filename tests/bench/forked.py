@@ -45,6 +45,11 @@ class ForkedServer:
         """Its identity in the network; known once it listens."""
         return self.wait_for(r"/p2p/(\w+)")[1]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it prints nothing any more."""
+        return self._finished
+
     def wait_for(self, pattern: str, timeout_s: float = START_TIMEOUT_S) -> re.Match[str]:
         """The first match in what it prints.
 
