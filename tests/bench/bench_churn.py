@@ -9,11 +9,13 @@ the tokens that transformers gives on one machine. A request counts unless some 
 announced and online, at some moment of it; one that was told to stop lives no more.
 
 A dead server leaves routes when no client gets a new route over it any more, nor moves a session to it; counted from
-the signal. Besides those that ask, strangers come and find one route with what the DHT says, and others stay but look
-for a route now and then only, so that nobody has told them who died.
+SIGKILL, or from the end of one that was told to stop, which first hands its sessions to others. Besides those that
+ask, strangers come and find one route with what the DHT says, and others stay but look for a route now and then only,
+so that nobody has told them who died.
 """
 
 import argparse
+import json
 import random
 import signal
 import statistics
@@ -84,10 +86,16 @@ class Life:
     online_at: float = float("inf")
     died_at: float = float("inf")
     """When it was killed, or told to stop."""
+    was_killed: bool = False
 
     @property
     def peer_id(self) -> str:
         return self.server.peer_id
+
+    @property
+    def gone_at(self) -> float:
+        """When it was there no more."""
+        return self.died_at if self.was_killed else self.server.ended_at
 
 
 class Churn:
@@ -126,11 +134,11 @@ class Churn:
             if not living:
                 continue
             victim = self._dice.choice(living)
-            victim.died_at = time.monotonic()
-            if self._dice.random() < 0.5:
-                victim.server.signal(signal.SIGTERM)
-            else:
+            victim.was_killed, victim.died_at = self._dice.random() < 0.5, time.monotonic()
+            if victim.was_killed:
                 victim.server.kill()
+            else:
+                victim.server.signal(signal.SIGTERM)
             threading.Thread(target=self._wait, args=(self._join(),), daemon=True).start()
 
     def _join(self) -> Life:
@@ -176,9 +184,11 @@ def run(churn: Churn, args: argparse.Namespace) -> list[dict[str, Any]]:
         churn.stop()
     if args.logs:
         for index, life in enumerate(churn.lives):
-            header = f"{life.peer_id} {life.span} online {life.online_at:.3f} died {life.died_at:.3f}"
+            header = f"{life.peer_id} {life.span} {life.online_at:.3f} {life.died_at:.3f} {life.gone_at:.3f}"
             (args.logs / f"server{index}.log").write_text("\n".join([header, *life.server.lines]))
     events = [{"client": name, **event} for name, it in processes.items() for event in told(it.lines)]
+    if args.logs:
+        (args.logs / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return [event for event in events if event.get("started", started) >= started]
 
 
@@ -204,7 +214,7 @@ def _is_uncovered(lives: Sequence[Life], since: float, until: float) -> bool:
 
 def forgotten_after_s(life: Life, routes: Sequence[dict[str, Any]]) -> float:
     """How long after a server's death the last new route went over it; 0 for none."""
-    return max([0.0, *(route["at"] - life.died_at for route in routes if life.peer_id in route["peers"])])
+    return max([0.0, *(route["at"] - life.gone_at for route in routes if life.peer_id in route["peers"])])
 
 
 def report(
@@ -219,13 +229,18 @@ def report(
         it["had_gap"] = had_gap(lives, it["started"], it["ended"])
     counted, others = ([it for it in requests if it["had_gap"] is had] for had in (False, True))
     dead = [life for life in lives if life.died_at < float("inf")]
-    crashed = [life for life in lives if life not in dead and life.server.has_ended]
-    forgotten = [forgotten_after_s(life, routes) for life in dead]
-    in_doubt = sum(any(0 < it["at"] - life.died_at < RECORD_S for life in dead) for it in routes)
+    crashed = [life for life in lives if life not in dead and life.server.ended_at < float("inf")]
+    killed = [life for life in dead if life.was_killed]
+    stopped = [life for life in dead if not life.was_killed and life.gone_at < float("inf")]
+    forgotten = [forgotten_after_s(life, routes) for life in (*killed, *stopped)] or [0.0]
+    in_doubt = sum(any(0 < it["at"] - life.gone_at < RECORD_S for life in dead) for it in routes)
     seconds = [it["ended"] - it["started"] for it in counted]
     num_right = sum(it["is_right"] for it in counted)
-    num_replays = sum(it["replays"] for it in requests)
-    print(f"{len(dead)} servers of {len(lives)} died, {num_replays} were replaced in an answer")
+    num_replays, num_moves = (sum(it[key] for it in requests) for key in ("replays", "moves"))
+    leaving_s = [life.gone_at - life.died_at for life in stopped] or [0.0]
+    stalls = [it["stall_s"] for it in counted if it["stall_s"]]
+    print(f"{len(lives)} servers, {len(killed)} killed, {len(dead) - len(killed)} told to stop")
+    print(f"{num_replays} were replaced in an answer, {num_moves} have moved one")
     for life in crashed:
         print(f"    one of {life.span} ended by itself: {' | '.join(life.server.lines[-4:])}")
     print(f"{len(counted)} requests with all blocks served: {num_right} right")
@@ -235,23 +250,28 @@ def report(
             what = it["error"] or "other tokens"
             print(f"    {it['client']}, {it['started']:.1f} to {it['ended']:.1f}, gap {it['had_gap']}: {what}")
     print(f"seconds per request: median {statistics.median(seconds):.1f}, p99 {percentile(seconds, 0.99):.1f}")
+    print(f"longest pause between two tokens: median {statistics.median(stalls):.1f} s, most {max(stalls):.1f} s")
     print(f"{len(routes)} new routes, {in_doubt} of them within {RECORD_S:g} s of a death; {len(looks)} only looked")
+    print(f"told to stop until gone: median {statistics.median(leaving_s):.1f} s, most {max(leaving_s):.1f} s")
     print(f"last route over a dead server: median {statistics.median(forgotten):.1f} s, worst {max(forgotten):.1f} s")
     targets = {
         "right answers": judged(num_right / len(counted), ">=", TARGETS["right"]),
         "dead servers leave routes, s": judged(max(forgotten), "<=", TARGETS["forgotten"]),
     }
     details = {
-        "died": len(dead),
+        "killed": len(killed),
+        "told_to_stop": len(dead) - len(killed),
         "crashed": len(crashed),
         "requests": len(counted),
         "without_coverage": len(others),
         "replays": num_replays,
+        "moves": num_moves,
         "routes": len(routes),
         "routes_after_a_death": in_doubt,
         "used_after_death_s": sorted((round(it, 2) for it in forgotten if it), reverse=True),
         "median_s": round(statistics.median(seconds), 2),
         "p99_s": round(percentile(seconds, 0.99), 2),
+        "worst_stall_s": round(max(stalls), 2),
     }
     print_report("churn", targets, minutes=args.minutes, clients=args.clients, seed=args.seed, **details)
 

@@ -87,6 +87,8 @@ def ask(address: str, first_question: int, new_tokens: int, over: threading.Even
             error=error,
             tokens=found.tokens if found is not None else [],
             replays=found.replays if found is not None else 0,
+            stall_s=max(found.gaps, default=0.0) if found is not None else 0.0,
+            moves=found.moves if found is not None else 0,
         )
         turn += 1
     model.close()

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ class ForkedServer:
         self.pid = pid
         self.lines: list[str] = []
         self._news = threading.Condition()
+        self.ended_at = float("inf")
+        """When its output ended, by the monotonic clock."""
         self._finished = False
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
@@ -44,11 +47,6 @@ class ForkedServer:
     def peer_id(self) -> str:
         """Its identity in the network; known once it listens."""
         return self.wait_for(r"/p2p/(\w+)")[1]
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it prints nothing any more."""
-        return self._finished
 
     def wait_for(self, pattern: str, timeout_s: float = START_TIMEOUT_S) -> re.Match[str]:
         """The first match in what it prints.
@@ -87,7 +85,7 @@ class ForkedServer:
                     self.lines.append(line.rstrip())
                     self._news.notify_all()
         with self._news:
-            self._finished = True
+            self._finished, self.ended_at = True, time.monotonic()
             self._news.notify_all()
 
 

@@ -159,6 +159,8 @@ class Answer:
     """The peers that it went through at the end."""
     replays: int = 0
     """Servers that were replaced."""
+    moves: int = 0
+    """Servers that have handed the session to another."""
 
     @property
     def gaps(self) -> list[float]:
@@ -198,6 +200,7 @@ def answer(
         timings=list(cache.session.timings),
         route=[hop.peer_id for hop in cache.session.route],
         replays=cache.session.num_replays,
+        moves=cache.session.num_moves,
     )
 
 
