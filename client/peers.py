@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,11 +23,12 @@ import numpy as np
 from swarm.catalog import refuse_other_content
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
 from swarm.client.behaviour import Behaviour
+from swarm.client.presence import over_present
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import Directory
-from swarm.errors import PeerDisconnected, PeerError, PeerUnreachable, RouteNotFound, SwarmError
+from swarm.errors import PeerError, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
@@ -35,7 +36,7 @@ from swarm.route_map import Location
 from swarm.routing import VISIT_S, Need, Offer, Route, Router
 from swarm.session import Hop
 from swarm.transport import Transport
-from swarm.types import BlockRange, name_ranges
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,11 @@ ROOM_TOKENS = 64
 """Tokens beyond those of a session for which a server should have room when the session comes to it."""
 BATCH_TOKENS = 1024
 """What a micro-batch of training has, about."""
-SILENT_S = 1e6
-"""Cost of a server that did not answer just now: more than any chain without it."""
 NUM_ACQUAINTANCES = 8
 """Servers that a client measures now and then, to know its place and the ways to those that it uses."""
 
-Silent = Collection[str]
-"""Servers that did not answer just now."""
+Costs = Mapping[str, float]
+"""What visits of some servers cost besides, in seconds."""
 
 
 class Peers:
@@ -163,7 +162,7 @@ class Peers:
         before = next((hop.peer_id for hop in chain if hop.blocks.start == blocks.end), None)
         return await self._find(
             lambda router, silent: router.fastest(
-                blocks, need=need, penalties=self._penalties(adapters, silent), after=after, before=before
+                blocks, need=need, penalties={**self._penalties(adapters), **silent}, after=after, before=before
             )
         )
 
@@ -200,8 +199,9 @@ class Peers:
         now = time.monotonic()
         router = Router([replace(self._offer(record, now), blocks=blocks) for record in records], self._place)
         need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
-        (hop,) = await self._over_present(
-            lambda silent: router.fastest(blocks, need=need, penalties=self._penalties(adapters, silent))
+        (hop,) = await over_present(
+            lambda silent: router.fastest(blocks, need=need, penalties={**self._penalties(adapters), **silent}),
+            self._ask,
         )
         return hop
 
@@ -213,17 +213,21 @@ class Peers:
         """
         return await self._find(
             lambda router, silent: router.spread(
-                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties=self._penalties(None, silent)
+                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties={**self._penalties(None), **silent}
             )
         )
 
-    async def _find(self, find: Callable[[Router, Silent], Route]) -> tuple[Hop, ...]:
+    async def _find(self, find: Callable[[Router, Costs], Route]) -> tuple[Hop, ...]:
         """Find a route by what is known; read the records again when that gives none, or one over a failed server."""
         if not self._directory.records:
             await self.refresh()
         self.keep_fresh()
+
+        def find_now(silent: Costs) -> Route:
+            return find(self._table(), silent)
+
         try:
-            hops = await self._over_present(lambda silent: find(self._table(), silent))
+            hops = await over_present(find_now, self._ask)
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
         except RouteNotFound:
@@ -231,26 +235,7 @@ class Peers:
         await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
         if not self._directory.records:
             await refuse_other_content(self._node, self.model_name, self.model)
-        return await self._over_present(lambda silent: find(self._table(), silent))
-
-    async def _over_present(self, find: Callable[[Silent], Route]) -> tuple[Hop, ...]:
-        """The best route whose servers are there: those that we don't hear are asked, and avoided if they are silent.
-
-        Raises:
-            RouteNotFound: blocks are missing, or all who say that they have them are gone.
-        """
-        silent: dict[str, PeerError] = {}
-        while True:
-            hops = find(silent.keys()).hops
-            news = await self._ask({hop.peer_id for hop in hops} - silent.keys())
-            if not news:
-                break
-            silent |= news
-        gone = [hop for hop in hops if isinstance(silent.get(hop.peer_id), PeerUnreachable | PeerDisconnected)]
-        if gone:
-            missing = [block for hop in gone for block in hop.blocks]
-            raise RouteNotFound(f"all servers of blocks {name_ranges(missing)} are gone", missing=missing)
-        return hops  # perhaps over one that is only slow to answer: it is given the time that a session has to open
+        return await over_present(find_now, self._ask)
 
     async def _ask(self, peer_ids: Collection[str]) -> dict[str, PeerError]:
         """Ask those that we don't hear whether they are there; who does not answer."""
@@ -315,14 +300,14 @@ class Peers:
         """Whether a server failed after the records were read."""
         return peer_id in self._behaviour and self._behaviour[peer_id].failed_at > self._directory.refreshed_at
 
-    def _penalties(self, adapters: AdapterNeeds | None, silent: Silent = ()) -> dict[str, float]:
-        """What visits of some servers cost besides: failures, silence, and adapters that have to be brought there."""
+    def _penalties(self, adapters: AdapterNeeds | None) -> dict[str, float]:
+        """What visits of some servers cost besides: failures, and adapters that have to be brought there."""
         now = time.monotonic()
         penalties = {peer_id: seen.penalty_s(now) for peer_id, seen in self._behaviour.items()}
         if adapters is not None:
             for record in self._directory.online:
                 penalties[record.peer_id] = penalties.get(record.peer_id, 0.0) + adapters.load_s(record)
-        return penalties | dict.fromkeys(silent, SILENT_S)
+        return penalties
 
     def _table(self) -> Router:
         """The table of routes, made anew when there is news or it is old."""
