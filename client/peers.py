@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import Directory
-from swarm.errors import PeerError, RouteNotFound, SwarmError
+from swarm.errors import PeerError, PeerUnreachable, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
@@ -129,9 +129,9 @@ class Peers:
         await self._ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
         self._router = None
 
-    async def _ping(self, records: Iterable[ServerRecord]) -> dict[str, PeerError]:
+    async def _ping(self, records: Sequence[ServerRecord]) -> dict[str, PeerError]:
         """Measure the ways to these; who does not answer has failed."""
-        silent = {} if self._pinger is None else await self._pinger.ping(records)
+        silent = {} if self._pinger is None or not records else await self._pinger.ping(records)
         for peer_id, error in silent.items():
             self.failed(peer_id, error)
         return silent
@@ -238,11 +238,21 @@ class Peers:
         return await over_present(find_now, self._ask)
 
     async def _ask(self, peer_ids: Collection[str]) -> dict[str, PeerError]:
-        """Ask those that we don't hear whether they are there; who does not answer."""
+        """Ask those that we don't hear whether they are there; who does not answer.
+
+        Nobody is asked whose record has expired since the route was found: it has not renewed it, so it is gone.
+        """
         if self._pinger is None:
             return {}
-        unheard = [it for it in self.records if it.peer_id in peer_ids and not self._pinger.hears(it.peer_id)]
-        return await self._ping(unheard) if unheard else {}
+        known = {record.peer_id: record for record in self.records}
+        unheard = [peer_id for peer_id in peer_ids if not self._pinger.hears(peer_id)]
+        silent = await self._ping([known[peer_id] for peer_id in unheard if peer_id in known])
+        expired = {
+            peer_id: PeerUnreachable("its record has expired", peer_id=peer_id)
+            for peer_id in unheard
+            if peer_id not in known
+        }
+        return {**silent, **expired}
 
     def keep_fresh(self) -> None:
         """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""

@@ -239,6 +239,18 @@ async def test_blocks_of_servers_that_are_gone_are_missing(peers):
         await peers.replica(BlockRange(1, 2), without=set())
 
 
+async def test_a_server_whose_record_has_just_expired_is_gone(peers, monkeypatch):
+    """The table of routes is a second old, at most; without a record nobody is asked, and nobody is handed out."""
+    peers._pinger = cast(Any, FakePinger(heard={"first"}))
+    now = time.time()
+    first = record("first", blocks=BlockRange(0, 1), expires_at=now + 65.0)
+    await read(peers, first, record("old", blocks=BlockRange(1, 2), expires_at=now + 60.0))
+    assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["first", "old"]
+    monkeypatch.setattr("swarm.directory.time.time", lambda: now + 61.0)
+    with pytest.raises(RouteNotFound, match="1:2 are gone"):
+        await peers.route(BlockRange(0, 2))
+
+
 async def test_a_server_that_is_slow_to_answer_is_used_where_it_is_the_only_one(peers):
     """A session gives it more time to open than a route does."""
     peers._pinger = cast(Any, FakePinger(heard=set(), silent={"far": PeerTimeout("3 s")}))
