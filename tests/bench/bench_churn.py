@@ -185,7 +185,8 @@ def run(churn: Churn, args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.logs:
         for index, life in enumerate(churn.lives):
             header = f"{life.peer_id} {life.span} {life.online_at:.3f} {life.died_at:.3f} {life.gone_at:.3f}"
-            (args.logs / f"server{index}.log").write_text("\n".join([header, *life.server.lines]))
+            lines = [f"{at:.3f} {line}" for at, line in zip(life.server.times, life.server.lines, strict=False)]
+            (args.logs / f"server{index}.log").write_text("\n".join([header, *lines]))
     events = [{"client": name, **event} for name, it in processes.items() for event in told(it.lines)]
     if args.logs:
         (args.logs / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

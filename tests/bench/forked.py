@@ -36,6 +36,8 @@ class ForkedServer:
     def __init__(self, pid: int, output: int):
         self.pid = pid
         self.lines: list[str] = []
+        self.times: list[float] = []
+        """When each line came, by the monotonic clock."""
         self._news = threading.Condition()
         self.ended_at = float("inf")
         """When its output ended, by the monotonic clock."""
@@ -83,6 +85,7 @@ class ForkedServer:
             for line in lines:
                 with self._news:
                     self.lines.append(line.rstrip())
+                    self.times.append(time.monotonic())
                     self._news.notify_all()
         with self._news:
             self._finished, self.ended_at = True, time.monotonic()
