@@ -5,15 +5,17 @@
     step timings, failures ──────┼──► Offers ──swarm.routing.Router──► hops
     who has which adapter ───────┘    (client.adapter_needs)
 
-Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. What steps took counts
-more than what servers say. Which servers can't send to each other is remembered for a while, too.
+Penalties decay; nobody is banned, so a server that failed is still used when it is the only one. But records outlive
+their servers: who isn't connected to us is asked before a route over it is handed out. What steps took counts more than
+what servers say. Which servers can't send to each other is remembered for a while, too.
 """
 
 import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -21,11 +23,12 @@ import numpy as np
 from swarm.catalog import refuse_other_content
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
 from swarm.client.behaviour import Behaviour
+from swarm.client.presence import over_present
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import Directory
-from swarm.errors import PeerError, RouteNotFound, SwarmError
+from swarm.errors import PeerError, PeerUnreachable, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
@@ -51,6 +54,9 @@ BATCH_TOKENS = 1024
 """What a micro-batch of training has, about."""
 NUM_ACQUAINTANCES = 8
 """Servers that a client measures now and then, to know its place and the ways to those that it uses."""
+
+Costs = Mapping[str, float]
+"""What visits of some servers cost besides, in seconds."""
 
 
 class Peers:
@@ -120,8 +126,15 @@ class Peers:
         others = [record for record in records if record.peer_id not in self._behaviour]
         count = min(NUM_ACQUAINTANCES - min(len(used), NUM_ACQUAINTANCES // 2), len(others))
         chosen = self._generator.choice(len(others), count, replace=False) if count else ()
-        await self._pinger.ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
+        await self._ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
         self._router = None
+
+    async def _ping(self, records: Sequence[ServerRecord]) -> dict[str, PeerError]:
+        """Measure the ways to these; who does not answer has failed."""
+        silent = {} if self._pinger is None or not records else await self._pinger.ping(records)
+        for peer_id, error in silent.items():
+            self.failed(peer_id, error)
+        return silent
 
     async def route(
         self,
@@ -131,7 +144,7 @@ class Peers:
         chain: Sequence[Hop] = (),
         adapters: AdapterNeeds | None = None,
     ) -> tuple[Hop, ...]:
-        """The quickest chain over `blocks` by what is known now.
+        """The quickest chain over `blocks` by what is known now, of servers that are there.
 
         Args:
             blocks: to be covered.
@@ -148,8 +161,8 @@ class Peers:
         after = next((hop.peer_id for hop in chain if hop.blocks.end == blocks.start), None)
         before = next((hop.peer_id for hop in chain if hop.blocks.start == blocks.end), None)
         return await self._find(
-            lambda router: router.fastest(
-                blocks, need=need, penalties=self._penalties(adapters), after=after, before=before
+            lambda router, silent: router.fastest(
+                blocks, need=need, penalties={**self._penalties(adapters), **silent}, after=after, before=before
             )
         )
 
@@ -175,13 +188,21 @@ class Peers:
             await self.refresh(max_age_s=max_age_s, everything=max_age_s < REFRESH_S)
             records = [it for it in self._directory.online if it.blocks.covers(blocks) and it.peer_id not in without]
             if records:
-                break
-        else:
-            raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
+                with suppress(RouteNotFound):
+                    return await self._best_of(records, blocks, num_tokens, adapters)
+        raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
+
+    async def _best_of(
+        self, records: Sequence[ServerRecord], blocks: BlockRange, num_tokens: int, adapters: AdapterNeeds | None
+    ) -> Hop:
+        """The best of some servers that have these blocks, for all of them; raises RouteNotFound if they are gone."""
         now = time.monotonic()
         router = Router([replace(self._offer(record, now), blocks=blocks) for record in records], self._place)
         need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
-        (hop,) = router.fastest(blocks, need=need, penalties=self._penalties(adapters)).hops
+        (hop,) = await over_present(
+            lambda silent: router.fastest(blocks, need=need, penalties={**self._penalties(adapters), **silent}),
+            self._ask,
+        )
         return hop
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
@@ -191,18 +212,22 @@ class Peers:
             as `route`.
         """
         return await self._find(
-            lambda router: router.spread(
-                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties=self._penalties(None)
+            lambda router, silent: router.spread(
+                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties={**self._penalties(None), **silent}
             )
         )
 
-    async def _find(self, find: Callable[[Router], Route]) -> tuple[Hop, ...]:
+    async def _find(self, find: Callable[[Router, Costs], Route]) -> tuple[Hop, ...]:
         """Find a route by what is known; read the records again when that gives none, or one over a failed server."""
         if not self._directory.records:
             await self.refresh()
         self.keep_fresh()
+
+        def find_now(silent: Costs) -> Route:
+            return find(self._table(), silent)
+
         try:
-            hops = find(self._table()).hops
+            hops = await over_present(find_now, self._ask)
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
         except RouteNotFound:
@@ -210,7 +235,24 @@ class Peers:
         await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
         if not self._directory.records:
             await refuse_other_content(self._node, self.model_name, self.model)
-        return find(self._table()).hops
+        return await over_present(find_now, self._ask)
+
+    async def _ask(self, peer_ids: Collection[str]) -> dict[str, PeerError]:
+        """Ask those that we don't hear whether they are there; who does not answer.
+
+        Nobody is asked whose record has expired since the route was found: it has not renewed it, so it is gone.
+        """
+        if self._pinger is None:
+            return {}
+        known = {record.peer_id: record for record in self.records}
+        unheard = [peer_id for peer_id in peer_ids if not self._pinger.hears(peer_id)]
+        silent = await self._ping([known[peer_id] for peer_id in unheard if peer_id in known])
+        expired = {
+            peer_id: PeerUnreachable("its record has expired", peer_id=peer_id)
+            for peer_id in unheard
+            if peer_id not in known
+        }
+        return {**silent, **expired}
 
     def keep_fresh(self) -> None:
         """Read records that are old, without waiting: asked with every step, so that a failover need not wait."""

@@ -81,14 +81,18 @@ class Pinger:
         """The smoothed round trip to a server, if it was measured lately."""
         return self.round_trips.get(peer_id, self._now())
 
-    async def ping(self, records: Iterable[ServerRecord]) -> set[str]:
-        """Measure the round trips to some servers at once; the ids of those that did not answer."""
+    def hears(self, peer_id: str) -> bool:
+        """Whether a connection to this peer lives: it has shown a sign of life within seconds."""
+        return self._transport.rtt_s(peer_id) is not None
+
+    async def ping(self, records: Iterable[ServerRecord]) -> dict[str, PeerError]:
+        """Measure the round trips to some servers at once; those that did not answer, and what went wrong."""
         records = list(records)
         is_new = self.place.error >= 1.0
         answers = await asyncio.gather(*(self._ping(record) for record in records))
         if is_new:
             self._settle(records)
-        return {record.peer_id for record, answer in zip(records, answers, strict=True) if not answer}
+        return {record.peer_id: error for record, error in zip(records, answers, strict=True) if error is not None}
 
     def _settle(self, records: Sequence[ServerRecord]) -> None:
         """Go over the first measurements again and again: a newcomer's place is of use at once."""
@@ -100,23 +104,23 @@ class Pinger:
         directions = self._generator.normal(size=(NUM_SETTLING * len(samples), 3))
         self.place = located(self.place, samples, directions.tolist())
 
-    async def _ping(self, record: ServerRecord) -> bool:
+    async def _ping(self, record: ServerRecord) -> PeerError | None:
         try:
             rtt_s = await self._measure(record.peer_id)
         except PeerBusy as error:  # it answers: it has much to do, or is on its way to other blocks
             logger.debug("no round trip to %s: %s", record.peer_id, error)
-            return True
+            return None
         except PeerError as error:
             logger.debug("no ping of %s: %s", record.peer_id, error)
             self.round_trips.forget(record.peer_id)
-            return False
+            return error
         except SwarmError as error:  # it answers, if only to refuse
             logger.debug("no round trip to %s: %s", record.peer_id, error)
-            return True
+            return None
         self.round_trips.measured(record.peer_id, min(rtt_s, MAX_TIME_S), self._now())
         if record.place is not None:
             self.place = moved(self.place, record.place, rtt_s, list(self._generator.normal(size=3)))
-        return True
+        return None
 
     async def _measure(self, peer_id: str) -> float:
         """Seconds of one question and answer, not counting the making of a connection."""

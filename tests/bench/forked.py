@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,11 @@ class ForkedServer:
     def __init__(self, pid: int, output: int):
         self.pid = pid
         self.lines: list[str] = []
+        self.times: list[float] = []
+        """When each line came, by the monotonic clock."""
         self._news = threading.Condition()
+        self.ended_at = float("inf")
+        """When its output ended, by the monotonic clock."""
         self._finished = False
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
@@ -80,9 +85,10 @@ class ForkedServer:
             for line in lines:
                 with self._news:
                     self.lines.append(line.rstrip())
+                    self.times.append(time.monotonic())
                     self._news.notify_all()
         with self._news:
-            self._finished = True
+            self._finished, self.ended_at = True, time.monotonic()
             self._news.notify_all()
 
 

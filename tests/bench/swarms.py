@@ -80,7 +80,7 @@ def start_swarm(
     processes.append(bootstrap)
     address = bootstrap.wait_for(r"--initial-peers (\S+)", START_TIMEOUT_S)[1]
     servers = []
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **(env or {})}
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **(env or {})}
     for host, span in enumerate(spans, 1):
         options = [model, "--blocks", span, "--initial-peers", address, *network.listen_args(host), *args]
         with network.inside(host):
@@ -91,7 +91,7 @@ def start_swarm(
     return Swarm(model=model, address=address, processes=[bootstrap, *servers])
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """Lets servers run modules of this folder."""
     return os.pathsep.join(filter(None, (str(ROOT / "tests" / "bench"), os.environ.get("PYTHONPATH"))))
 
@@ -159,6 +159,8 @@ class Answer:
     """The peers that it went through at the end."""
     replays: int = 0
     """Servers that were replaced."""
+    moves: int = 0
+    """Servers that have handed the session to another."""
 
     @property
     def gaps(self) -> list[float]:
@@ -198,6 +200,7 @@ def answer(
         timings=list(cache.session.timings),
         route=[hop.peer_id for hop in cache.session.route],
         replays=cache.session.num_replays,
+        moves=cache.session.num_moves,
     )
 
 

@@ -11,7 +11,7 @@ from swarm.client import peers as peers_module
 from swarm.client.peers import NUM_ACQUAINTANCES, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
-from swarm.errors import PeerDisconnected, RouteNotFound
+from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RouteNotFound
 from swarm.registry import ServerRecord
 from swarm.types import BlockRange, ServerState
 
@@ -182,12 +182,88 @@ async def test_queues_room_and_distance_decide_between_equal_servers(peers):
 
 
 class FakePinger:
-    """A client at the origin that has measured nobody."""
+    """A client at the origin that has measured nobody.
+
+    Args:
+        heard: servers to which it is connected; all by default.
+        silent: what asking others for a sign of life gives.
+    """
 
     place = Place(error=0.1)
 
+    def __init__(self, heard=None, silent=None):
+        self.heard, self.silent, self.asked = heard, silent or {}, []
+
     def rtt_s(self, peer_id):
         return None
+
+    def hears(self, peer_id):
+        return self.heard is None or peer_id in self.heard
+
+    async def ping(self, records):
+        ids = [it.peer_id for it in records]
+        self.asked += ids
+        return {peer_id: self.silent[peer_id] for peer_id in ids if peer_id in self.silent}
+
+
+async def test_who_is_not_heard_is_asked_before_a_route_over_it_is_handed_out(peers):
+    """Records outlive their servers: the route goes over one that answers, also where that is slower."""
+    pinger = FakePinger(heard={"slow"}, silent={"dead": PeerUnreachable("refused"), "off": PeerTimeout("3 s")})
+    peers._pinger = cast(Any, pinger)
+    await read(peers, record("dead", decode_tps=1e4), record("off", decode_tps=1e3), record("slow"))
+    assert await chosen(peers) == "slow"
+    assert pinger.asked == ["dead", "off"]
+    await read(peers, record("new", decode_tps=1e4), record("slow"))
+    assert await chosen(peers) == "new"
+    assert pinger.asked == ["dead", "off", "new"]
+
+
+async def test_sessions_move_and_training_goes_to_servers_that_are_there(peers):
+    """As new sessions do, even where chance decides."""
+    pinger = FakePinger(heard={"slow"}, silent={"dead": PeerUnreachable("refused")})
+    peers._pinger = cast(Any, pinger)
+    await read(peers, record("dead", prefill_tps=1e8), record("slow", prefill_tps=1.0))
+    assert [hop.peer_id for hop in await peers.spread(BlockRange(0, 2))] == ["slow"]
+    assert (await peers.replica(BlockRange(0, 2), without={"old"})).peer_id == "slow"
+    assert set(pinger.asked) == {"dead"}
+
+
+async def test_blocks_of_servers_that_are_gone_are_missing(peers):
+    """It is said at once, and no session is opened anywhere in vain."""
+    peers._pinger = cast(Any, FakePinger(heard={"first"}, silent={"dead": PeerUnreachable("refused")}))
+    await read(peers, record("first", blocks=BlockRange(0, 1)), record("dead", blocks=BlockRange(1, 2)))
+    with pytest.raises(RouteNotFound, match="1:2 are gone") as caught:
+        await peers.route(BlockRange(0, 2))
+    assert list(caught.value.missing) == [1]
+    with pytest.raises(RouteNotFound):
+        await peers.replica(BlockRange(1, 2), without=set())
+
+
+async def test_a_server_whose_record_has_just_expired_is_gone(peers, monkeypatch):
+    """The table of routes is a second old, at most; without a record nobody is asked, and nobody is handed out."""
+    peers._pinger = cast(Any, FakePinger(heard={"first"}))
+    now = time.time()
+    first = record("first", blocks=BlockRange(0, 1), expires_at=now + 65.0)
+    await read(peers, first, record("old", blocks=BlockRange(1, 2), expires_at=now + 60.0))
+    assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["first", "old"]
+    monkeypatch.setattr("swarm.directory.time.time", lambda: now + 61.0)
+    with pytest.raises(RouteNotFound, match="1:2 are gone"):
+        await peers.route(BlockRange(0, 2))
+
+
+async def test_a_server_that_is_slow_to_answer_is_used_where_it_is_the_only_one(peers):
+    """A session gives it more time to open than a route does."""
+    peers._pinger = cast(Any, FakePinger(heard=set(), silent={"far": PeerTimeout("3 s")}))
+    await read(peers, record("far"))
+    assert await chosen(peers) == "far"
+
+
+async def test_an_acquaintance_that_does_not_answer_has_failed(peers):
+    """What a look around finds out counts for the next route."""
+    peers._pinger = cast(Any, FakePinger(silent={"dead": PeerTimeout("3 s")}))
+    await read(peers, record("dead", decode_tps=1e4), record("slow"))
+    await peers._get_to_know()
+    assert await chosen(peers) == "slow"
 
 
 async def test_a_busy_server_costs_more_than_an_idle_one(peers, monkeypatch):
@@ -221,6 +297,7 @@ async def test_ways_are_measured_again_with_the_records_and_first_to_those_that_
 
         async def ping(self, records):
             asked.append({it.peer_id for it in records})
+            return {}
 
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
     peers._pinger = FakePinger()

@@ -36,7 +36,7 @@ async def test_a_ping_does_not_count_the_making_of_the_connection():
     """A peer that was not connected is asked twice, and the second answer counts."""
     transport = FakeTransport({"a": 0.05})
     measuring = pinger(transport)
-    assert await measuring.ping([record("a", place=Place(error=0.1))]) == set()
+    assert await measuring.ping([record("a", place=Place(error=0.1))]) == {}
     assert measuring.rtt_s("a") == pytest.approx(0.05)
     assert measuring.place.error < 1.0
 
@@ -49,7 +49,8 @@ async def test_those_that_do_not_answer_are_named_and_forgotten():
     await measuring.ping(records)
     transport.errors = {"dead": PeerTimeout("silent", peer_id="dead"), "refuses": InvalidRequest("no")}
     transport.errors["busy"] = PeerBusy("goes to other blocks")
-    assert await measuring.ping(records) == {"dead"}
+    assert await measuring.ping(records) == {"dead": transport.errors["dead"]}
+    assert measuring.hears("lives") and not measuring.hears("stranger")
     assert measuring.rtt_s("dead") is None and measuring.rtt_s("lives") == pytest.approx(0.02)
 
 

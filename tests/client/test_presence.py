@@ -1,0 +1,73 @@
+"""A route is handed out over servers that are there, as far as those that are asked say so."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm.client.presence import over_present
+from swarm.errors import PeerTimeout, PeerUnreachable, RouteNotFound
+from swarm.routing import VISIT_S, Offer, Router
+from swarm.types import BlockRange
+
+BLOCKS = BlockRange(0, 3)
+DEAD, SLOW = PeerUnreachable("refused"), PeerTimeout("3 s")
+
+
+class FakeSwarm:
+    """Servers of one block each, some of which do not answer.
+
+    Args:
+        servers: which block each has, and what goes wrong when it is asked.
+    """
+
+    def __init__(self, servers):
+        self.block_of = {f"p{index}": block for index, (block, _) in enumerate(servers)}
+        self.errors = {f"p{index}": error for index, (_, error) in enumerate(servers) if error is not None}
+        self.asked = []
+        offers = [
+            Offer(peer_id=peer_id, blocks=BlockRange(block, block + 1), block_s=0.01 * index, visit_s=VISIT_S)
+            for index, (peer_id, block) in enumerate(self.block_of.items())
+        ]
+        self._router = Router(offers)
+
+    def find(self, silent):
+        return self._router.fastest(BLOCKS, penalties=silent)
+
+    async def ask(self, peer_ids):
+        self.asked += peer_ids
+        return {peer_id: self.errors[peer_id] for peer_id in peer_ids if peer_id in self.errors}
+
+    def servers_of(self, block, *errors):
+        """The servers of a block with one of these errors."""
+        return {peer_id for peer_id, of in self.block_of.items() if of == block and self.errors.get(peer_id) in errors}
+
+
+servers = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([None, DEAD, SLOW])), max_size=9)
+
+
+@given(servers)
+def test_routes_go_over_the_living_the_slow_only_where_they_must_and_never_over_the_dead(others):
+    """Nobody is asked twice, and what is missing is named."""
+    swarm = FakeSwarm([(0, DEAD), (1, SLOW), (2, None), *others])
+    lives = [swarm.servers_of(block, None) for block in BLOCKS]
+    usable = [swarm.servers_of(block, None, SLOW) for block in BLOCKS]
+    try:
+        hops = asyncio.run(over_present(swarm.find, swarm.ask))
+    except RouteNotFound as error:
+        missing = list(error.missing)
+        assert missing and not any(usable[block] for block in missing)
+    else:
+        assert all(usable)
+        for block, hop in zip(BLOCKS, hops, strict=True):
+            assert hop.peer_id in (lives[block] or usable[block])
+    assert len(swarm.asked) == len(set(swarm.asked))
+
+
+async def test_blocks_of_which_all_servers_are_gone_are_missing():
+    """As if they had no record."""
+    swarm = FakeSwarm([(0, None), (1, DEAD), (1, DEAD), (2, None)])
+    with pytest.raises(RouteNotFound, match="1:2 are gone") as caught:
+        await over_present(swarm.find, swarm.ask)
+    assert list(caught.value.missing) == [1] and set(swarm.asked) == {"p0", "p1", "p2", "p3"}
