@@ -375,7 +375,7 @@ class Server:
         await self._stack.aclose()
 
     async def renew(self) -> None:
-        """Look where the others are and how fast we are, have sessions moved if need be, and announce ourselves again."""
+        """Look where the others are and how fast we are, have sessions moved if need be, and announce ourselves."""
         if not self.plan.is_auto:  # else the mover looks, more often
             await self._placing.scout.look()
         if self.handler is not None:

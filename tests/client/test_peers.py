@@ -93,6 +93,7 @@ async def test_a_route_does_not_wait_for_old_records_to_be_read_again(peers, mon
     registry = peers._directory._registry = SlowRegistry(record("old"))
     registry.may_answer.set()
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
+    num_lookups = registry.num_lookups
     registry.may_answer.clear()
     registry.records = (record("new"),)
     now += REFRESH_S
@@ -101,7 +102,7 @@ async def test_a_route_does_not_wait_for_old_records_to_be_read_again(peers, mon
         assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
     registry.may_answer.set()
     await peers._reader
-    assert registry.num_lookups == 2
+    assert registry.num_lookups == num_lookups + 1
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["new"]
 
 
