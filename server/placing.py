@@ -114,7 +114,7 @@ class Placing:
         self._mover = Mover(
             self._server,
             self.scout,
-            LeaseDesk(self._server.node, plan.checkpoint.digest),
+            LeaseDesk(self._server.node, plan.checkpoint.digest, num_blocks=plan.num_blocks),
             num_blocks=plan.num_blocks,
             length=self._length,
             reload_s=self._reload_s,

@@ -22,7 +22,7 @@ from hashlib import blake2b
 from typing import Protocol
 
 from swarm.errors import InvalidRequest, PeerMisbehaved
-from swarm.types import BlockRange
+from swarm.types import MAX_BLOCKS, BlockRange
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class Claim:
         return _claim.pack(_FORMAT, leaves.start, leaves.end, takes.start, takes.end, self.expires_at)
 
     @classmethod
-    def decode(cls, data: bytes, *, peer_id: str) -> "Claim":
-        """Read a claim that `peer_id` signed.
+    def decode(cls, data: bytes, *, peer_id: str, num_blocks: int = MAX_BLOCKS) -> "Claim":
+        """Read a claim that `peer_id` signed for a model of so many blocks.
 
         Raises:
             PeerMisbehaved: when it is malformed.
@@ -82,6 +82,8 @@ class Claim:
             if form != _FORMAT or not math.isfinite(expires_at):
                 raise InvalidRequest(f"format {form}, expires at {expires_at}")
             leaves, takes = BlockRange(*edges[:2]), BlockRange(*edges[2:])
+            if max(edges) > num_blocks:
+                raise InvalidRequest(f"blocks {leaves} and {takes}, the model has 0:{num_blocks}")
         except (InvalidRequest, struct.error) as error:
             raise PeerMisbehaved(f"bad claim of {peer_id}: {error}", peer_id=peer_id) from error
         return cls(peer_id=peer_id, leaves=leaves, takes=takes, expires_at=expires_at)
@@ -141,11 +143,13 @@ class LeaseDesk:
     Args:
         node: signs our claims and finds those of others.
         model: content digest of the checkpoint.
+        num_blocks: of the model; claims that go beyond are refused.
         settle_s: how long a claim is left for others to see.
     """
 
-    def __init__(self, node: Table, model: str, *, settle_s: float = SETTLE_S):
+    def __init__(self, node: Table, model: str, *, num_blocks: int = MAX_BLOCKS, settle_s: float = SETTLE_S):
         self._node, self._key, self._settle_s = node, f"swarm/moves/v1/{model}", settle_s
+        self._num_blocks = num_blocks
         self._last_expiry = 0.0
         self._patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
         """For moves that fill a gap, and others."""
@@ -159,7 +163,7 @@ class LeaseDesk:
         found, now, claims = await self._node.dht_get(self._key), time.time(), []
         for peer_id, value in found.items():
             try:
-                claim = Claim.decode(value, peer_id=peer_id)
+                claim = Claim.decode(value, peer_id=peer_id, num_blocks=self._num_blocks)
             except PeerMisbehaved as error:
                 logger.debug("ignored: %s", error)
                 continue

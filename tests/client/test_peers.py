@@ -11,7 +11,7 @@ from swarm.client import peers as peers_module
 from swarm.client.peers import NUM_ACQUAINTANCES, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
-from swarm.errors import PeerDisconnected, RouteNotFound
+from swarm.errors import PeerDisconnected, PeerTimeout, RouteNotFound
 from swarm.registry import ServerRecord
 from swarm.types import BlockRange, ServerState
 
@@ -167,6 +167,20 @@ async def test_a_failed_server_is_avoided_for_a_while(peers, monkeypatch):
     now += 240.0
     peers._directory._refreshed_at = now
     assert await chosen(peers) == "fast"
+
+
+async def test_a_server_that_announces_but_does_not_answer_is_avoided_whatever_it_claims(peers, monkeypatch):
+    """A new record with better promises does not absolve it; where it is the only one, it gets another try."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    honest = record("honest", decode_tps=10.0, load=1.0)
+    for promised_tps in (1000.0, 1e6, 1e9):
+        await read(peers, record("silent", decode_tps=promised_tps), honest)
+        assert await chosen(peers) == ("silent" if promised_tps == 1000.0 else "honest")
+        peers.failed("silent", PeerTimeout("no answer"))
+        now += 2.0
+    await read(peers, record("silent", decode_tps=1e9))
+    assert await chosen(peers) == "silent"
 
 
 async def test_queues_room_and_distance_decide_between_equal_servers(peers):

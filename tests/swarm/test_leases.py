@@ -1,6 +1,7 @@
 """One server moves per region at a time, whoever sees the same need at the same moment."""
 
 import asyncio
+import struct
 import time
 from contextlib import suppress
 
@@ -52,6 +53,25 @@ def test_garbage_is_a_misbehaving_peer_and_nothing_else(data):
         Claim.decode(data, peer_id="x")
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ((2, 0, 4, 8, 12, 1e9), "format 2"),
+        ((1, 4, 4, 8, 12, 1e9), "4:4"),
+        ((1, 0, 4, 12, 8, 1e9), "12:8"),
+        ((1, 0, 4, 8, 13, 1e9), "0:4 and 8:13, the model has 0:12"),
+        ((1, 0, 60000, 8, 12, 1e9), "0:60000"),
+        ((1, 0, 4, 8, 12, float("nan")), "nan"),
+        ((1, 0, 4, 8, 12, float("inf")), "inf"),
+    ],
+)
+def test_a_claim_that_cannot_be_is_refused(fields, reason):
+    """Blocks that the model does not have would keep everybody from moving; an end that never comes, for ever."""
+    with pytest.raises(PeerMisbehaved, match=reason) as caught:
+        Claim.decode(struct.pack("!BHHHHd", *fields), peer_id="liar", num_blocks=12)
+    assert caught.value.peer_id == "liar"
+
+
 class FakeTable:
     """A DHT that many desks share; a later expiry replaces an earlier one."""
 
@@ -85,6 +105,15 @@ async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
     assert not await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
     await rivals[winner].release(here, there)
     assert await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
+
+
+async def test_claims_beyond_the_model_keep_nobody_from_moving():
+    """They don't exist."""
+    values = {}
+    liar = LeaseDesk(FakeTable(values, "liar"), MODEL, settle_s=0.01)
+    honest = LeaseDesk(FakeTable(values, "honest"), MODEL, num_blocks=12, settle_s=0.01)
+    assert await liar.acquire(BlockRange(0, 200), BlockRange(0, 200), delay_s=0.0, lease_s=60.0)
+    assert await honest.acquire(BlockRange(0, 4), BlockRange(8, 12), delay_s=0.0, lease_s=60.0)
 
 
 async def test_servers_of_different_regions_move_at_the_same_time():
