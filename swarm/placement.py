@@ -32,7 +32,7 @@ HYSTERESIS = 0.25
 """A move must gain this part of the server's own capacity, spread over the model ..."""
 SMALL_GAIN = 0.1
 """... or, if that is less, this part of what the swarm is worth ..."""
-MEAN_GAIN = 0.4
+MEAN_GAIN = 0.5
 """... but in any case this part of what a server brings the swarm on average."""
 HORIZON_S = 3600.0
 """Time in which a move must earn what it costs."""

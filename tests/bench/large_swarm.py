@@ -45,14 +45,15 @@ def lose_a_block(world: World) -> list[str]:
     return [str(name) for name in world.generator.choice(names, round(LOST_OF_BLOCK * len(names)), replace=False)]
 
 
-LOSSES: dict[str, Callable[[World], list[str]]] = {
-    "a quarter died": lose_a_quarter,
-    "90 % of a block died": lose_a_block,
-}
+def an_hour(num_servers: int, name: str, lose: Callable[[World], list[str]], seed: int) -> dict[str, Any]:
+    """One swarm that loses some of its servers; a line for each look is printed as time goes on.
 
-
-def an_hour(num_servers: int, loss: str, seed: int) -> dict[str, Any]:
-    """One swarm that loses servers; a line for each look is printed as time goes on."""
+    Args:
+        num_servers: at the beginning.
+        name: of the loss.
+        lose: whom it takes.
+        seed: of the swarm.
+    """
     started = time.perf_counter()
     generator = np.random.default_rng([seed, num_servers])
     machines = make_machines(generator, num_servers, NUM_BLOCKS, longest=LONGEST)
@@ -63,16 +64,16 @@ def an_hour(num_servers: int, loss: str, seed: int) -> dict[str, Any]:
         world.join(*machines[first : first + AT_ONCE], load_s=0.0)
     world.run(SETTLED_S)
     rows = [_look(world, "all are there", started)]
-    lost, num_before = LOSSES[loss](world), world.num_moves
+    lost, num_before = lose(world), world.num_moves
     world.kill(lost)
-    rows.append(_look(world, loss, started))
+    rows.append(_look(world, name, started))
     _churn(world, round(CHURN * num_servers), 60.0 * LOOKS_MIN[-1])
     for minutes in LOOKS_MIN:
         world.run(SETTLED_S + 60.0 * minutes)
         rows.append(_look(world, f"{minutes} minutes later", started))
     return {
         "servers": num_servers,
-        "loss": loss,
+        "loss": name,
         "rows": rows,
         "moves": round((world.num_moves - num_before) / (num_servers - len(lost)), 4),
     }
