@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from common import percentile
 
 from swarm.route_map import Location
 from swarm.routing import Offer, Router
@@ -136,4 +135,4 @@ def _routes(offers: Sequence[Offer]) -> tuple[float, float]:
         started = time.perf_counter()
         costs.append(router.fastest(BlockRange(0, NUM_BLOCKS)).cost_s)
         seconds.append(time.perf_counter() - started)
-    return round(1e3 * percentile(seconds, 0.5), 1), round(statistics.mean(costs), 4)
+    return round(1e3 * statistics.median(seconds), 1), round(statistics.mean(costs), 4)

@@ -6,6 +6,7 @@ import pytest
 from swarm.placement import Holding
 from swarm.types import BlockRange, ServerState
 from tests.bench import petals_rule
+from tests.bench.large_swarm import an_hour, lose_a_block
 from tests.bench.swarm_simulation import PERIOD_S, Machine, PetalsRule, SwarmRule, World
 
 LOAD_S = 30.0
@@ -79,3 +80,12 @@ def test_by_the_rule_of_petals_several_answer_one_loss():
         world.run(3600.0)
         moves[name] = world.num_moves
     assert moves["petals"] > moves["swarm"] >= 1
+
+
+def test_a_large_swarm_recovers_from_the_loss_of_a_region(capsys):
+    """The hour of the benchmark, with sixty servers: those that hold one block die, and the others serve it again."""
+    hour = an_hour(60, "one block died", lose_a_block, seed=3)
+    before, lost, *later = hour["rows"]
+    assert lost["tokens_per_s"] < before["tokens_per_s"] / 2
+    assert later[-1]["missing"] == 0 and later[-1]["of_bound"] > 0.7 and later[-1]["route_ms"] > 0
+    assert hour["moves"] > 0 and "one block died" in capsys.readouterr().out
