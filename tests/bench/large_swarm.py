@@ -44,7 +44,13 @@ def lose_a_block(world: World) -> list[str]:
     return [str(name) for name in world.generator.choice(names, round(LOST_OF_BLOCK * len(names)), replace=False)]
 
 
-def an_hour(num_servers: int, name: str, lose: Callable[[World], list[str]], seed: int) -> dict[str, Any]:
+def an_hour(
+    num_servers: int,
+    name: str,
+    lose: Callable[[World], list[str]],
+    seed: int,
+    looks_min: Sequence[int] = LOOKS_MIN,
+) -> dict[str, Any]:
     """One swarm that loses some of its servers; a line for each look is printed as time goes on.
 
     Args:
@@ -52,6 +58,7 @@ def an_hour(num_servers: int, name: str, lose: Callable[[World], list[str]], see
         name: of the loss.
         lose: whom it takes.
         seed: of the swarm.
+        looks_min: when it is looked at, in minutes after the loss.
     """
     started = time.perf_counter()
     generator = np.random.default_rng([seed, num_servers])
@@ -66,8 +73,8 @@ def an_hour(num_servers: int, name: str, lose: Callable[[World], list[str]], see
     lost, num_before = lose(world), world.num_moves
     world.kill(lost)
     rows.append(_look(world, name, started))
-    _churn(world, round(CHURN * num_servers), 60.0 * LOOKS_MIN[-1])
-    for minutes in LOOKS_MIN:
+    _churn(world, round(CHURN * num_servers), 60.0 * looks_min[-1])
+    for minutes in looks_min:
         world.run(SETTLED_S + 60.0 * minutes)
         rows.append(_look(world, f"{minutes} minutes later", started))
     return {

@@ -170,14 +170,14 @@ def test_a_move_that_costs_more_than_it_gains_is_not_made():
 
 
 def test_a_small_swarm_is_not_stirred_up_for_a_trifle(monkeypatch):
-    """A weak server could do more elsewhere, and the swarm would hardly notice; a strong one moves."""
+    """A weak server could do more elsewhere, and the swarm would hardly notice; where it would, the server moves."""
 
-    def moves(capacity):
-        return decide(survey(12, (0, 4, 100.0), (4, 8, 95.0), (8, 12, 100.0), (0, 4, capacity)), 3) is not None
+    def moves(weakest):
+        return decide(survey(12, (0, 4, 100.0), (4, 8, weakest), (8, 12, 100.0), (0, 4, 10.0)), 3) is not None
 
-    assert not moves(3.0) and moves(60.0)
+    assert not moves(90.0) and moves(10.0)
     monkeypatch.setattr(placement, "MEAN_GAIN", 0.0)
-    assert moves(3.0)
+    assert moves(90.0)
 
 
 def test_what_part_of_the_swarm_a_server_is_goes_by_capacity():
