@@ -83,7 +83,7 @@ def test_by_the_rule_of_petals_several_answer_one_loss():
 
 
 def test_a_large_swarm_is_whole_after_it_lost_a_quarter(capsys):
-    """As the benchmark has it, with 250 servers and ten minutes: each look is printed, and routes are found through what is left."""
+    """The benchmark's, with 250 servers and ten minutes: looks are printed, and what is left has routes."""
     hour = an_hour(250, "a quarter died", lose_a_quarter, seed=1, looks_min=(10,))
     before, lost, *later = hour["rows"]
     assert lost["tokens_per_s"] < before["tokens_per_s"] <= 250 * 800 / 126
