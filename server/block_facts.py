@@ -1,11 +1,12 @@
-"""What one block of a model takes and gives on this machine: memory and speed, measured once and kept in the cache.
+"""What one block of a model takes and gives on this machine: memory and speed, measured and kept in the cache.
 
     cache/blocks/KEY.json ──known──► BlockFacts
     one block ─BlockSpan.load, measure─► BlockFacts ──► cache/blocks/KEY.json
 
 The key is everything that changes the answer: device, threads, model, formats, versions. A server asks before it knows
 which blocks it will hold, so any block stands for all; where others have more parameters, `largest_part` says how many
-times more.
+times more. A machine may have been busy when it was measured: notes are made anew when blocks are loaded a day later,
+and set right by what batches take (`swarm.server.speeds`).
 """
 
 import logging
@@ -42,6 +43,8 @@ CONTEXT_TOKENS = 64
 """Room in the cache for each row."""
 ENOUGH_BLOCKS = 4
 """A span of fewer blocks may fit into the processor's caches and look faster than it would be in a longer one."""
+MAX_AGE_S = 86400.0
+"""What was measured longer ago is measured again when blocks are loaded."""
 _FORMAT = 2
 
 _Rate = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
@@ -123,16 +126,29 @@ class FactsStore:
         return self.of_span(span)
 
     def of_span(self, span: BlockSpan) -> BlockFacts:
-        """What is known; else, or where too few blocks were measured, what this span shows, which is remembered."""
+        """What is known; else, or where too few blocks were measured or long ago, what this span shows, which is
+        remembered."""
         facts = self.known()
-        if facts is not None and facts.num_blocks >= min(len(span.blocks), ENOUGH_BLOCKS):
+        if facts is not None and facts.num_blocks >= min(len(span.blocks), ENOUGH_BLOCKS) and not self._is_old:
             return facts
         facts = measure(span)
+        self.remember(facts)
+        return facts
+
+    def remember(self, facts: BlockFacts) -> None:
+        """Keep these from now on."""
         try:
             write_atomically(self._path, msgspec.json.encode(facts))
         except ConfigError as error:
             logger.warning("%s; every start will measure this model again", error)
-        return facts
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether the note was made long ago, or by a clock that was ahead."""
+        try:
+            return not 0 <= time.time() - self._path.stat().st_mtime <= MAX_AGE_S
+        except OSError:
+            return True
 
 
 def measure(span: BlockSpan, clock: Callable[[], float] = time.perf_counter) -> BlockFacts:

@@ -64,6 +64,8 @@ class BatchMeter:
         """Tokens of each batch."""
         self.rows = Histogram(TOKENS)
         """Rows of each batch."""
+        self.plain: dict[tuple[int, int], tuple[int, float]] = {}
+        """Batches of nothing but decoding without adapters, by their rows and blocks: how many, and their seconds."""
         self.num_failed = 0
         """Batches that raised an error."""
         self.num_decode = 0
@@ -93,6 +95,16 @@ class BatchMeter:
             self.rows.observe(len(batch.rows))
             self.num_decode += batch.num_decode
             self.num_prompt += batch.num_tokens - batch.num_decode
+            if batch.num_decode == batch.num_tokens == len(batch.rows) and not batch.adapters.num_adapters:
+                self._ran_plain(batch, seconds)
+
+    def _ran_plain(self, batch: Batch, seconds: float) -> None:
+        ways = {(row.chunk.entry, row.chunk.exit) for row in batch.rows}
+        if len(ways) == 1:
+            ((entry, end),) = ways
+            key = len(batch.rows), end - entry
+            count, total_s = self.plain.get(key, (0, 0.0))
+            self.plain[key] = count + 1, total_s + seconds
 
     def failed(self) -> None:
         """A batch could not be run."""

@@ -41,8 +41,10 @@ MAX_DOUBT = 0.05
 """While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""
 DRAIN_S = 30.0
 """How long sessions may take to end before a server leaves for a gain. For a gap it leaves at once."""
+SMALL_PART = 0.01
+"""When a server that is no more than this part of the swarm has left its blocks, others of the region may move ..."""
 LEASE_MARGIN_S = 60.0
-"""A lease lasts for the time that loading should take, and so much longer."""
+"""... else when it has loaded. A lease lasts for the time that loading should take, and so much longer."""
 RETRY_S = 600.0
 """A server that could not load other blocks stays where it is for so long."""
 SETTLE_S = 2.0
@@ -143,7 +145,7 @@ class Mover:
             return
         reload_s = self._reload_s()[move.blocks.start]
         num_better = await asyncio.to_thread(
-            better_movers, self._survey(), self._server.holding, move, reload_s=reload_s
+            better_movers, self._survey(), self._server.holding, move, reload_s=reload_s, enough=counted_rivals(move)
         )
         if yields(move, num_better, self._num_yields):
             self._num_yields += 1
@@ -171,7 +173,7 @@ class Mover:
         """
         leaves, takes = self._server.holding.blocks, move.blocks
         lease_s = self._reload_s()[takes.start] + DRAIN_S + LEASE_MARGIN_S
-        if not await self._may_move(leaves, takes, delay_s=delay_s, lease_s=lease_s):
+        if not await self._may_move(move, delay_s=delay_s, lease_s=lease_s):
             return
         try:
             await self._scout.look(max_age_s=0.0, everything=True)
@@ -186,7 +188,7 @@ class Mover:
                 ", and a gap is filled" if again.fills_gap else "",
             )
             await self._server.leave_for(takes, drain_s=0.0 if again.fills_gap else DRAIN_S)
-            if again.fills_gap:  # others may have to fill the rest of it at the same time
+            if may_others_follow(again):
                 await self._release(leaves, takes)
             if await self._server.arrive():
                 self.num_moves += 1
@@ -195,10 +197,11 @@ class Mover:
         finally:
             await self._release(leaves, takes)
 
-    async def _may_move(self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float) -> bool:
+    async def _may_move(self, move: Move, *, delay_s: float, lease_s: float) -> bool:
         """Wait, then try to get the lease."""
+        leaves, takes = self._server.holding.blocks, move.blocks
         try:
-            return await self._leases.acquire(leaves, takes, delay_s=delay_s, lease_s=lease_s)
+            return await self._leases.acquire(leaves, takes, delay_s=delay_s, lease_s=lease_s, fills_gap=move.fills_gap)
         except SwarmError as error:
             logger.info("can't ask for the right to move: %s", error)
             return False
@@ -224,6 +227,20 @@ def delay(move: Move, num_better: int, generator: np.random.Generator) -> float:
     if move.opens_gap:  # first those that would not, when all have looked
         ahead_s += LOOK_S
     return ahead_s + generator.uniform(0.0, GAP_DELAY_S)
+
+
+def counted_rivals(move: Move) -> int:
+    """Of how many others it matters that they would do more good. Pure."""
+    return MAX_RANK if move.fills_gap else 1
+
+
+def may_others_follow(move: Move) -> bool:
+    """Whether others of the region may move when this server has left its blocks, before it has loaded. Pure.
+
+    They know by then where it goes. They may have to fill the rest of a gap; and in a large swarm one that loads is no
+    loss, while a region that has lost many would take days to recover if its new servers loaded one after the other.
+    """
+    return move.fills_gap or move.capacity_part <= SMALL_PART
 
 
 def yields(move: Move, num_better: int, num_yields: int) -> bool:

@@ -8,6 +8,8 @@ It knows what blocks take and give on this machine; not how they are loaded, nor
 
 import asyncio
 import gc
+import logging
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,8 +32,11 @@ from swarm.server.mover import Movable, Mover
 from swarm.server.plan import Plan
 from swarm.server.scout import Scout
 from swarm.server.sizing import Fit, fit_blocks
+from swarm.server.speeds import Plain, SpeedCheck
 from swarm.transport import Transport
 from swarm.types import BlockRange, name_ranges
+
+logger = logging.getLogger(__name__)
 
 DOWNLOAD_BYTES_PER_S = 20e6
 """At which rate weights come that are not on disk, for all that is known."""
@@ -78,6 +83,7 @@ class Placing:
             own_blocks=lambda: server.plan.blocks,
             generator=self._generator,
         )
+        self._speeds = SpeedCheck()
         self._mover: Mover | None = None
         self._length = 0
         self._block_s = LOAD_BLOCK_S
@@ -108,7 +114,7 @@ class Placing:
         self._mover = Mover(
             self._server,
             self.scout,
-            LeaseDesk(self._server.node, plan.checkpoint.digest),
+            LeaseDesk(self._server.node, plan.checkpoint.digest, num_blocks=plan.num_blocks),
             num_blocks=plan.num_blocks,
             length=self._length,
             reload_s=self._reload_s,
@@ -121,6 +127,15 @@ class Placing:
         """The server has loaded its blocks, in so many seconds; nobody uses them yet."""
         self._block_s = seconds / len(span.blocks)
         self.facts = self._store.of_span(span)
+
+    def ran(self, plain: Plain) -> None:
+        """These batches have run so far: what is said of the machine's speed is set right if it is far off."""
+        if self.facts is None:
+            return
+        before, self.facts = self.facts, self._speeds.corrected(self.facts, plain, time.monotonic())
+        if self.facts is not before:
+            logger.info("full batches give %.0f tokens/s, not %.0f", self.facts.batch_tps, before.batch_tps)
+            self._store.remember(self.facts)
 
     async def keep_moving(self) -> None:
         """Move whenever that pays, if the blocks were chosen here; until cancelled.

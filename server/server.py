@@ -369,11 +369,12 @@ class Server:
         await self._stack.aclose()
 
     async def renew(self) -> None:
-        """Look where the other servers are, have sessions moved to them if need be, and announce ourselves again."""
+        """Look where the others are and how fast we are, have sessions moved if need be, and announce ourselves."""
         if not self.plan.is_auto:  # else the mover looks, more often
             await self._placing.scout.look()
         if self.handler is not None:
             self.handler.relieve(self._placing.scout.replicas)
+            self._placing.ran(self.executor.meter.plain)
         await self._announce()
 
     async def _look_up(self, peer_id: str) -> None:

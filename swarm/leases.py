@@ -7,6 +7,8 @@ A claim names the blocks that a server leaves and those that it goes to. Two cla
 at any time one server moves per region, and many in different regions of a large swarm. Every server writes its own
 claim under one key per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again
 after the lease was got, with fresh records.
+
+Whoever claims and claims again keeps nobody from moving for ever: each peer is waited for with *patience* that ends.
 """
 
 import asyncio
@@ -20,13 +22,19 @@ from hashlib import blake2b
 from typing import Protocol
 
 from swarm.errors import InvalidRequest, PeerMisbehaved
-from swarm.types import BlockRange
+from swarm.types import MAX_BLOCKS, BlockRange
 
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 1.5
 """How long a claim is left for others to see before it is looked whether there are rivals."""
 MAX_LEASE_S = 1800.0
+PATIENCE_S = MAX_LEASE_S
+"""So long after a peer's claims have first kept us from a gain, further ones don't; no move takes longer ..."""
+GAP_PATIENCE_S = 30.0
+"""... or, for a gap, so long: who fills it gives its claim back when it has left its blocks ..."""
+FORGET_S = 3600.0
+"""... until it has kept us from nothing for so long."""
 _FORMAT = 1
 _claim = struct.Struct("!BHHHHd")
 
@@ -63,8 +71,8 @@ class Claim:
         return _claim.pack(_FORMAT, leaves.start, leaves.end, takes.start, takes.end, self.expires_at)
 
     @classmethod
-    def decode(cls, data: bytes, *, peer_id: str) -> "Claim":
-        """Read a claim that `peer_id` signed.
+    def decode(cls, data: bytes, *, peer_id: str, num_blocks: int = MAX_BLOCKS) -> "Claim":
+        """Read a claim that `peer_id` signed for a model of so many blocks.
 
         Raises:
             PeerMisbehaved: when it is malformed.
@@ -74,6 +82,8 @@ class Claim:
             if form != _FORMAT or not math.isfinite(expires_at):
                 raise InvalidRequest(f"format {form}, expires at {expires_at}")
             leaves, takes = BlockRange(*edges[:2]), BlockRange(*edges[2:])
+            if max(edges) > num_blocks:
+                raise InvalidRequest(f"blocks {leaves} and {takes}, the model has 0:{num_blocks}")
         except (InvalidRequest, struct.error) as error:
             raise PeerMisbehaved(f"bad claim of {peer_id}: {error}", peer_id=peer_id) from error
         return cls(peer_id=peer_id, leaves=leaves, takes=takes, expires_at=expires_at)
@@ -96,6 +106,28 @@ def _is_valid(claim: Claim, now: float) -> bool:
     return now < claim.expires_at <= now + MAX_LEASE_S + 60.0
 
 
+class Patience:
+    """How long one server waits for each of the others; `now` is unix time. Pure.
+
+    Args:
+        limit_s: how long after its claims came in our way first.
+    """
+
+    def __init__(self, limit_s: float):
+        self._limit_s = limit_s
+        self._met: dict[str, tuple[float, float]] = {}
+        """When each peer's claims were in our way first, and last."""
+
+    def respected(self, own: Claim, claims: Iterable[Claim], now: float) -> list[Claim]:
+        """The claims that are still waited for; rivals among them are in our way from now on, or still."""
+        self._met = {peer_id: met for peer_id, met in self._met.items() if now - met[1] < FORGET_S}
+        found = [claim for claim in claims if now - self._met.get(claim.peer_id, (now, now))[0] <= self._limit_s]
+        for claim in found:
+            if claim.peer_id != own.peer_id and claim.rivals(own) and _is_valid(claim, now):
+                self._met[claim.peer_id] = self._met.get(claim.peer_id, (now, now))[0], now
+        return found
+
+
 class Table(Protocol):
     """What of a Node is used here."""
 
@@ -111,12 +143,16 @@ class LeaseDesk:
     Args:
         node: signs our claims and finds those of others.
         model: content digest of the checkpoint.
+        num_blocks: of the model; claims that go beyond are refused.
         settle_s: how long a claim is left for others to see.
     """
 
-    def __init__(self, node: Table, model: str, *, settle_s: float = SETTLE_S):
+    def __init__(self, node: Table, model: str, *, num_blocks: int = MAX_BLOCKS, settle_s: float = SETTLE_S):
         self._node, self._key, self._settle_s = node, f"swarm/moves/v1/{model}", settle_s
+        self._num_blocks = num_blocks
         self._last_expiry = 0.0
+        self._patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
+        """For moves that fill a gap, and others."""
 
     async def claims(self) -> list[Claim]:
         """The valid claims of others.
@@ -127,7 +163,7 @@ class LeaseDesk:
         found, now, claims = await self._node.dht_get(self._key), time.time(), []
         for peer_id, value in found.items():
             try:
-                claim = Claim.decode(value, peer_id=peer_id)
+                claim = Claim.decode(value, peer_id=peer_id, num_blocks=self._num_blocks)
             except PeerMisbehaved as error:
                 logger.debug("ignored: %s", error)
                 continue
@@ -135,7 +171,9 @@ class LeaseDesk:
                 claims.append(claim)
         return claims
 
-    async def acquire(self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float) -> bool:
+    async def acquire(
+        self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float, fills_gap: bool = False
+    ) -> bool:
         """Try to get the right to move; False when somebody else has it.
 
         Args:
@@ -143,6 +181,7 @@ class LeaseDesk:
             takes: those that we go to.
             delay_s: how long to wait first, which is random.
             lease_s: how long the move may take; the claim ends then at the latest.
+            fills_gap: whether nobody serves some of those that we go to.
 
         Raises:
             PeerTimeout: when the DHT does not answer.
@@ -150,13 +189,14 @@ class LeaseDesk:
         await asyncio.sleep(delay_s)
         lease_s = min(lease_s, MAX_LEASE_S)
         own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + lease_s)
-        if not wins(own, await self.claims(), time.time(), is_settled=False):
+        patience = self._patience[fills_gap]
+        if not await self._wins(own, patience, is_settled=False):
             return False
         has_it = False
         try:
             if await self._store(own):
                 await asyncio.sleep(self._settle_s)
-                has_it = wins(own, await self.claims(), time.time(), is_settled=True)
+                has_it = await self._wins(own, patience, is_settled=True)
         finally:
             if not has_it:  # also when we are cancelled: others would wait for the claim's end
                 await asyncio.shield(self.release(leaves, takes))
@@ -166,6 +206,11 @@ class LeaseDesk:
         """Give the right back: the claim is replaced by one that is void a moment later."""
         ended = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=0.0)
         await self._store(ended)
+
+    async def _wins(self, own: Claim, patience: Patience, *, is_settled: bool) -> bool:
+        """Whether we may move by what others claim now."""
+        claims, now = await self.claims(), time.time()
+        return wins(own, patience.respected(own, claims, now), now, is_settled=is_settled)
 
     async def _store(self, claim: Claim) -> bool:
         """Store our claim; the DHT keeps the value with the latest expiry, so that grows each time."""

@@ -31,7 +31,9 @@ NUM_TRIALS = 3
 HYSTERESIS = 0.25
 """A move must gain this part of the server's own capacity, spread over the model ..."""
 SMALL_GAIN = 0.1
-"""... or, if that is less, this part of what the swarm is worth."""
+"""... or, if that is less, this part of what the swarm is worth ..."""
+MEAN_GAIN = 0.5
+"""... but in any case this part of what a server brings the swarm on average."""
 HORIZON_S = 3600.0
 """Time in which a move must earn what it costs."""
 MAX_RIVALS = 8
@@ -76,6 +78,8 @@ class Move:
     """Whether it leaves others to nobody, though fewer: somebody else may do better."""
     num_missing: int
     """Blocks that nobody serves then."""
+    capacity_part: float
+    """What part of the swarm's capacity is out of use while this server loads."""
 
 
 class Survey:
@@ -103,6 +107,11 @@ class Survey:
         """The capacities, cut to a multiple of their median."""
         limit_tps = MAX_MEDIANS * float(np.median(self._claimed_tps)) if self.holdings else 0.0
         return np.minimum(self._claimed_tps, limit_tps) if limit_tps > 0 else self._claimed_tps
+
+    def capacity_part(self, own: Holding) -> float:
+        """One server's part of all capacity."""
+        total_tps = float(self._capacities_tps.sum())
+        return min(1.0, own.capacity_tps / total_tps) if total_tps > 0 else 1.0
 
     @property
     def throughput_tps(self) -> float:
@@ -146,6 +155,17 @@ class Survey:
         """How much the value grows with the share of each block, relative to a balanced swarm."""
         weights: Floats = (self.value_tps / (self.shares + self.floor_tps)) ** (SHARPNESS + 1)
         return weights
+
+    def most_gains_tps(self) -> Floats:
+        """A bound of what each server could gain by a move.
+
+        The value is concave in the shares, so its gradient bounds the gain. A server works for the neediest blocks of
+        its span already; elsewhere it could at best work for the neediest of all.
+        """
+        need, blocks = self.need(), np.arange(self.num_blocks)
+        neediest = np.maximum.accumulate(np.where(blocks >= blocks[:, None], need, 0.0), axis=1)  # [first, last]
+        bounds: Floats = (need.max() - neediest[self._starts, self._ends - 1]) * self._claimed_tps / self.num_blocks
+        return bounds
 
     def without(self, peer_id: str) -> Self:
         """The swarm without one server."""
@@ -231,12 +251,13 @@ def decide_move(
                 fills_gap=fills_gap,
                 opens_gap=opens_gap,
                 num_missing=after.num_missing,
+                capacity_part=survey.capacity_part(own),
             )
             moves.append((-after.num_missing, profit_tokens, move))
     return max(moves, key=lambda found: found[:2])[2] if moves else None
 
 
-def better_movers(survey: Survey, own: Holding, move: Move, *, reload_s: float) -> int:
+def better_movers(survey: Survey, own: Holding, move: Move, *, reload_s: float, enough: int = MAX_RIVALS) -> int:
     """How many others, of those that could gain most, would do the swarm more good by a move than this one.
 
     They are taken to load as fast and to hold as much as now; whether they may move at all is not known.
@@ -246,11 +267,15 @@ def better_movers(survey: Survey, own: Holding, move: Move, *, reload_s: float) 
         own: this server's holding.
         move: what it would do.
         reload_s: seconds to load other blocks.
+        enough: so many are not counted further.
     """
-    need = survey.need()
-    others = [it for it in survey.holdings if it.peer_id != own.peer_id]
+    most_tps = survey.most_gains_tps()
+    best = [(most_tps[index], survey.holdings[index]) for index in np.argsort(-most_tps)[: MAX_RIVALS + 1]]
     count = 0
-    for other in sorted(others, key=lambda it: -_most_gain_tps(survey, it, need))[:MAX_RIVALS]:
+    for bound_tps, other in [pair for pair in best if pair[1].peer_id != own.peer_id][:MAX_RIVALS]:
+        is_hopeless = not survey.num_missing and bound_tps <= move.gain_tps  # as are all that follow
+        if count >= enough or is_hopeless:
+            break
         theirs = decide_move(survey, other, reload_s=[reload_s] * survey.num_blocks, num_sessions=0)
         count += theirs is not None and _is_better(theirs, move)
     return count
@@ -264,23 +289,16 @@ def _is_better(one: Move, other: Move) -> bool:
 
 def may_gain(survey: Survey, own: Holding, num_sessions: int) -> bool:
     """Whether a move could gain enough; if not, there is no need to look closer."""
-    most_tps = _most_gain_tps(survey, own, survey.need())
-    return most_tps >= least_gain_tps(survey, own) and most_tps * HORIZON_S > num_sessions * SESSION_TOKENS
-
-
-def _most_gain_tps(survey: Survey, own: Holding, need: Floats) -> float:
-    """A bound of what a move gains.
-
-    The value is concave in the shares, so its gradient bounds the gain. A server works for the neediest blocks of its
-    span already; elsewhere it could at best work for the neediest of all.
-    """
+    need = survey.need()
     difference = float(need.max() - need[own.blocks.start : own.blocks.end].max())
-    return difference * own.capacity_tps / survey.num_blocks
+    most_tps = difference * own.capacity_tps / survey.num_blocks  # as `Survey.most_gains_tps`
+    return most_tps >= least_gain_tps(survey, own) and most_tps * HORIZON_S > num_sessions * SESSION_TOKENS
 
 
 def least_gain_tps(survey: Survey, own: Holding) -> float:
     """Smaller gains are no reason to move."""
-    return min(HYSTERESIS * own.capacity_tps / survey.num_blocks, SMALL_GAIN * survey.value_tps)
+    least_tps = min(HYSTERESIS * own.capacity_tps / survey.num_blocks, SMALL_GAIN * survey.value_tps)
+    return max(least_tps, MEAN_GAIN * survey.value_tps / len(survey.holdings))
 
 
 def _promising(

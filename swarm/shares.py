@@ -9,7 +9,8 @@ largest shares, whose smallest is the throughput of the swarm (its max-flow).
 
 The lowest share is the smallest quotient, over all sets of blocks, of the capacity that reaches the set and its size.
 Servers that don't reach a set lie inside its gaps, so the best set for a guess of the quotient is found by dynamic
-programming over gaps, and the guess improves until it stays (Dinkelbach). Pure.
+programming over gaps, and the guess improves until it stays (Dinkelbach); the first one is the best of all runs of
+blocks, which are quickly looked through. Pure.
 """
 
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def _lowest(within: Floats) -> tuple[float, NDArray[np.int64]]:
         within: [start, end] as in `_capacity_within`, for this range alone.
     """
     total, num_blocks = float(within[0, -1]), len(within) - 1
-    share, rounding = total / num_blocks, _ROUNDING * total / num_blocks
+    share, rounding = _lowest_of_runs(within), _ROUNDING * total / num_blocks
     while True:
         blocks = _best_set(within, share + rounding)
         unreached = sum(within[start, end] for start, end in _gaps(blocks, 0, num_blocks))
@@ -69,6 +70,15 @@ def _lowest(within: Floats) -> tuple[float, NDArray[np.int64]]:
         if quotient >= share - rounding:
             return quotient, blocks
         share = quotient
+
+
+def _lowest_of_runs(within: Floats) -> float:
+    """The same over sets of consecutive blocks alone: mostly the lowest share of all, and always a good first guess."""
+    num_blocks = len(within) - 1
+    reaching = within[0, -1] - within[0, :-1, None] - within[1:, -1]
+    sizes = np.arange(1, num_blocks + 1) - np.arange(num_blocks)[:, None]
+    quotients = np.divide(reaching, sizes, out=np.full_like(reaching, np.inf), where=sizes > 0)
+    return max(0.0, float(quotients.min()))
 
 
 def _best_set(within: Floats, share: float) -> NDArray[np.int64]:

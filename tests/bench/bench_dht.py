@@ -3,14 +3,16 @@
     python tests/bench/bench_dht.py [--nodes 8 32 64]
 
 Every node is a real peer on loopback that announces one record, as a server does; a client that has just joined then
-asks what the model's name means, and reads all records. Projected are the bytes that a server and a client move, by the
-sizes measured here and the budget of `swarm.directory`.
+asks what the model's name means (as it does where it finds no server), learns who serves it, and reads all records.
+Projected are the bytes that a server and a client move, by the sizes measured here and the budget of `swarm.directory`.
 """
 
 import argparse
 import asyncio
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -19,7 +21,14 @@ from common import judged, print_report
 from swarm.adapters.notes import AdapterNote
 from swarm.catalog import refuse_other_content
 from swarm.coordinates import Place
-from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, shards_due
+from swarm.directory import (
+    COPY_BYTES,
+    NUM_COPIES,
+    READ_BYTES_PER_S,
+    Directory,
+    shards_due,
+    shards_to_begin,
+)
 from swarm.leases import Claim
 from swarm.network import Node, NodeConfig
 from swarm.registry import MAX_PINGS, NUM_SHARDS, Ping, Registry, ServerRecord, shard_of
@@ -48,11 +57,11 @@ def main() -> None:
     for name, size in sizes.items():
         print(f"{name:>30}: {size} bytes")
     rows = [asyncio.run(measure(size)) for size in args.nodes]
-    print(f"{'nodes':>6}{'announce ms':>13}{'read all ms: median':>21}{'worst':>8}{'name ms':>9}{'searches':>10}"
-          f"{'found':>7}")  # fmt: skip
+    print(f"{'nodes':>6}{'announce ms':>13}{'read all ms: median':>21}{'worst':>8}{'name ms':>9}{'join ms':>9}"
+          f"{'searches':>10}{'found':>7}")  # fmt: skip
     for row in rows:
         print(f"{row['nodes']:6}{row['announce_ms']:13}{row['read_ms']:21}{row['worst_ms']:8}{row['name_ms']:9}"
-              f"{row['searches']:10}{row['found']:7}")  # fmt: skip
+              f"{row['join_ms']:9}{row['searches']:10}{row['found']:7}")  # fmt: skip
     projected = project(SERVERS)
     for name, value in projected.items():
         print(f"{name:>44}: {value:,.1f}")
@@ -82,17 +91,20 @@ async def measure(num_nodes: int) -> dict[str, Any]:
         client = await stack.enter_async_context(await Node.start(config))
         searches = _count_searches(client)
         name_s = await _timed(refuse_other_content(client, "a model", MODEL))
-        found = await Registry(client).lookup(MODEL)
+        searches.clear()
+        directory = Directory(Registry(client), model=MODEL, num_blocks=32)
+        join_s = await _timed(directory.refresh(max_age_s=15.0))
         num_searches = len(searches)
         read_s = [await _timed(Registry(client).lookup(MODEL)) for _ in range(NUM_LOOKS)]
     return {
         "nodes": num_nodes,
         "announce_ms": round(1e3 * statistics.median(announce_s), 1),
+        "join_ms": round(1e3 * join_s, 1),
         "read_ms": round(1e3 * statistics.median(read_s), 1),
         "worst_ms": round(1e3 * max(read_s), 1),
         "name_ms": round(1e3 * name_s, 1),
         "searches": num_searches,
-        "found": len(found),
+        "found": len(directory.records),
     }
 
 
@@ -101,6 +113,7 @@ def project(num_servers: int) -> dict[str, float]:
     counts = [0] * NUM_SHARDS
     for index in range(num_servers):
         counts[shard_of(f"12D3KooW{index}")] += 1
+    joining = sum(counts[shard] for shard in _begun(counts))
     round_s = max(15.0, num_servers * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)
     return {
         "a server stores, kB/s": NUM_COPIES * COPY_BYTES / PERIOD_S / 1e3,
@@ -108,9 +121,20 @@ def project(num_servers: int) -> dict[str, float]:
         "largest key, kB": max(counts) * COPY_BYTES / 1e3,
         "a client reads, kB/s": num_servers * COPY_BYTES * NUM_COPIES / round_s / 1e3,
         "shards that it reads each 15 s": len(shards_due([0.0] * NUM_SHARDS, 15.0, 15.0, num_servers)),
-        "a joining client reads once, kB": num_servers * COPY_BYTES * NUM_COPIES / 1e3,
+        "a joining client knows then, servers": joining,
+        "a joining client reads once, kB": joining * COPY_BYTES * NUM_COPIES / 1e3,
         "until all shards are read again, s": round_s,
     }
+
+
+def _begun(counts: Sequence[int]) -> list[int]:
+    """The shards that a newcomer reads at once, when they have so many records."""
+    read_at, begun = [-math.inf] * NUM_SHARDS, []
+    for _ in range(2):
+        for shard in shards_to_begin(read_at, sum(counts[shard] for shard in begun), range(NUM_SHARDS)):
+            begun.append(shard)
+            read_at[shard] = 0.0
+    return begun
 
 
 def make_record(peer_id: str, *, num_pings: int = 0, num_adapters: int = 0) -> ServerRecord:

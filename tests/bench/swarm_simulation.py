@@ -19,11 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.coordinates import Place
-from swarm.leases import SETTLE_S, Claim, wins
+from swarm.leases import GAP_PATIENCE_S, PATIENCE_S, SETTLE_S, Claim, Patience, wins
 from swarm.pings import neighbours
 from swarm.placement import Holding, Move, Survey, better_movers, choose_span, decide_move
 from swarm.registry import TTL_PERIODS, ServerRecord
-from swarm.server.mover import CHECK_S, DRAIN_S, LEASE_MARGIN_S, LOOK_S, MAX_DOUBT, delay, yields
+from swarm.server.mover import (
+    CHECK_S,
+    DRAIN_S,
+    LEASE_MARGIN_S,
+    LOOK_S,
+    MAX_DOUBT,
+    counted_rivals,
+    delay,
+    may_others_follow,
+    yields,
+)
 from swarm.server.scout import doubtful
 from swarm.types import BlockRange, ServerState
 from tests.bench import petals_rule
@@ -66,6 +76,7 @@ class Host:
         self.num_yields = 0
         self.record: ServerRecord | None = None
         self.suspects: dict[str, float] = {}
+        self.patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
         self.take(blocks)
 
     def take(self, blocks: BlockRange) -> None:
@@ -105,8 +116,8 @@ class World:
         self.num_blocks, self.rule, self.generator = num_blocks, rule, generator
         self.now = 0.0
         self.num_moves = 0
-        self.moved: list[tuple[float, float]] = []
-        """When each move began, and when its blocks were served."""
+        self.num_gap_moves = 0
+        """Those of them that filled a gap."""
         self.hosts: dict[str, Host] = {}
         self.claims: dict[str, tuple[Claim, float]] = {}
         self.covered_since: float | None = None
@@ -134,7 +145,7 @@ class World:
             host = Host(machine, blocks, phase_s=self.generator.uniform(0.0, PERIOD_S))
             self.hosts[machine.name] = host
             wait_s = machine.load_s if load_s is None else load_s
-            self.at(wait_s, lambda host=host: self._serves(host, began=None))  # type: ignore[misc]
+            self.at(wait_s, lambda host=host: self._arrives(host))  # type: ignore[misc]
         self._changed()
 
     def kill(self, names: Sequence[str]) -> None:
@@ -147,11 +158,19 @@ class World:
             self.at(host.expires_at(self.now) - self.now, lambda host=host: self._forget(host))  # type: ignore[misc]
         self.rule.on_death(self, self.now)
 
-    def move(self, host: Host, blocks: BlockRange, *, drain_s: float, on_left: Callable[[], None] = lambda: None):
+    def move(
+        self,
+        host: Host,
+        blocks: BlockRange,
+        *,
+        drain_s: float,
+        fills_gap: bool = False,
+        on_left: Callable[[], None] = lambda: None,
+    ) -> None:
         """A server drains, leaves for other blocks, loads and serves them."""
         host.is_moving = True
-        began = self.now
         self.num_moves += 1
+        self.num_gap_moves += fills_gap
         if host.state is ServerState.ONLINE:
             self._count(host.blocks, -1)
         host.state = ServerState.DRAINING
@@ -163,7 +182,7 @@ class World:
                 host.state = ServerState.JOINING
                 self._changed()
                 on_left()
-                self.at(host.machine.load_s, lambda: self._serves(host, began=began))
+                self.at(host.machine.load_s, lambda: self._serves(host))
 
         self.at(drain_s, leave)
 
@@ -217,16 +236,17 @@ class World:
         """Whose records say that they serve or load; what the dead said last."""
         return [it for it in self.hosts.values() if it.state is not ServerState.DRAINING]
 
-    def _serves(self, host: Host, began: float | None) -> None:
+    def _arrives(self, host: Host) -> None:
+        self._serves(host)
+        if host.died_at > self.now:
+            self.rule.start(self, host)
+
+    def _serves(self, host: Host) -> None:
         if host.died_at <= self.now:
             return
         host.state, host.is_moving = ServerState.ONLINE, False
         self._count(host.blocks, 1)
         self._changed()
-        if began is None:
-            self.rule.start(self, host)
-        else:
-            self.moved.append((began, self.now))
 
     def _forget(self, host: Host) -> None:
         self.hosts.pop(host.machine.name, None)
@@ -307,7 +327,9 @@ class SwarmRule:
         move = self._find(world, host)
         if move is None or (not move.fills_gap and (gaps_only or world.share_in_doubt(host) > MAX_DOUBT)):
             return
-        num_better = better_movers(world.seen_by(host), host.holding, move, reload_s=host.machine.load_s)
+        num_better = better_movers(
+            world.seen_by(host), host.holding, move, reload_s=host.machine.load_s, enough=counted_rivals(move)
+        )
         if yields(move, num_better, host.num_yields):
             host.num_yields += 1
             return
@@ -321,31 +343,37 @@ class SwarmRule:
             takes=move.blocks,
             expires_at=world.now + delay_s + lease_s,
         )
-        world.at(delay_s, lambda: self._claim(world, host, own))
+        patience = host.patience[move.fills_gap]
+        world.at(delay_s, lambda: self._claim(world, host, own, patience))
 
-    def _claim(self, world: World, host: Host, own: Claim) -> None:
-        if not wins(own, world.claims_seen(), world.now, is_settled=False):
+    def _claim(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
+        if not self._wins(world, own, patience, is_settled=False):
             host.is_moving = False
             return
         seen_s = world.generator.uniform(*SEEN_S)
         world.claims[own.peer_id] = own, world.now + seen_s
-        world.at(SETTLE_S + seen_s / 2, lambda: self._settle(world, host, own))
+        world.at(SETTLE_S + seen_s / 2, lambda: self._settle(world, host, own, patience))
 
-    def _settle(self, world: World, host: Host, own: Claim) -> None:
+    def _settle(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
         host.is_moving = False
         again = self._find(world, host) if host.died_at > world.now else None
-        if again is None or again.blocks != own.takes or not self._wins(world, own):
+        if again is None or again.blocks != own.takes or not self._wins(world, own, patience, is_settled=True):
             world.claims.pop(own.peer_id)
             return
+
+        def release() -> None:
+            world.claims.pop(own.peer_id, None)
+
         drain_s = 0.0 if again.fills_gap else DRAIN_S
-        if again.fills_gap:
-            world.move(host, own.takes, drain_s=drain_s, on_left=lambda: world.claims.pop(own.peer_id, None) and None)
+        if may_others_follow(again):
+            world.move(host, own.takes, drain_s=drain_s, fills_gap=again.fills_gap, on_left=release)
         else:
             world.move(host, own.takes, drain_s=drain_s)
-            world.at(drain_s + host.machine.load_s, lambda: world.claims.pop(own.peer_id, None) and None)
+            world.at(drain_s + host.machine.load_s, release)
 
-    def _wins(self, world: World, own: Claim) -> bool:
-        return wins(own, world.claims_seen(), world.now, is_settled=True)
+    def _wins(self, world: World, own: Claim, patience: Patience, *, is_settled: bool) -> bool:
+        claims = patience.respected(own, world.claims_seen(), world.now)
+        return wins(own, claims, world.now, is_settled=is_settled)
 
 
 class PetalsRule:

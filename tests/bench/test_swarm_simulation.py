@@ -5,8 +5,9 @@ import pytest
 
 from swarm.placement import Holding
 from swarm.types import BlockRange, ServerState
-from tests.bench import petals_rule
-from tests.bench.swarm_simulation import PERIOD_S, Machine, PetalsRule, SwarmRule, World
+from tests.bench import large_swarm, petals_rule
+from tests.bench.large_swarm import an_hour, lose_a_quarter
+from tests.bench.swarm_simulation import PERIOD_S, Host, Machine, PetalsRule, SwarmRule, World
 
 LOAD_S = 30.0
 
@@ -79,3 +80,26 @@ def test_by_the_rule_of_petals_several_answer_one_loss():
         world.run(3600.0)
         moves[name] = world.num_moves
     assert moves["petals"] > moves["swarm"] >= 1
+
+
+def test_a_large_swarm_is_whole_after_it_lost_a_quarter(capsys):
+    """The benchmark's, with 250 servers and ten minutes: looks are printed, and what is left has routes."""
+    hour = an_hour(250, "a quarter died", lose_a_quarter, seed=1, looks_min=(10,))
+    before, lost, *later = hour["rows"]
+    assert lost["tokens_per_s"] < before["tokens_per_s"] <= 250 * 800 / 126
+    assert later[-1]["missing"] == 0 and later[-1]["of_bound"] > 0.7 and later[-1]["route_ms"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(hour["rows"])
+
+
+def test_the_loss_of_a_region_takes_most_of_those_that_hold_a_block():
+    """And nobody else."""
+    world = World(large_swarm.NUM_BLOCKS, SwarmRule(), np.random.default_rng(0))
+    middle = large_swarm.NUM_BLOCKS // 2
+    for index in range(20):
+        world.hosts[f"p{index}"] = Host(
+            Machine(name=f"p{index}", length=4, capacity_tps=1.0, load_s=LOAD_S),
+            BlockRange(middle - 4 * (index % 2), middle + 4 - 4 * (index % 2)),
+            phase_s=0.0,
+        )
+    lost = large_swarm.lose_a_block(world)
+    assert len(lost) == 9 and all(middle in world.hosts[name].blocks for name in lost)

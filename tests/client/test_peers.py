@@ -93,6 +93,7 @@ async def test_a_route_does_not_wait_for_old_records_to_be_read_again(peers, mon
     registry = peers._directory._registry = SlowRegistry(record("old"))
     registry.may_answer.set()
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
+    num_lookups = registry.num_lookups
     registry.may_answer.clear()
     registry.records = (record("new"),)
     now += REFRESH_S
@@ -101,7 +102,7 @@ async def test_a_route_does_not_wait_for_old_records_to_be_read_again(peers, mon
         assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["old"]
     registry.may_answer.set()
     await peers._reader
-    assert registry.num_lookups == 2
+    assert registry.num_lookups == num_lookups + 1
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["new"]
 
 
@@ -166,6 +167,20 @@ async def test_a_failed_server_is_avoided_for_a_while(peers, monkeypatch):
     now += 240.0
     peers._directory._refreshed_at = now
     assert await chosen(peers) == "fast"
+
+
+async def test_a_server_that_announces_but_does_not_answer_is_avoided_whatever_it_claims(peers, monkeypatch):
+    """A new record with better promises does not absolve it; where it is the only one, it gets another try."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    honest = record("honest", decode_tps=10.0, load=1.0)
+    for promised_tps in (1000.0, 1e6, 1e9):
+        await read(peers, record("silent", decode_tps=promised_tps), honest)
+        assert await chosen(peers) == ("silent" if promised_tps == 1000.0 else "honest")
+        peers.failed("silent", PeerTimeout("no answer"))
+        now += 2.0
+    await read(peers, record("silent", decode_tps=1e9))
+    assert await chosen(peers) == "silent"
 
 
 async def test_queues_room_and_distance_decide_between_equal_servers(peers):

@@ -1,11 +1,14 @@
 """What a block takes and gives is measured once, and remembered for this machine, model and format."""
 
+import os
+
+import msgspec
 import pytest
 import torch
 
 from swarm.checkpoint.source import resolve
 from swarm.server import block_facts
-from swarm.server.block_facts import BATCH_SIZES, BlockFacts, FactsStore, largest_part, measure
+from swarm.server.block_facts import BATCH_SIZES, MAX_AGE_S, BlockFacts, FactsStore, largest_part, measure
 from swarm.server.blocks.span import BlockSpan
 from swarm.types import BlockRange
 from tests.integration.conftest import NUM_BLOCKS, save_tiny_llama
@@ -81,6 +84,19 @@ def test_facts_of_one_block_are_replaced_by_those_of_a_longer_span(checkpoint, t
     assert facts.num_blocks == 3 and store.known() == facts
     monkeypatch.setattr(block_facts, "measure", lambda span: pytest.fail("measured again"))
     assert store.of_span(span) == facts
+
+
+def test_what_was_measured_long_ago_is_measured_again_when_blocks_are_loaded(checkpoint, tmp_path):
+    """The machine may have been busy then; where only memory is asked for, the old note will do."""
+    store, span = store_of(checkpoint, tmp_path), BlockSpan.load(checkpoint, BlockRange(0, 3), num_pages=64)
+    wrong = msgspec.structs.replace(store.of_span(span), prefill_tps=1e-3)
+    store.remember(wrong)
+    assert store.of_span(span) == store.of_block(0) == wrong
+    (note,) = (tmp_path / "blocks").iterdir()
+    long_ago = note.stat().st_mtime - MAX_AGE_S - 60.0
+    os.utime(note, (long_ago, long_ago))
+    assert store.of_block(0) == wrong
+    assert store.of_span(span).prefill_tps > 1e-3 < store.known().prefill_tps
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(checkpoint, tmp_path, caplog):

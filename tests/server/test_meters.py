@@ -45,6 +45,24 @@ def test_batches_are_counted_by_tokens_rows_and_time():
     assert meter.num_failed == 1
 
 
+def test_batches_of_nothing_but_decoding_are_counted_by_their_size():
+    """By rows and blocks; not those with prompts, adapters, or rows that leave the span elsewhere."""
+
+    def batch(*ways, num_adapters=0, num_tokens=None):
+        rows = [SimpleNamespace(chunk=SimpleNamespace(entry=entry, exit=end)) for entry, end in ways]
+        made = make_batch(num_tokens=num_tokens or len(rows), num_decode=len(rows))
+        made.rows, made.adapters = rows, SimpleNamespace(num_adapters=num_adapters)
+        return made
+
+    meter = BatchMeter()
+    for seconds in (0.5, 0.25):
+        meter.ran(batch((2, 6), (2, 6)), seconds)
+    meter.ran(batch((3, 6)), 0.125)
+    for other in (batch((2, 6), (3, 6)), batch((2, 6), num_adapters=1), batch((2, 6), num_tokens=7)):
+        meter.ran(other, 9.0)
+    assert meter.plain == {(2, 4): (2, 0.75), (1, 3): (1, 0.125)}
+
+
 def test_pages_that_move_and_prompts_that_are_known_are_counted():
     """From what the scheduler decided before a batch."""
     swapped = Swapped(num_pages=4, layouts=(), num_bytes=1)

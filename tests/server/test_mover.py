@@ -10,7 +10,7 @@ from swarm.errors import PeerTimeout, PeerUnreachable
 from swarm.leases import LeaseDesk
 from swarm.placement import Holding, Move
 from swarm.server import mover as mover_module
-from swarm.server.mover import MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, yields
+from swarm.server.mover import MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, may_others_follow, yields
 from swarm.types import BlockRange
 
 NUM_BLOCKS = 12
@@ -65,7 +65,7 @@ class FakeServer:
 
     def __init__(self, world, peer_id, blocks, capacity=10.0):
         self.world, self.moves, self.drains = world, [], []
-        self.error, self.goes_back = None, False
+        self.error, self.goes_back, self.load_s = None, False, 0.02
         self.holding = Holding(peer_id=peer_id, blocks=BlockRange(*blocks), capacity_tps=capacity)
         self.num_sessions = 0
 
@@ -84,7 +84,7 @@ class FakeServer:
         self.world.most_at_once = max(self.world.most_at_once, len(self.world.loading))
 
     async def arrive(self):
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(self.load_s)
         if self.error is not None:
             raise self.error
         if self.goes_back:
@@ -247,12 +247,42 @@ async def test_a_server_lets_one_that_would_gain_more_go_first_but_not_for_ever(
     assert weak.moves == [BlockRange(6, 12)] and mover._num_yields == 0
 
 
+def move_of(**fields) -> Move:
+    usual = {
+        "blocks": BlockRange(0, 4),
+        "gain_tps": 1.0,
+        "cost_tokens": 0.0,
+        "fills_gap": False,
+        "opens_gap": False,
+        "num_missing": 0,
+        "capacity_part": 0.1,
+    }
+    return Move(**{**usual, **fields})
+
+
+def test_others_follow_before_it_has_loaded_only_where_that_costs_little():
+    """Into a gap, or in a swarm so large that one server more or less makes no difference."""
+    assert not may_others_follow(move_of())
+    assert may_others_follow(move_of(fills_gap=True))
+    assert may_others_follow(move_of(capacity_part=0.001))
+
+
+async def test_in_a_large_swarm_several_load_at_the_same_time():
+    """Who moves next waits until those before it have left, not until they have loaded."""
+    world = World()
+    servers = [FakeServer(world, f"p{index}", (0, 6)) for index in range(150)]
+    weak = [FakeServer(world, f"q{index}", (6, 12)) for index in range(50)]
+    for server in (*servers, *weak):
+        server.serve()
+        server.load_s = 0.2
+    movers = [mover_of(world, server, seed) for seed, server in enumerate(servers[:8])]
+    await run_until(movers, lambda: world.most_at_once > 1)
+
+
 @pytest.mark.parametrize("opens_gap", [False, True])
 def test_who_would_fill_a_gap_best_comes_first(opens_gap):
     """Each that is better gets a second; who opens another gap waits until all have looked; nobody yields."""
-    move = Move(
-        blocks=BlockRange(0, 4), gain_tps=1.0, cost_tokens=0.0, fills_gap=True, opens_gap=opens_gap, num_missing=0
-    )
+    move = move_of(fills_gap=True, opens_gap=opens_gap)
     generator = np.random.default_rng(0)
     for num_better in range(8):
         ahead_s = RANK_S * min(num_better, MAX_RANK) + mover_module.LOOK_S * opens_gap

@@ -1,6 +1,5 @@
 """Records are read shard by shard, whole in a small swarm, within a budget of bytes in a large one."""
 
-import math
 import time
 
 import pytest
@@ -48,7 +47,6 @@ class FakeRegistry:
 
 def test_a_small_swarm_is_read_whole_each_time():
     """All shards are due as soon as they may be read at all."""
-    assert shards_due([-math.inf] * 16, 100.0, 15.0, 0) == list(range(16))
     assert shards_due([85.0] * 16, 100.0, 15.0, 100) == list(range(16))
     assert shards_due([100.0] * 16, 100.0, 0.0, 0) == list(range(16))
 
@@ -73,6 +71,50 @@ def test_reading_keeps_within_its_budget_and_comes_round_to_every_shard(num_reco
     assert now - min(read_at) <= 2 * round_s + max_age_s
 
 
+@pytest.mark.parametrize(
+    ("per_shard", "num_searches", "num_shards"), [(0, 2, 16), (10, 2, 16), (125, 2, 8), (625, 1, 2)]
+)
+async def test_a_newcomer_reads_what_gives_it_a_choice(per_shard, num_searches, num_shards):
+    """A small swarm whole, of a large one a thousand servers or more, in at most two searches."""
+    names = [record(f"p{index}") for index in range(per_shard)]
+    registry = FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=10.0)
+    read = [shard for shards in registry.reads for shard in shards]
+    assert (len(registry.reads), len(read), len(set(read))) == (num_searches, num_shards, num_shards)
+
+
+async def test_newcomers_begin_with_different_shards():
+    """Else the servers of the first ones would be known to all, and chosen by all."""
+    begun = set()
+    for _ in range(20):
+        registry = FakeRegistry({})
+        await Directory(registry, model="0" * 64, num_blocks=2).refresh(max_age_s=10.0)
+        begun.add(tuple(registry.reads[0]))
+    assert len(begun) > 1
+
+
+async def test_what_a_newcomer_left_out_comes_next(monkeypatch):
+    """Within its budget it reads the shards that it has never read, before any other again."""
+    now = 1000.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
+    names = [record(f"p{index}") for index in range(625)]
+    registry = FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    while len([shard for shards in registry.reads for shard in shards]) < NUM_SHARDS:
+        await directory.refresh(max_age_s=15.0)
+        now += 15.0
+    assert sorted(shard for shards in registry.reads for shard in shards) == list(range(NUM_SHARDS))
+    assert all(len(shards) <= 2 for shards in registry.reads)
+
+
+async def test_everything_is_read_in_one_search():
+    """As a server does before it moves."""
+    registry = FakeRegistry({})
+    await Directory(registry, model="0" * 64, num_blocks=2).refresh(max_age_s=0.0, everything=True)
+    assert registry.reads == [list(range(NUM_SHARDS))]
+
+
 async def test_what_has_expired_is_not_used():
     """A record that was valid when it was read is left out once it is not."""
     registry = FakeRegistry({0: [record("lives"), record("ends", expires_at=time.time() + 0.05)]})
@@ -91,11 +133,11 @@ async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     for _ in range(3):
         await directory.refresh(max_age_s=10.0)
-    assert len(registry.reads) == 1 and directory.version == 1
+    assert len(registry.reads) == 2 and directory.version == 1
     assert [it.peer_id for it in directory.online] == ["a"] and len(directory.records) == 2
     now += 10.0
     await directory.refresh(max_age_s=10.0)
-    assert len(registry.reads) == 2
+    assert len(registry.reads) == 3
 
 
 async def test_a_failed_search_leaves_what_is_known(monkeypatch):

@@ -1,6 +1,7 @@
 """One server moves per region at a time, whoever sees the same need at the same moment."""
 
 import asyncio
+import struct
 import time
 from contextlib import suppress
 
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm import leases as leases_module
 from swarm.errors import PeerMisbehaved
-from swarm.leases import MAX_LEASE_S, Claim, LeaseDesk, wins
+from swarm.leases import FORGET_S, GAP_PATIENCE_S, MAX_LEASE_S, Claim, LeaseDesk, Patience, wins
 from swarm.network import Node, NodeConfig
 from swarm.types import BlockRange
 
@@ -51,6 +53,25 @@ def test_garbage_is_a_misbehaving_peer_and_nothing_else(data):
         Claim.decode(data, peer_id="x")
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ((2, 0, 4, 8, 12, 1e9), "format 2"),
+        ((1, 4, 4, 8, 12, 1e9), "4:4"),
+        ((1, 0, 4, 12, 8, 1e9), "12:8"),
+        ((1, 0, 4, 8, 13, 1e9), "0:4 and 8:13, the model has 0:12"),
+        ((1, 0, 60000, 8, 12, 1e9), "0:60000"),
+        ((1, 0, 4, 8, 12, float("nan")), "nan"),
+        ((1, 0, 4, 8, 12, float("inf")), "inf"),
+    ],
+)
+def test_a_claim_that_cannot_be_is_refused(fields, reason):
+    """Blocks that the model does not have would keep everybody from moving; an end that never comes, for ever."""
+    with pytest.raises(PeerMisbehaved, match=reason) as caught:
+        Claim.decode(struct.pack("!BHHHHd", *fields), peer_id="liar", num_blocks=12)
+    assert caught.value.peer_id == "liar"
+
+
 class FakeTable:
     """A DHT that many desks share; a later expiry replaces an earlier one."""
 
@@ -86,11 +107,64 @@ async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
     assert await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
 
 
+async def test_claims_beyond_the_model_keep_nobody_from_moving():
+    """They don't exist."""
+    values = {}
+    liar = LeaseDesk(FakeTable(values, "liar"), MODEL, settle_s=0.01)
+    honest = LeaseDesk(FakeTable(values, "honest"), MODEL, num_blocks=12, settle_s=0.01)
+    assert await liar.acquire(BlockRange(0, 200), BlockRange(0, 200), delay_s=0.0, lease_s=60.0)
+    assert await honest.acquire(BlockRange(0, 4), BlockRange(8, 12), delay_s=0.0, lease_s=60.0)
+
+
 async def test_servers_of_different_regions_move_at_the_same_time():
     """Claims that touch no common block don't hinder each other."""
     left, right = desks(2)
     assert await left.acquire(BlockRange(0, 4), BlockRange(4, 8), delay_s=0.0, lease_s=60.0)
     assert await right.acquire(BlockRange(8, 12), BlockRange(12, 16), delay_s=0.0, lease_s=60.0)
+
+
+def claim_of(peer_id, now, start=0) -> Claim:
+    leaves, takes = BlockRange(start, start + 4), BlockRange(start + 8, start + 12)
+    return Claim(peer_id=peer_id, leaves=leaves, takes=takes, expires_at=now + 300.0)
+
+
+@given(st.lists(st.floats(1.0, 120.0), min_size=200, max_size=200))
+def test_who_claims_for_ever_without_moving_is_waited_for_until_patience_ends(pauses):
+    """However it times its claims, it keeps us for little more than half an hour, and not again for an hour."""
+    patience, now, waited_s = Patience(MAX_LEASE_S), 0.0, 0.0
+    for pause_s in pauses:
+        now += pause_s
+        if patience.respected(claim_of("own", now), [claim_of("liar", now)], now):
+            waited_s += pause_s
+    assert waited_s <= (MAX_LEASE_S + 120.0) * (1 + now // (MAX_LEASE_S + FORGET_S))
+
+
+def test_patience_ends_with_one_peer_and_not_with_others():
+    """A claim elsewhere costs none, and after an hour without claims in our way a peer starts anew."""
+    patience, own = Patience(60.0), claim_of("own", 0.0)
+    assert len(patience.respected(own, [claim_of("liar", 0.0), claim_of("other", 0.0, start=16)], 0.0)) == 2
+    assert len(patience.respected(own, [claim_of("liar", 60.0)], 60.0)) == 1
+    rivals = [claim_of("liar", 61.0), claim_of("other", 61.0)]
+    assert [it.peer_id for it in patience.respected(own, rivals, 61.0)] == ["other"]
+    late = 60.0 + FORGET_S
+    assert len(patience.respected(own, [claim_of("liar", late)], late)) == 1
+
+
+async def test_a_gap_is_not_left_open_for_a_claim_that_leads_to_nothing(monkeypatch):
+    """Half a minute after it was met first, a peer that claims again and again is not waited for any more."""
+    now = time.time()
+    monkeypatch.setattr(leases_module.time, "time", lambda: now)
+    liar, honest = desks(2)
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    began, tries = now, 0
+    while True:
+        await liar._store(claim_of("p0", now))
+        tries += 1
+        if await honest.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=True):
+            break
+        now += 5.0
+    assert GAP_PATIENCE_S < now - began <= GAP_PATIENCE_S + 5.0 and tries > 2
+    assert not await honest.acquire(here, there, delay_s=0.0, lease_s=60.0), "for a gain it waits longer"
 
 
 async def test_garbage_among_the_claims_is_ignored():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm import placement
@@ -136,6 +136,24 @@ def test_a_server_knows_how_many_others_would_do_more_good():
 
 
 @given(surveys(covered=True))
+@settings(max_examples=25)
+def test_no_rival_is_overlooked_for_the_sake_of_speed(swarm):
+    """The bound that saves looking closer hides nobody, and counting ends where it is told to."""
+    for own in swarm.holdings:
+        move = decide_move(swarm, own, reload_s=[60.0] * 12, num_sessions=0)
+        if move is None:
+            continue
+        theirs = [
+            decide_move(swarm, other, reload_s=[60.0] * 12, num_sessions=0)
+            for other in swarm.holdings
+            if other.peer_id != own.peer_id
+        ]
+        gains = [it.gain_tps for it in theirs if it is not None and it.gain_tps > move.gain_tps * (1 + 1e-6)]
+        assert better_movers(swarm, own, move, reload_s=60.0) == min(len(gains), placement.MAX_RIVALS)
+        assert better_movers(swarm, own, move, reload_s=60.0, enough=1) == min(len(gains), 1)
+
+
+@given(surveys(covered=True))
 def test_somebody_always_goes_first(swarm):
     """Of all that would move, one at least sees nobody who would do more good."""
     moves = [(own, decide_move(swarm, own, reload_s=[60.0] * 12, num_sessions=0)) for own in swarm.holdings]
@@ -149,6 +167,25 @@ def test_a_move_that_costs_more_than_it_gains_is_not_made():
     assert decide(swarm, 0, reload_s=60.0) is not None
     assert decide(swarm, 0, reload_s=1e5) is None
     assert decide(swarm, 0, num_sessions=1000) is None
+
+
+def test_a_small_swarm_is_not_stirred_up_for_a_trifle(monkeypatch):
+    """A weak server could do more elsewhere, and the swarm would hardly notice; where it would, the server moves."""
+
+    def moves(weakest):
+        return decide(survey(12, (0, 4, 100.0), (4, 8, weakest), (8, 12, 100.0), (0, 4, 10.0)), 3) is not None
+
+    assert not moves(90.0) and moves(10.0)
+    monkeypatch.setattr(placement, "MEAN_GAIN", 0.0)
+    assert moves(90.0)
+
+
+def test_what_part_of_the_swarm_a_server_is_goes_by_capacity():
+    """Others may follow it sooner when it is a small one; what it claims counts for 16 times the median at most."""
+    swarm = survey(12, *[(start, start + 4, 10.0) for start in (0, 4, 8)] * 33, (0, 4, 10.0))
+    assert swarm.capacity_part(swarm.holdings[0]) == pytest.approx(0.01)
+    assert survey(12, (0, 12, 10.0)).capacity_part(swarm.holdings[0]) == 1.0
+    assert survey(12, (0, 12, 0.0)).capacity_part(swarm.holdings[0]) == 1.0
 
 
 def test_weights_that_are_on_disk_are_preferred():
