@@ -66,7 +66,8 @@ class AutoDistributedModelForCausalLM:
             token: for models on the hub that need one.
             credentials: our invitation into a private swarm, or its file; then initial_peers may be left to it, and
                 nothing is downloaded.
-            session_config: a `swarm.client.config.SessionConfig`: patience, wire encoding, whether servers push.
+            session_config: a `swarm.client.config.SessionConfig`: patience, wire encoding, whether servers push, and
+                whether sessions move to quicker ones.
 
         Returns:
             A `transformers.GenerationMixin`, in eval mode; close it, or use it as a context manager.

@@ -23,5 +23,7 @@ class SessionConfig:
     """Most tokens in one message, so that hops work on a long prompt at the same time."""
     push: bool = True
     """Whether servers send to each other; if not, everything goes through the client."""
+    reroute: bool = True
+    """Whether a session may leave a server that works for one that has been much quicker for a while."""
     encoding: Encoding = Encoding.RAW
     """How hidden states cross the wire."""

@@ -57,8 +57,6 @@ class HopStream:
         """Links, and their epochs, that say they can't reach this hop; to be judged when it has answered a Probe."""
         self.move: asyncio.Task[None] | None = None
         """Takes this hop to another server; ends with it."""
-        self.num_asked = 0
-        """Times that this was asked for."""
         self._listener, self._tasks = listener, tasks
         self._stream: Stream | None = None
         self._outbox: deque[tuple[Message, bytes | memoryview]] = deque()

@@ -7,7 +7,8 @@
 
 The old server goes on until it has the heir's key, so a session stands still only while it travels. Whatever fails, the
 old server goes on, another heir is tried, and in the end the old one is told that there is nobody; when it leaves then,
-its blocks are replayed elsewhere like those of any lost server. No session needs any of this to be right.
+its blocks are replayed elsewhere like those of any lost server. No session needs any of this to be right. Where we want
+the move (`swarm.client.rerouting`), we know to whom, and one try is all.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from swarm.client.hop_stream import HopStream
 from swarm.client.hops import NO_KEY, Hops
-from swarm.errors import PeerBusy, PeerError, PeerMisbehaved, PeerTimeout, RouteNotFound, SwarmError
+from swarm.errors import PeerBusy, PeerDisconnected, PeerError, PeerMisbehaved, PeerTimeout, RouteNotFound, SwarmError
 from swarm.protocol import (
     AdapterLoading,
     AdapterRequest,
@@ -31,6 +32,7 @@ from swarm.protocol import (
     Waiting,
     printable,
 )
+from swarm.rates import Rate, Rates
 from swarm.session import Hop, Session
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,13 @@ T = TypeVar("T")
 MAX_TRIES = 3
 """Servers that are asked to take a session."""
 MAX_ASKED = 8
-"""Times that a server may ask for that: each opens sessions at others, in our name."""
+"""Times in a row that a server may ask for that: each opens sessions at others, in our name ..."""
+ASKED_PER_S = 1 / 30.0
+"""... and how often in the long run."""
 MOVE_TIMEOUT_S = 60.0
 """How long one of them may take, to the end ..."""
+OWN_TIMEOUT_S = 20.0
+"""How long, where nobody needs it ..."""
 TAKEN_TIMEOUT_S = 5.0
 """... and to say so, once the old server has: nobody serves the session meanwhile."""
 
@@ -58,8 +64,8 @@ class Owner(Protocol):
     def on_refused(self, hop: Hop, error: SwarmError) -> None:
         """A server let no empty session in, or lost it."""
 
-    def on_moved(self, old: HopStream) -> None:
-        """A hop has another server now."""
+    def on_moved(self, old: HopStream, seconds: float) -> None:
+        """A hop has another server now, after it stood still for so long."""
 
     def on_failure(self, hop: HopStream, error: SwarmError) -> None:
         """The old server has given the session away, and nobody has it."""
@@ -78,6 +84,9 @@ class Moves:
         self.num_moves = 0
         self._machine, self._hops, self._owner = machine, hops, owner
         self._running: dict[HopStream, _Move] = {}
+        self._asked = Rates(Rate(burst=MAX_ASKED, per_s=ASKED_PER_S))
+        self._asked_meanwhile: dict[HopStream, float] = {}
+        """Until when servers wanted a session moved that was on its way already."""
         self._num_tries = 0
 
     def start(self, hop: HopStream, within_s: float = MOVE_TIMEOUT_S) -> None:
@@ -90,17 +99,36 @@ class Moves:
         Raises:
             PeerMisbehaved: that was asked for too often.
         """
-        hop.num_asked += 1
-        if hop.num_asked > MAX_ASKED:
+        if not self._asked.charge(str(hop.link), time.monotonic()):
             raise PeerMisbehaved(f"asked {MAX_ASKED} times to have a session moved", peer_id=hop.hop.peer_id)
         if hop.move is None or hop.move.done():
             hop.move = self._hops.spawn(self._move(hop, within_s), name=f"move from {hop.hop.peer_id}")
+        else:
+            self._asked_meanwhile[hop] = time.monotonic() + within_s
+
+    async def better(self, hop: Hop, target: Hop) -> bool:
+        """Have a hop's part moved to this very server, which nobody has asked for; false if it is where it was."""
+        stream = next((it for it in self._hops if it.hop == hop and it.is_open), None)
+        if stream is None or (stream.move is not None and not stream.move.done()):
+            return False
+        stream.move = move = self._hops.spawn(self._better(stream, target), name=f"move from {hop.peer_id}")
+        await asyncio.wait([move])
+        return target in self._machine.route
+
+    async def _better(self, hop: HopStream, target: Hop) -> None:
+        self._asked_meanwhile.pop(hop, None)
+        has_moved = await self._try(hop, target, OWN_TIMEOUT_S)
+        if (until := self._asked_meanwhile.pop(hop, None)) is not None and not has_moved:
+            await self._move(hop, until - time.monotonic())
 
     def handed_over(self, hop: HopStream, message: HandedOver) -> None:
         """An old server says what became of its HandOver."""
         move = self._running.get(hop)
         if move is not None and move.nonce == message.nonce:
             move.on_handed_over(message)
+        elif message.is_done:
+            reason = "gave the session to a server that we had given up"
+            self._owner.on_failure(hop, PeerDisconnected(reason, peer_id=hop.hop.peer_id))
 
     async def _move(self, hop: HopStream, within_s: float) -> None:
         tried, until = frozenset({hop.hop.peer_id}), time.monotonic() + within_s
@@ -151,6 +179,7 @@ class Moves:
         if move.asked_to_leave() is not None:
             raise PeerBusy("it is about to leave itself", peer_id=heir.hop.peer_id)
         hop.post(HandOver(nonce=move.nonce, peer_id=heir.hop.peer_id, push_key=heir.push_key))
+        started = time.monotonic()
         await move.wait(lambda: move.handed_over)
         async with asyncio.timeout(TAKEN_TIMEOUT_S):  # it has been said that the heir has it
             taken = await move.wait(lambda: move.taken)
@@ -167,7 +196,7 @@ class Moves:
             raise PeerError("it has less than the session had", peer_id=heir.hop.peer_id)
         self._hops.adopt(heir)
         self.num_moves += 1
-        self._owner.on_moved(hop)
+        self._owner.on_moved(hop, time.monotonic() - started)
         if (within_s := move.asked_to_leave()) is not None:
             self.start(heir, within_s)
 

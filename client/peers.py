@@ -23,7 +23,9 @@ import numpy as np
 from swarm.catalog import refuse_other_content
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
 from swarm.client.behaviour import Behaviour
+from swarm.client.betterment import MoveCosts
 from swarm.client.presence import over_present
+from swarm.client.prospects import Outlook, Seen, look_ahead
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
@@ -46,12 +48,16 @@ PUSH_RETRY_S = 600.0
 """Two servers that could not reach each other are given another try after so long."""
 REFRESH_S = 15.0
 """Age at which the records are read again, in the background."""
+NEWS_S = 0.5
+"""Records that are younger are not read again; who looks for a server that may just have come waits so long."""
 ROUTER_S = 1.0
 """A table of routes is used for so long."""
 ROOM_TOKENS = 64
 """Tokens beyond those of a session for which a server should have room when the session comes to it."""
 BATCH_TOKENS = 1024
 """What a micro-batch of training has, about."""
+NUM_PROMISING = 2
+"""Servers that a session might go to soon, which are measured, too."""
 NUM_ACQUAINTANCES = 8
 """Servers that a client measures now and then, to know its place and the ways to those that it uses."""
 
@@ -72,6 +78,10 @@ class Peers:
 
     def __init__(self, node: Node, transport: Transport | None = None, *, model: str, model_name: str, num_blocks: int):
         self.model, self.model_name, self.num_blocks = model, model_name, num_blocks
+        self.move_costs = MoveCosts()
+        """What it costs our sessions to move."""
+        self._promising: set[str] = set()
+        """Servers to which sessions may move: the ways to them should be known."""
         self._node = node
         self._directory = Directory(Registry(node), model=model, num_blocks=num_blocks)
         self._generator = np.random.default_rng()
@@ -81,6 +91,8 @@ class Peers:
         self._who_has = WhoHas()
         self._reader: asyncio.Task[None] | None = None
         self._router: tuple[Router, int, float] | None = None
+        self._by_id: dict[str, ServerRecord] = {}
+        """The servers of that table."""
 
     @property
     def records(self) -> tuple[ServerRecord, ...]:
@@ -118,12 +130,14 @@ class Peers:
         await self._get_to_know()
 
     async def _get_to_know(self) -> None:
-        """Measure the ways to the servers that were used, and to some others."""
+        """Measure the ways to the servers that were used or may be soon, and to some others."""
         records = self.records
         if self._pinger is None or not records:
             return
-        used = [record for record in records if record.peer_id in self._behaviour]
-        others = [record for record in records if record.peer_id not in self._behaviour]
+        promising, self._promising = self._promising, set()
+        known = self._behaviour.keys() | promising
+        used = sorted((it for it in records if it.peer_id in known), key=lambda it: it.peer_id not in promising)
+        others = [record for record in records if record.peer_id not in known]
         count = min(NUM_ACQUAINTANCES - min(len(used), NUM_ACQUAINTANCES // 2), len(others))
         chosen = self._generator.choice(len(others), count, replace=False) if count else ()
         await self._ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
@@ -184,12 +198,14 @@ class Peers:
         Raises:
             RouteNotFound: there is none.
         """
-        for max_age_s in (REFRESH_S, 0.5):
-            await self.refresh(max_age_s=max_age_s, everything=max_age_s < REFRESH_S)
-            records = [it for it in self._directory.online if it.blocks.covers(blocks) and it.peer_id not in without]
-            if records:
-                with suppress(RouteNotFound):
-                    return await self._best_of(records, blocks, num_tokens, adapters)
+        await self.refresh()
+        if records := self._others(blocks, without):
+            with suppress(RouteNotFound):
+                return await self._best_of(records, blocks, num_tokens, adapters)
+        await asyncio.sleep(self._directory.refreshed_at + NEWS_S - time.monotonic())
+        await self.refresh(max_age_s=NEWS_S / 2, everything=True)
+        if records := self._others(blocks, without):
+            return await self._best_of(records, blocks, num_tokens, adapters)
         raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
 
     async def _best_of(
@@ -204,6 +220,48 @@ class Peers:
             self._ask,
         )
         return hop
+
+    def _others(self, blocks: BlockRange, without: Collection[str]) -> list[ServerRecord]:
+        """Other servers that have all of these blocks."""
+        return [it for it in self._directory.online if it.blocks.covers(blocks) and it.peer_id not in without]
+
+    def outlook(
+        self, chain: Sequence[Hop], *, num_tokens: int = 0, adapters: AdapterNeeds | None = None
+    ) -> Outlook | None:
+        """What a live session's chain is expected to take, and others with one other server; None if it is not known.
+
+        Args:
+            chain: all of the session's hops.
+            num_tokens, adapters: as in `route`.
+        """
+        outlook = look_ahead(
+            self._table(),
+            chain,
+            version=self._directory.version,
+            need=Need(kv_tokens=num_tokens + ROOM_TOKENS),
+            penalties=self._penalties(adapters),
+            seen=self._seen(),
+            format_of=self._format_of,
+            without_push=self.pairs_without_push,
+        )
+        if outlook is not None:
+            best = sorted(outlook.prospects, key=lambda it: it.predicted_s)[:NUM_PROMISING]
+            self._promising |= {it.target.peer_id for it in best}
+        return outlook
+
+    def _format_of(self, peer_id: str) -> tuple[str, str] | None:
+        """How a server computes: nobody's answer shall change for the sake of speed."""
+        record = self._by_id.get(peer_id)
+        return None if record is None else (record.dtype, record.quantization)
+
+    def _seen(self) -> dict[str, Seen]:
+        """How those servers that were measured lately compare with what they say."""
+        now, found = time.monotonic(), {}
+        for peer_id, known in self._behaviour.items():
+            record, block_s = self._by_id.get(peer_id), known.block_s(now)
+            if record is not None and block_s is not None:
+                found[peer_id] = Seen(slowness=block_s / _said_s(record), excess_s=known.excess_s(now))
+        return found
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
         """A chain for a training run: at random, so that servers are loaded by the capacity that they have free.
@@ -232,7 +290,7 @@ class Peers:
                 return hops
         except RouteNotFound:
             pass
-        await self.refresh(max_age_s=0.5, everything=True)  # nobody better is known: perhaps there is news
+        await self.refresh(max_age_s=NEWS_S, everything=True)  # nobody better is known: perhaps there is news
         if not self._directory.records:
             await refuse_other_content(self._node, self.model_name, self.model)
         return await over_present(find_now, self._ask)
@@ -323,8 +381,8 @@ class Peers:
         """The table of routes, made anew when there is news or it is old."""
         now, version = time.monotonic(), self._directory.version
         if self._router is None or self._router[1] != version or now - self._router[2] > ROUTER_S:
-            offers = [self._offer(record, now) for record in self._directory.online]
-            router = Router(offers, self._place)
+            self._by_id = {record.peer_id: record for record in self._directory.online}
+            router = Router([self._offer(record, now) for record in self._by_id.values()], self._place)
             self._router = router, version, now
         return self._router[0]
 
@@ -336,14 +394,11 @@ class Peers:
     def _offer(self, record: ServerRecord, now: float) -> Offer:
         seen = self._behaviour.get(record.peer_id)
         block_s = None if seen is None else seen.block_s(now)
-        if block_s is None:
-            idle_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
-            block_s = idle_s * (1.0 + record.load)
         capacity_tps = record.prefill_tps or record.batch_tps or record.decode_tps
         return Offer(
             peer_id=record.peer_id,
             blocks=record.blocks,
-            block_s=block_s,
+            block_s=_said_s(record) if block_s is None else block_s,
             visit_s=VISIT_S + record.queue_s + (0.0 if seen is None else seen.excess_s(now)),
             free_tps=capacity_tps * (1.0 - record.load),
             location=Location(
@@ -355,3 +410,9 @@ class Peers:
             kv_free_tokens=record.kv_free_tokens,
             is_relayed=record.is_relayed,
         )
+
+
+def _said_s(record: ServerRecord) -> float:
+    """Seconds per block and token at present load, by what a server says."""
+    idle_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
+    return idle_s * (1.0 + record.load)

@@ -30,6 +30,7 @@ from swarm.client.hops import Hops
 from swarm.client.moves import Moves
 from swarm.client.peers import Peers
 from swarm.client.progress import StepShape, find_stuck
+from swarm.client.rerouting import Rerouting
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.running import RunningStep
 from swarm.client.timings import HopTiming
@@ -120,6 +121,7 @@ class RemoteSession:
         )
         self.moves = Moves(self.machine, self._hops, self)
         """Hops that go to another server while the session goes on."""
+        self._rerouting = Rerouting(self.machine, self._hops, self.moves, peers, config, self._adapters)
         self._pace = Pace()
         self._step: RunningStep | None = None
         self._turn = asyncio.Lock()
@@ -220,7 +222,8 @@ class RemoteSession:
     async def _find_route(self, action: FindRoute, step: RunningStep) -> None:
         await self._pause(step.patience.pause_s(step.trouble), step)
         try:
-            hops = await self._route(action.blocks, sum(self.machine.lengths) + step.num_tokens)
+            num_tokens, chain = sum(self.machine.lengths) + step.num_tokens, self.machine.route
+            hops = await self._peers.route(action.blocks, num_tokens=num_tokens, chain=chain, adapters=self._adapters)
         except (RouteNotFound, PeerError) as error:
             self._had_trouble(step, error)
             return
@@ -229,9 +232,6 @@ class RemoteSession:
             self.machine.routed(hops)
             step.watch = self._watch(sum(self.machine.lengths))  # somebody has to catch up with everything
             step.watch.asked(time.monotonic())  # ask often from now on: catching up counts as progress
-
-    async def _route(self, blocks: BlockRange, num_tokens: int) -> tuple[Hop, ...]:
-        return await self._peers.route(blocks, num_tokens=num_tokens, chain=self.machine.route, adapters=self._adapters)
 
     async def _wait(self, step: RunningStep, *, is_opening: bool = False) -> None:
         """Wait until something happens, and look after the servers while nothing does."""
@@ -343,8 +343,9 @@ class RemoteSession:
         """A server did not take the session of another one."""
         self._peers.failed(hop.peer_id, error)
 
-    def on_moved(self, old: HopStream) -> None:
+    def on_moved(self, old: HopStream, seconds: float) -> None:
         """A hop has another server now: the step under way, if there is any, goes on there."""
+        self._peers.move_costs.measured(old.hop, sum(self.machine.lengths), seconds)
         logger.info("the session has moved from server %s", self._peers.name_of(old.hop.peer_id))
         if (step := self._step) is not None:
             step.has_moved = True
@@ -490,3 +491,4 @@ class RemoteSession:
             self._pace.measured(step.num_tokens, time.monotonic() - step.started)
         if step.is_plain and step.num_tokens <= self.machine.batch_size:
             self._peers.measured(timings)
+            self._rerouting.measured(timings)

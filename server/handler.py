@@ -259,11 +259,14 @@ class Handler:
     def relieve(self, replicas: Sequence[ServerRecord]) -> None:
         """If sessions had to leave the cache since this was called last, ask some to move to servers with room.
 
+        Those that were asked and found nobody are reason enough: they are asked again.
+
         Args:
             replicas: servers of all our blocks.
         """
         num_swapped = self.executor.meter.num_swapped_out
-        if self.state is not ServerState.ONLINE or num_swapped == self._num_swapped or not replicas:
+        is_short = num_swapped != self._num_swapped or any(session.moves.has_nowhere for session in self._sessions)
+        if self.state is not ServerState.ONLINE or not is_short or not replicas:
             return
         self._num_swapped = num_swapped
         used = {digest for session in self._sessions for digest in session.opened.adapters}
@@ -278,7 +281,7 @@ class Handler:
             Guest(
                 key=session,
                 num_pages=session.num_pages,
-                settled_at=session.moves.settled_at,
+                stays_until=session.moves.stays_until,
                 adapters=frozenset(session.opened.adapters),
             )
             for session in self._sessions

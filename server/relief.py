@@ -6,7 +6,8 @@
 Sessions of one adapter are asked one after the other, those first whose adapters are where there is room, so that
 adapters leave with their sessions as far as that goes. Nobody is asked twice within a while, nor who has come from
 another server lately; and what moves takes at most half of what is free elsewhere. So two servers that are both short
-send each other nothing, and nobody goes to and fro. Who is short, and where a session goes, is decided elsewhere.
+send each other nothing, and nobody goes to and fro. Who found nobody to go to is asked again sooner, since that may be
+other next time. Who is short, and where a session goes, is decided elsewhere.
 """
 
 from collections import defaultdict
@@ -16,7 +17,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 SETTLE_S = 300.0
-"""A session stays for so long after it has moved, or was asked to."""
+"""A session stays for so long after it has moved, or was asked to ..."""
+RETRY_S = 30.0
+"""... or for so long after its client has found nobody who takes it."""
 SHARE = 0.5
 """Part of a replica's free pages that may be filled."""
 
@@ -27,8 +30,8 @@ class Guest(Generic[T]):
 
     key: T
     num_pages: int
-    settled_at: float
-    """When it came from another server, or was last asked to move."""
+    stays_until: float
+    """Before, it is not asked to move."""
     adapters: frozenset[str] = frozenset()
 
 
@@ -52,7 +55,7 @@ def sessions_to_move(guests: Sequence[Guest[T]], replicas: Sequence[Replica], nu
     """
     excess = sum(guest.num_pages for guest in guests) - num_pages
     room = [int(replica.free_pages * SHARE) for replica in replicas]
-    movable = [guest for guest in guests if guest.num_pages and now >= guest.settled_at + SETTLE_S]
+    movable = [guest for guest in guests if guest.num_pages and now >= guest.stays_until]
     chosen: list[T] = []
     for group in _groups(movable, replicas):
         for guest in sorted(group, key=lambda guest: guest.num_pages):

@@ -19,6 +19,7 @@ from swarm.server.control import Control
 from swarm.server.limits import HandlerLimits
 from swarm.server.moving import Movable, MoveDesk
 from swarm.server.push import PushStream, for_the_client
+from swarm.server.relief import RETRY_S, SETTLE_S
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class SessionMoves:
         """Whether no steps are taken; whether another server has the session."""
         self.has_nowhere = False
         """Whether the client knows nobody who would take it."""
-        self.settled_at = -inf
-        """When it has come from another server, or was last asked to go to one, by the monotonic clock."""
+        self.stays_until = -inf
+        """Before, by the monotonic clock, it is not asked to make room: it has come, or was asked, lately."""
         self._session, self._desk, self._client, self._control = session, desk, client, control
         self._limits, self._on_end = limits, on_end
         self._leaving: asyncio.Task[None] | None = None
@@ -63,13 +64,13 @@ class SessionMoves:
     def ask(self, within_s: float) -> None:
         """Ask the client to have the session moved; nothing more is asked of one that has moved."""
         if not self.is_gone:
-            self.has_nowhere, self.settled_at = False, time.monotonic()
+            self.has_nowhere, self.stays_until = False, time.monotonic() + SETTLE_S
             self._control.tell(MoveAway(within_s=min(max(within_s, 0.0), 86400.0)))
 
     def hand_over(self, message: HandOver, group: asyncio.TaskGroup) -> None:
         """The client says to whom the session goes."""
         if not message.peer_id:
-            self.has_nowhere = True
+            self.has_nowhere, self.stays_until = True, time.monotonic() + RETRY_S
         elif self._leaving is not None or self._arriving is not None or self.is_gone:
             self._answer(message, "the session is on its way already")
         else:
@@ -108,7 +109,7 @@ class SessionMoves:
         finally:
             self._arriving = None
         self._has_arrived = True
-        self.settled_at = time.monotonic()
+        self.stays_until = time.monotonic() + SETTLE_S
         self._control.tell(self._session.taken)
 
     def use_room(self) -> None:

@@ -2,6 +2,7 @@
 
     fastest  for decoding: the least expected seconds per token    ways, queues, blocks at present load, soft costs
     spread   for training: at random, so that servers are loaded in proportion to the capacity that they have free
+    replacements  for a live session: the chain that it has, with another server in the place of one
 
     Offers (what each server says, and what was measured of it) ─► Router ─► Route: hops that cover each block once
 
@@ -75,6 +76,17 @@ class Route:
     hops: tuple[Hop, ...]
     cost_s: float
     """Expected seconds per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """Another server in the place of one hop of a chain."""
+
+    hop: Hop
+    cost_s: float
+    """Expected seconds per token of the whole chain then ..."""
+    blocks_s: float
+    """... and what of that the other server's blocks take."""
 
 
 class Router:
@@ -167,6 +179,52 @@ class Router:
         lengths = _ints(len(hop.blocks) for hop in hops)
         work_s = self._visits(need, penalties)[servers] + self._costs.block_s[servers] * lengths
         return self.ways_s(hops) + float(work_s.sum())
+
+    def replacements(
+        self,
+        hops: Sequence[Hop],
+        index: int,
+        *,
+        need: Need | None = None,
+        penalties: Mapping[str, float] | None = None,
+        limit: int = 8,
+    ) -> list[Replacement]:
+        """The best servers that could take the place of one in a chain over these offers, the cheapest first.
+
+        Args:
+            hops: the chain, from the client and back to it.
+            index: which hop's blocks another server is to run; the rest of the chain stays.
+            need: of the session; who has less room is left out.
+            penalties: as in `fastest`.
+            limit: at most so many.
+        """
+        chain, blocks = _ints(self._index[hop.peer_id] for hop in hops), hops[index].blocks
+        fits = (self._spans.first <= blocks.start) & (self._spans.last >= blocks.end)
+        if need is not None:
+            fits &= self._room >= need.kv_tokens
+        fits[chain] = False
+        servers = np.flatnonzero(fits)
+        sender = self._index[hops[index - 1].peer_id] if index else None
+        receiver = self._index[hops[index + 1].peer_id] if index + 1 < len(hops) else None
+        ways = ChainWays(self._map, sender, receiver)
+        own_s = self._visits(None, penalties)[servers] + self._costs.block_s[servers] * len(blocks)
+        own_s += ways.from_start(servers) + ways.to_end(servers)
+        rest_s = self.cost_s(hops) - self._share_s(hops, index, ways)
+        best = np.argsort(own_s, kind="stable")[:limit]
+        return [
+            Replacement(
+                hop=Hop(peer_id=self._offers[server].peer_id, blocks=blocks),
+                cost_s=rest_s + float(cost_s),
+                blocks_s=self._offers[server].block_s * len(blocks),
+            )
+            for server, cost_s in zip(servers[best], own_s[best], strict=True)
+        ]
+
+    def _share_s(self, hops: Sequence[Hop], index: int, ways: ChainWays) -> float:
+        """What one hop contributes to its chain's cost: its visit, its blocks, the ways to and from it."""
+        server = _ints([self._index[hops[index].peer_id]])
+        work_s = self._costs.visit_s[server] + self._costs.block_s[server] * len(hops[index].blocks)
+        return float((work_s + ways.from_start(server) + ways.to_end(server))[0])
 
     def ways_s(self, hops: Sequence[Hop]) -> float:
         """Seconds that a token is under way from the client through these servers and back."""

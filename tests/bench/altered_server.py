@@ -5,6 +5,8 @@ SWARM_BENCH_TOKEN_S       Its blocks compute nothing: each token takes so many s
 SWARM_BENCH_WHOLE_TOKENS  It takes up to so many tokens in one message and in one batch, so that a prompt leaves it
                           only when it is done: hop after hop, with nothing overlapping.
 
+SWARM_BENCH_SLOW_S        Each of its batches takes so many seconds longer, with the same results.
+
 SWARM_BENCH_NO_GRAPHS     It keeps no graphs between forward and backward of training, only what enters each block.
 
 The changes are made here, from outside; the server itself knows nothing of them.
@@ -25,6 +27,8 @@ def main() -> int:
 
     if token_s := float(os.environ.get("SWARM_BENCH_TOKEN_S", "0")):
         sleep_for_tokens(token_s)
+    if slow_s := float(os.environ.get("SWARM_BENCH_SLOW_S", "0")):
+        slow_down(slow_s)
     if num_tokens := int(os.environ.get("SWARM_BENCH_WHOLE_TOKENS", "0")):
         take_whole_prompts(num_tokens)
     if os.environ.get("SWARM_BENCH_NO_GRAPHS"):
@@ -59,6 +63,19 @@ def sleep_for_tokens(token_s: float) -> None:
         return [chunk.hidden_states for chunk in batch]
 
     BlockSpan.run = run  # type: ignore[method-assign]
+
+
+def slow_down(batch_s: float) -> None:
+    """Let each batch take longer."""
+    from swarm.server.blocks.span import BlockSpan
+
+    run = BlockSpan.run
+
+    def run_slowly(self: BlockSpan, batch: Any) -> list[Any]:
+        time.sleep(batch_s)
+        return run(self, batch)
+
+    BlockSpan.run = run_slowly  # type: ignore[method-assign]
 
 
 def take_whole_prompts(num_tokens: int) -> None:

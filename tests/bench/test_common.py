@@ -148,6 +148,7 @@ def test_the_server_for_benchmarks_notices_a_renamed_setting():
 def test_what_the_server_for_benchmarks_changes_is_there():
     """The names that it changes are those of the server."""
     program = "import altered_server; altered_server.take_whole_prompts(4096); altered_server.sleep_for_tokens(0.1)"
+    program += "; altered_server.slow_down(0.1)"
     program += "\nfrom swarm.server.limits import HandlerLimits; assert HandlerLimits().max_step_tokens == 4096"
     subprocess.run([sys.executable, "-c", program], cwd=HERE, check=True)
 

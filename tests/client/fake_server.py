@@ -14,6 +14,8 @@ from contextlib import suppress
 
 import torch
 
+from swarm.client.betterment import MoveCosts
+from swarm.client.prospects import Outlook
 from swarm.client.timings import HopTiming
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import InvalidRequest, PeerDisconnected, PeerMisbehaved, PeerTimeout, RouteNotFound, SwarmError
@@ -308,6 +310,8 @@ class FakePeers:
         self.overheads: list[str] = []
         self.pairs_without_push: frozenset[tuple[str, str]] = frozenset()
         self.on_route: Callable[[BlockRange], None] = lambda blocks: None
+        self.on_outlook: Callable[[Sequence[Hop]], Outlook | None] = lambda chain: None
+        self.move_costs = MoveCosts()
 
     def keep_fresh(self) -> None:
         pass
@@ -330,6 +334,9 @@ class FakePeers:
             if server.blocks.covers(blocks) and server.peer_id not in without:
                 return Hop(peer_id=server.peer_id, blocks=blocks)
         raise RouteNotFound(f"nobody else serves {blocks}", missing=list(blocks))
+
+    def outlook(self, chain: Sequence[Hop], **wishes: object) -> Outlook | None:
+        return self.on_outlook(chain)
 
     def failed(self, peer_id: str, error: Exception) -> None:
         self.failures.append(peer_id)

@@ -12,8 +12,10 @@ import torch
 from swarm.client import moves
 from swarm.client.moves import MAX_ASKED
 from swarm.client.session import RemoteSession, SessionConfig
+from swarm.errors import PeerMisbehaved
 from swarm.network import Node, NodeConfig
-from swarm.server import handler
+from swarm.server import handler, session_moves
+from swarm.server.relief import RETRY_S
 from swarm.server.session_moves import SessionMoves
 from swarm.types import BlockRange
 from tests.client.fake_server import FakePeers
@@ -269,6 +271,55 @@ async def test_a_server_that_asks_again_and_again_is_replaced(nodes):
         new = tokens(1, 1)
         row = torch.cat([row, new])
         assert torch.equal(await session.step(new, positions=[30], num_tokens=[1]), expected(row)[-1:])
+        await session.close()
+
+
+async def test_who_found_nobody_is_asked_again_soon(nodes, monkeypatch):
+    """A server is short of cache, and the client knows no other; half a minute later it does: no more is needed."""
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(handler, "time", clock)
+    monkeypatch.setattr(session_moves, "time", clock)
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        hidden, swarm.peers.servers = swarm.peers.servers, swarm.peers.servers[:3]
+        session = swarm.session()
+        row = tokens(40)
+        await session.step(row, positions=[0], num_tokens=[40], num_outputs=[1])
+        short, replica = chain.handlers[1], SimpleNamespace(kv_free_tokens=1000, adapters=())
+        (served,) = short._sessions
+        chain.executors[1].num_pages = 2
+        chain.executors[1].meter.num_swapped_out += 3
+        short.relieve([replica])
+        await eventually(lambda: served.moves.has_nowhere, "the client's answer")
+        swarm.peers.servers = hidden
+        now += RETRY_S - 1.0
+        short.relieve([replica])
+        assert served.moves.has_nowhere  # it was not asked
+        now += 1.0
+        short.relieve([replica])
+        await eventually(lambda: swarm.on(session) == [0, 4, 2], "a move")
+        assert session.moves.num_moves == 1 and session.machine.num_replays == 0
+        await session.close()
+
+
+async def test_a_server_may_ask_every_half_minute(nodes, monkeypatch):
+    """A cache may be short for long; that alone costs it no session."""
+    now = 1000.0
+    async with chain_of(nodes, 6) as chain:
+        swarm = Swarm(chain)
+        swarm.peers.servers = swarm.peers.servers[:3]
+        session = swarm.session()
+        await session.step(tokens(40), positions=[0], num_tokens=[40], num_outputs=[1])
+        hop = session._hops[list(session.machine.hops)[1]]
+        monkeypatch.setattr(moves, "time", SimpleNamespace(monotonic=lambda: now))
+        for _ in range(3 * MAX_ASKED):
+            session.moves.start(hop)
+            now += RETRY_S
+        for _ in range(MAX_ASKED):
+            session.moves.start(hop)
+        with pytest.raises(PeerMisbehaved, match="asked 8 times"):
+            session.moves.start(hop)
         await session.close()
 
 

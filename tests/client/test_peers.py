@@ -8,11 +8,12 @@ from typing import Any, cast
 import pytest
 
 from swarm.client import peers as peers_module
-from swarm.client.peers import NUM_ACQUAINTANCES, PUSH_RETRY_S, REFRESH_S, Peers
+from swarm.client.peers import NUM_ACQUAINTANCES, NUM_PROMISING, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RouteNotFound
 from swarm.registry import ServerRecord
+from swarm.session import Hop
 from swarm.types import BlockRange, ServerState
 
 
@@ -322,10 +323,15 @@ async def test_ways_are_measured_again_with_the_records_and_first_to_those_that_
     peers.keep_fresh()
     await peers._reader
     assert len(asked) == 1 and "p7" in asked[0] and len(asked[0]) == NUM_ACQUAINTANCES
+    chain = (Hop(peer_id="p7", blocks=BlockRange(0, 2)),)
+    best = {it.target.peer_id for it in peers.outlook(chain).prospects[:NUM_PROMISING]}
+    await peers._get_to_know()  # first to those to which a session may go
+    assert best | {"p7"} <= asked[1] and len(asked[1]) == NUM_ACQUAINTANCES
 
 
-async def test_a_session_moves_to_the_best_server_that_has_all_its_blocks(peers):
+async def test_a_session_moves_to_the_best_server_that_has_all_its_blocks(peers, monkeypatch):
     """Room and load decide; who has only a part of the blocks, or was tried, is out of the question."""
+    monkeypatch.setattr(peers_module, "NEWS_S", 0.05)
     blocks = BlockRange(0, 2)
     part = record("part", blocks=BlockRange(0, 1), decode_tps=1e6)
     leaving = record("leaving", state=ServerState.DRAINING, decode_tps=1e6)
@@ -349,9 +355,40 @@ async def test_a_session_moves_to_the_best_server_that_has_all_its_blocks(peers)
         await peers.replica(blocks, without=tried)
 
 
-async def test_a_replica_that_has_just_come_is_found(peers):
-    """Where nobody is known, the records are read again."""
+async def test_a_replica_that_has_just_come_is_found(peers, monkeypatch):
+    """Where nobody is known, the records are read again, even if that was done a moment ago."""
+    monkeypatch.setattr(peers_module, "NEWS_S", 0.05)
     await read(peers, record("old"))
     peers._directory._registry.records = (record("old"), record("new"))
-    peers._directory._refreshed_at -= 1.0
     assert (await peers.replica(BlockRange(0, 2), without={"old"})).peer_id == "new"
+
+
+async def test_a_live_chain_is_compared_with_others_by_what_was_measured(peers, monkeypatch):
+    """A server that has become slow shows, though its record is as good as that of another one."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    half = {"blocks": BlockRange(0, 1)}
+    rest = {"blocks": BlockRange(1, 2)}
+    await read(
+        peers,
+        record("slow", **half),
+        record("end", **rest),
+        record("other", **half),
+        record("odd", **half, dtype="float16"),
+    )
+    chain = (Hop(peer_id="slow", blocks=half["blocks"]), Hop(peer_id="end", blocks=rest["blocks"]))
+    before = peers.outlook(chain, num_tokens=100)
+    assert [it.target.peer_id for it in before.prospects] == ["other"]
+    assert before.prospects[0].predicted_s == pytest.approx(before.predicted_s)
+    for _ in range(3):
+        slow, end = (
+            HopTiming(peer_id=hop.peer_id, blocks=hop.blocks, num_tokens=1, round_trip_s=s, compute_s=s, queue_s=0.0)
+            for hop, s in zip(chain, (0.5, 0.01), strict=True)
+        )
+        peers.measured([slow, end])
+    peers._router = None
+    after = peers.outlook(chain, num_tokens=100)
+    assert after.version == before.version
+    assert after.predicted_s - after.prospects[0].predicted_s == pytest.approx(0.49)
+    assert not peers.outlook(chain, num_tokens=1000).prospects  # nobody has room for so many
+    assert peers.outlook((Hop(peer_id="gone", blocks=BlockRange(0, 2)),)) is None

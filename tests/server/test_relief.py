@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.server.relief import SETTLE_S, Guest, Replica, sessions_to_move
+from swarm.server.relief import Guest, Replica, sessions_to_move
 
 NOW = 1000.0
 names = st.frozensets(st.sampled_from("ab"), max_size=2)
@@ -12,7 +12,7 @@ guests = st.lists(
         Guest,
         key=st.uuids(),
         num_pages=st.integers(0, 20),
-        settled_at=st.sampled_from([0.0, NOW - 1.0]),
+        stays_until=st.sampled_from([NOW, NOW + 1.0]),
         adapters=names,
     ),
     max_size=8,
@@ -29,7 +29,7 @@ def test_what_is_asked_to_move_is_settled_fits_elsewhere_and_is_needed(
     asked = sessions_to_move(guests, replicas, num_pages, NOW)
     assert len(set(asked)) == len(asked)
     moving = [next(guest for guest in guests if guest.key == key) for key in asked]
-    assert all(guest.settled_at + SETTLE_S <= NOW for guest in moving)
+    assert all(guest.stays_until <= NOW for guest in moving)
     assert sum(guest.num_pages for guest in moving) <= sum(replica.free_pages for replica in replicas) / 2
     left = sum(guest.num_pages for guest in guests) - sum(guest.num_pages for guest in moving[:-1])
     assert not moving or left > num_pages
@@ -41,11 +41,11 @@ def test_with_room_elsewhere_the_server_is_relieved_of_all_that_may_move(guests:
     asked = set(sessions_to_move(guests, [Replica(free_pages=10_000)], num_pages, NOW))
     left = [guest for guest in guests if guest.key not in asked]
     still = [guest for guest in left if guest.num_pages]
-    assert sum(guest.num_pages for guest in still) <= num_pages or all(it.settled_at + SETTLE_S > NOW for it in still)
+    assert sum(guest.num_pages for guest in still) <= num_pages or all(it.stays_until > NOW for it in still)
 
 
 def guest(key: str, num_pages: int, *adapters: str) -> Guest:
-    return Guest(key=key, num_pages=num_pages, settled_at=0.0, adapters=frozenset(adapters))
+    return Guest(key=key, num_pages=num_pages, stays_until=0.0, adapters=frozenset(adapters))
 
 
 def test_sessions_of_one_adapter_go_together_and_first_to_where_it_is() -> None:

@@ -11,6 +11,7 @@ from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
 from swarm.route_map import UNKNOWN_RTT_S, Location
 from swarm.routing import NO_ROOM_S, Need, Offer, Router
+from swarm.session import Hop
 from swarm.types import BlockRange
 from tests.swarm.route_reference import optimum_s, random_offers
 
@@ -161,6 +162,41 @@ def test_measured_ways_count_more_than_predicted_ones_in_both_directions():
     route = Router(offers).fastest(BlockRange(0, 8))
     assert [hop.peer_id for hop in route.hops] == ["first", "measured"]
     assert route.cost_s == pytest.approx(0.01 + 0.01 + 2 * 0.001 + 8 * 0.01)
+
+
+@given(swarms(), st.data())
+def test_a_replacement_costs_what_the_chain_costs_with_it(swarm, data):
+    """Every other server of a hop's blocks is priced like a chain that has it, the cheapest first."""
+    num_blocks, offers = swarm
+    home = data.draw(st.none() | st.just(Place(height_s=0.01)))
+    router = Router(offers, home)
+    try:
+        hops = router.fastest(BlockRange(0, num_blocks)).hops
+    except RouteNotFound:
+        return
+    index = data.draw(st.integers(0, len(hops) - 1))
+    found = router.replacements(hops, index)
+    assert {it.hop.peer_id for it in found} == {
+        it.peer_id
+        for it in offers
+        if it.blocks.covers(hops[index].blocks) and it.peer_id not in {hop.peer_id for hop in hops}
+    }
+    assert [it.cost_s for it in found] == sorted(it.cost_s for it in found)
+    for it in found:
+        assert it.cost_s == pytest.approx(router.cost_s([*hops[:index], it.hop, *hops[index + 1 :]]))
+        assert it.blocks_s == offers[int(it.hop.peer_id[1:])].block_s * len(it.hop.blocks)
+
+
+def test_a_replacement_has_room_and_penalties_count_against_it():
+    """Where a session is, it has its room; where it may go, it needs it. Failures make only others dearer."""
+    full, failed, fine = offer("full", kv_free_tokens=10), offer("failed"), offer("fine", kv_free_tokens=100)
+    router = Router([offer("used", kv_free_tokens=0), full, failed, fine])
+    hops = (Hop(peer_id="used", blocks=BlockRange(1, 3)),)
+    found = router.replacements(hops, 0, need=Need(kv_tokens=50), penalties={"failed": 1.0, "used": 1.0})
+    assert [it.hop.peer_id for it in found] == ["fine", "failed"]
+    assert found[0].cost_s == pytest.approx(router.cost_s(hops))
+    assert found[1].cost_s == pytest.approx(router.cost_s(hops) + 1.0)
+    assert len(router.replacements(hops, 0, limit=2)) == 2
 
 
 def test_batches_are_spread_in_proportion_to_free_capacity():

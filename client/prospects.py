@@ -1,0 +1,110 @@
+"""What a chain of servers is expected to take, and what it would take with another server in one place. Pure.
+
+    Router: records, pings, what was measured ─► the present chain ──────────┐
+               └─► replacements, hop by hop ─► as slow as others turned out ─┴─► Outlook ─► `swarm.client.betterment`
+
+Both are priced by the same router at the same moment, for what one price has wrong the other has wrong, too. In one
+thing they differ: of the servers in use is known what they take, of others what they say. So a server that was never
+measured is taken to exceed its word at least as much as every other one that was. Of the present chain counts neither
+room, since the session has its own, nor failures: who fails is replaced, which is not done here. Only servers that
+compute in the same format come into question: nobody's answer shall change for the sake of speed.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from swarm.routing import Need, Replacement, Router
+from swarm.session import Hop
+
+NUM_COMPARED = 32
+"""Servers that are looked at for each hop, the quickest by the router's price."""
+MAX_SLOWNESS = 10.0
+"""So many times what they say, at most, servers that were never measured are taken to need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """How a server that was measured lately compares with what it says."""
+
+    slowness: float
+    """Seconds per block as measured, over those by its record."""
+    excess_s: float
+    """What its visits take beyond all that was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prospect:
+    """A change of one server."""
+
+    hop: Hop
+    """In the present chain."""
+    target: Hop
+    """The other server, of the same blocks."""
+    predicted_s: float
+    """Expected seconds per token of the whole chain then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What was expected of a chain at one moment."""
+
+    version: int
+    """Of the records that this is based on."""
+    predicted_s: float
+    """Expected seconds per token of the chain as it is."""
+    prospects: tuple[Prospect, ...]
+    """The best changes of each of its hops."""
+
+
+def look_ahead(
+    router: Router,
+    chain: Sequence[Hop],
+    *,
+    version: int,
+    need: Need,
+    penalties: Mapping[str, float],
+    seen: Mapping[str, Seen],
+    format_of: Callable[[str], tuple[str, str] | None],
+    without_push: Collection[tuple[str, str]] = (),
+) -> Outlook | None:
+    """Compare a chain with those that differ from it in one server; None where not all of its servers are known.
+
+    Args:
+        router: over the latest records, and what was measured.
+        chain: all hops from the client and back.
+        version: of the records.
+        need: of the session, where it comes to.
+        penalties: seconds that visits of some servers cost in addition, if the session goes there.
+        seen: the servers that were measured lately.
+        format_of: dtype and quantization of a server.
+        without_push: pairs of servers that can't reach each other.
+    """
+    if not chain or not all(router.knows(hop.peer_id) for hop in chain):
+        return None
+    prospects = []
+    for index, hop in enumerate(chain):
+        others = [it for peer_id, it in seen.items() if peer_id != hop.peer_id]
+        neighbours = _neighbours(chain, index)
+        for found in router.replacements(chain, index, need=need, penalties=penalties, limit=NUM_COMPARED):
+            peer_id = found.hop.peer_id
+            if format_of(peer_id) != format_of(hop.peer_id):
+                continue
+            if any((a or peer_id, b or peer_id) in without_push for a, b in neighbours):
+                continue
+            predicted_s = found.cost_s + _doubt_s(found, seen.get(peer_id), others)
+            prospects.append(Prospect(hop=hop, target=found.hop, predicted_s=predicted_s))
+    return Outlook(version=version, predicted_s=router.cost_s(chain), prospects=tuple(prospects))
+
+
+def _neighbours(chain: Sequence[Hop], index: int) -> list[tuple[str, str]]:
+    """Who sends to whom around a hop; "" stands for its server."""
+    pairs = [(chain[index - 1].peer_id, "")] if index else []
+    return pairs + ([("", chain[index + 1].peer_id)] if index + 1 < len(chain) else [])
+
+
+def _doubt_s(found: Replacement, seen: Seen | None, others: Sequence[Seen]) -> float:
+    """What a server may take beyond its word, by what others have taken; nothing where it was measured itself."""
+    if seen is not None or not others:
+        return 0.0
+    slowness = min(it.slowness for it in others)
+    return found.blocks_s * (min(max(slowness, 1.0), MAX_SLOWNESS) - 1.0) + min(it.excess_s for it in others)
