@@ -26,6 +26,8 @@ GAIN_FLOOR_S = 0.003
 """... and at least so much per step."""
 PAYBACK = 3.0
 """So many times over the steps to come must earn what the move costs."""
+MAX_STILL_S = 6.0
+"""For the sake of speed nobody is made to wait longer at once."""
 NUM_LOOKS = 3
 """Looks in a row, each at new records, that must show the gain."""
 DOUBLING_S = 30.0
@@ -65,8 +67,8 @@ class MoveCosts:
 class Decoding:
     """How a session goes."""
 
-    hop_s: Mapping[str, float]
-    """What each server had of the latest steps, with its ways."""
+    hop_s: Mapping[Hop, float]
+    """What each hop had of the latest steps, with its ways."""
     num_steps: int
     """Steps that it has done; about as many will follow ..."""
     num_left: int
@@ -140,7 +142,8 @@ class Betterment:
         if gain_s < max(GAIN_FLOOR_S, GAIN_SHARE * sum(decoding.hop_s.values())):
             return False
         num_steps = min(decoding.num_steps, decoding.num_left)
-        return gain_s * num_steps >= PAYBACK * decoding.costs.expected_s(prospect.hop, decoding.num_tokens)
+        cost_s = decoding.costs.expected_s(prospect.hop, decoding.num_tokens)
+        return cost_s <= MAX_STILL_S and gain_s * num_steps >= PAYBACK * cost_s
 
     def _wait_s(self) -> float:
         """A time at random, later ones exponentially more likely."""
@@ -157,5 +160,5 @@ def gain_per_step_s(prospect: Prospect, outlook: Outlook, decoding: Decoding) ->
     saved_s = outlook.predicted_s - prospect.predicted_s
     if saved_s <= 0.0:
         return 0.0
-    measured_s, hop_s = sum(decoding.hop_s.values()), decoding.hop_s.get(prospect.hop.peer_id, 0.0)
+    measured_s, hop_s = sum(decoding.hop_s.values()), decoding.hop_s.get(prospect.hop, 0.0)
     return min(saved_s * min(1.0, measured_s / outlook.predicted_s), hop_s)

@@ -89,6 +89,11 @@ class Moves:
         """Until when servers wanted a session moved that was on its way already."""
         self._num_tries = 0
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether some server may have frozen the session, to send it to another; that has a deadline of its own."""
+        return bool(self._running)
+
     def start(self, hop: HopStream, within_s: float = MOVE_TIMEOUT_S) -> None:
         """Have a hop's part of the session moved to another server, unless that is under way; nobody waits for it.
 
@@ -106,11 +111,15 @@ class Moves:
         else:
             self._asked_meanwhile[hop] = time.monotonic() + within_s
 
-    async def better(self, hop: Hop, target: Hop) -> bool:
-        """Have a hop's part moved to this very server, which nobody has asked for; false if it is where it was."""
+    async def better(self, hop: Hop, target: Hop) -> bool | None:
+        """Have a hop's part moved to this very server, which nobody has asked for.
+
+        Returns:
+            Whether it has moved; None if that was not tried, since it is on its way for another reason.
+        """
         stream = next((it for it in self._hops if it.hop == hop and it.is_open), None)
         if stream is None or (stream.move is not None and not stream.move.done()):
-            return False
+            return None
         stream.move = move = self._hops.spawn(self._better(stream, target), name=f"move from {hop.peer_id}")
         await asyncio.wait([move])
         return target in self._machine.route

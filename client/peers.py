@@ -29,7 +29,7 @@ from swarm.client.prospects import Outlook, Seen, look_ahead
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
-from swarm.directory import Directory
+from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory
 from swarm.errors import PeerError, PeerUnreachable, RouteNotFound, SwarmError
 from swarm.network.node import Node
 from swarm.pings import Pinger
@@ -91,6 +91,7 @@ class Peers:
         self._who_has = WhoHas()
         self._reader: asyncio.Task[None] | None = None
         self._router: tuple[Router, int, float] | None = None
+        self._all_read_at = float("-inf")
         self._by_id: dict[str, ServerRecord] = {}
         """The servers of that table."""
 
@@ -136,7 +137,9 @@ class Peers:
             return
         promising, self._promising = self._promising, set()
         known = self._behaviour.keys() | promising
-        used = sorted((it for it in records if it.peer_id in known), key=lambda it: it.peer_id not in promising)
+        used = [it for it in records if it.peer_id in known]
+        self._generator.shuffle(used)
+        used.sort(key=lambda it: it.peer_id not in promising)
         others = [record for record in records if record.peer_id not in known]
         count = min(NUM_ACQUAINTANCES - min(len(used), NUM_ACQUAINTANCES // 2), len(others))
         chosen = self._generator.choice(len(others), count, replace=False) if count else ()
@@ -203,7 +206,7 @@ class Peers:
             with suppress(RouteNotFound):
                 return await self._best_of(records, blocks, num_tokens, adapters)
         await asyncio.sleep(self._directory.refreshed_at + NEWS_S - time.monotonic())
-        await self.refresh(max_age_s=NEWS_S / 2, everything=True)
+        await self._read_everything(NEWS_S / 2)
         if records := self._others(blocks, without):
             return await self._best_of(records, blocks, num_tokens, adapters)
         raise RouteNotFound(f"no other server holds blocks {blocks}", missing=list(blocks))
@@ -284,16 +287,29 @@ class Peers:
         def find_now(silent: Costs) -> Route:
             return find(self._table(), silent)
 
+        silent: dict[str, float] = {}
+        before = {record.peer_id: record.expires_at for record in self._directory.records}
         try:
-            hops = await over_present(find_now, self._ask)
+            hops = await over_present(find_now, self._ask, silent)
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
         except RouteNotFound:
             pass
-        await self.refresh(max_age_s=NEWS_S, everything=True)  # nobody better is known: perhaps there is news
+        await self._read_everything(NEWS_S)  # nobody better is known: perhaps there is news
         if not self._directory.records:
             await refuse_other_content(self._node, self.model_name, self.model)
-        return await over_present(find_now, self._ask)
+        renewed = {it.peer_id for it in self._directory.records if it.expires_at != before.get(it.peer_id)}
+        still = {peer_id: cost_s for peer_id, cost_s in silent.items() if peer_id not in renewed}
+        return await over_present(find_now, self._ask, still)
+
+    async def _read_everything(self, max_age_s: float) -> None:
+        """Read all records, unless that was done within `max_age_s`; in a large swarm not again before it has paid."""
+        now, num_bytes = time.monotonic(), len(self._directory.records) * COPY_BYTES * NUM_COPIES
+        pays_s = num_bytes / READ_BYTES_PER_S / 4
+        is_due = now - self._all_read_at >= pays_s
+        await self.refresh(max_age_s=max_age_s, everything=is_due)
+        if is_due:
+            self._all_read_at = now
 
     async def _ask(self, peer_ids: Collection[str]) -> dict[str, PeerError]:
         """Ask those that we don't hear whether they are there; who does not answer.
@@ -331,7 +347,9 @@ class Peers:
         What it took beyond the ways and visits that were expected is shared by them all: who is to blame shows over
         many routes. Ways that nobody has measured count as long ones.
         """
-        router = self._table()
+        router = (
+            self._table() if self._router is None else self._router[0]
+        )  # an old one will do: it is asked every step
         hops = [Hop(peer_id=timing.peer_id, blocks=timing.blocks) for timing in timings]
         if not hops or not all(router.knows(hop.peer_id) for hop in hops):
             return

@@ -18,6 +18,8 @@ from swarm.session import Hop
 
 NUM_COMPARED = 32
 """Servers that are looked at for each hop, the quickest by the router's price."""
+USUAL_SLOWNESS = 3.0
+"""So many times what they say sound servers need, at most, where other work is on the machine as well."""
 MAX_SLOWNESS = 10.0
 """So many times what they say, at most, servers that were never measured are taken to need."""
 
@@ -84,6 +86,8 @@ def look_ahead(
     prospects = []
     for index, hop in enumerate(chain):
         others = [it for peer_id, it in seen.items() if peer_id != hop.peer_id]
+        if not others and (own := seen.get(hop.peer_id)) is not None:
+            others = [_usual(own)]
         neighbours = _neighbours(chain, index)
         for found in router.replacements(chain, index, need=need, penalties=penalties, limit=NUM_COMPARED):
             peer_id = found.hop.peer_id
@@ -100,6 +104,14 @@ def _neighbours(chain: Sequence[Hop], index: int) -> list[tuple[str, str]]:
     """Who sends to whom around a hop; "" stands for its server."""
     pairs = [(chain[index - 1].peer_id, "")] if index else []
     return pairs + ([("", chain[index + 1].peer_id)] if index + 1 < len(chain) else [])
+
+
+def _usual(own: Seen) -> Seen:
+    """What is expected of others where nobody but the server in use was measured: that they are like it.
+
+    But not as slow as it may have become: beyond USUAL_SLOWNESS something is wrong with it.
+    """
+    return Seen(slowness=min(own.slowness, USUAL_SLOWNESS), excess_s=own.excess_s)
 
 
 def _doubt_s(found: Replacement, seen: Seen | None, others: Sequence[Seen]) -> float:

@@ -23,7 +23,7 @@ from swarm.client.moves import Moves
 from swarm.client.peers import Peers
 from swarm.client.prospects import Outlook, Prospect
 from swarm.client.timings import HopTiming
-from swarm.session import Session
+from swarm.session import Hop, Session
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Rerouting:
     ):
         self._machine, self._hops, self._moves, self._peers, self._adapters = machine, hops, moves, peers, adapters
         self._betterment = Betterment(generator if generator is not None else np.random.default_rng())
-        self._hop_s: dict[str, float] = {}
+        self._hop_s: dict[Hop, float] = {}
         self._is_wanted, self._num_steps, self._num_moves = config.reroute, 0, 0
         self._timer: asyncio.Task[None] | None = None
 
@@ -67,8 +67,9 @@ class Rerouting:
         """A step of one token per row, without trouble, took so long on its hops."""
         self._num_steps += 1
         for timing in timings:
-            known = self._hop_s.get(timing.peer_id, timing.round_trip_s)
-            self._hop_s[timing.peer_id] = (1 - SMOOTHING) * known + SMOOTHING * timing.round_trip_s
+            hop = Hop(peer_id=timing.peer_id, blocks=timing.blocks)
+            known = self._hop_s.get(hop, timing.round_trip_s)
+            self._hop_s[hop] = (1 - SMOOTHING) * known + SMOOTHING * timing.round_trip_s
         if self._is_wanted and (self._timer is None or self._timer.done()):
             self._timer = self._hops.spawn(self._look_while_it_goes_on(), name="look for quicker servers")
 
@@ -81,7 +82,7 @@ class Rerouting:
 
     async def _look(self) -> None:
         chain = self._machine.route
-        self._hop_s = {hop.peer_id: self._hop_s[hop.peer_id] for hop in chain if hop.peer_id in self._hop_s}
+        self._hop_s = {hop: self._hop_s[hop] for hop in chain if hop in self._hop_s}
         if len(self._hop_s) < len(chain) or sum(len(hop.blocks) for hop in chain) != len(self._machine.blocks):
             return  # somebody is new, or lost
         if self._moves.num_moves != self._num_moves:
@@ -106,8 +107,9 @@ class Rerouting:
         old, new = (self._peers.name_of(hop.peer_id) for hop in (choice.hop, choice.target))
         expected = f"{1e3 * outlook.predicted_s:.0f} ms per token would be {1e3 * choice.predicted_s:.0f}"
         logger.info("blocks %s move from server %s to %s: %s", choice.hop.blocks, old, new, expected)
-        if await self._moves.better(choice.hop, choice.target):
+        has_moved = await self._moves.better(choice.hop, choice.target)
+        if has_moved:
             self._num_moves = self._moves.num_moves
             self._betterment.moved(time.monotonic(), left=choice.hop.peer_id)
-        else:
+        elif has_moved is not None:
             self._betterment.failed(time.monotonic(), choice.target.peer_id)

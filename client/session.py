@@ -249,6 +249,8 @@ class RemoteSession:
         if is_opening:
             step.watch.asked(now)
             step.watch.advanced(now)
+        elif self.moves.is_moving:
+            step.watch.advanced(now)
         elif step.watch.is_stuck(now):
             self._lose_stuck(step, now)
         elif step.watch.is_late(now):

@@ -79,7 +79,8 @@ class Directory:
         """
         async with self._reading:
             now = time.monotonic()
-            if now - self._refreshed_at < max_age_s:
+            read_at = min(self._read_at) if everything else self._refreshed_at
+            if now - read_at < max_age_s:
                 return
             if everything:
                 await self._read(range(NUM_SHARDS), now)

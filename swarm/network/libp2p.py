@@ -31,6 +31,8 @@ ISOLATION_TIMEOUT_S = 60.0
 MAX_DAEMON_BYTES = 1 << 30
 """A daemon whose memory has grown to this is replaced: it has no limits of its own on what strangers make it hold."""
 MAX_UNARY_BYTES = 4 << 20
+_SLOW = ("deadline exceeded", "i/o timeout")
+"""What the daemon says of peers that did not answer, but did not refuse either."""
 
 
 class Libp2p:
@@ -161,7 +163,9 @@ class Libp2p:
         try:
             await self.caller.open_stream(target, name, protocol, timeout_s=timeout_s)
         except P2PDaemonError as error:
-            raise PeerUnreachable(f"can't open {name} to {peer_id}: {error}", peer_id=peer_id) from error
+            is_slow = any(words in str(error) for words in _SLOW)
+            kind = PeerTimeout if is_slow else PeerUnreachable
+            raise kind(f"can't open {name} to {peer_id}: {error}", peer_id=peer_id) from error
         except TimeoutError as error:
             raise PeerTimeout(f"{peer_id} did not accept {name} within {timeout_s:g} s", peer_id=peer_id) from error
 

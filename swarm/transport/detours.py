@@ -42,7 +42,8 @@ class Detours:
         """Connect to a peer through one of its relays; `make_protocol` is told the ticket for HELLO.
 
         Raises:
-            PeerUnreachable: none of them works. PeerBusy: one of them, or the peer, has no room.
+            PeerUnreachable: none of them knows it. PeerTimeout: one took too long. PeerBusy: one of them, or the peer,
+            has no room.
         """
 
         async def through(stream: Stream) -> None:
@@ -88,6 +89,8 @@ class Detours:
         busy = [error.retry_after_s for error in failures.values() if isinstance(error, PeerBusy)]
         if busy:
             raise PeerBusy(text, peer_id=peer_id, retry_after_s=min(busy))
+        if any(isinstance(error, PeerTimeout) for error in failures.values()):
+            raise PeerTimeout(text, peer_id=peer_id)  # it may be there
         raise PeerUnreachable(text, peer_id=peer_id)
 
     async def _reached(self, relay_id: str, timeout_s: float) -> Stream:

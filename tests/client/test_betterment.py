@@ -59,7 +59,7 @@ class User:
             self.now,
             Outlook(version=self.version, predicted_s=present_s, prospects=tuple(prospects)),
             Decoding(
-                hop_s={FIRST.peer_id: measured_s * 0.1, self.hop.peer_id: measured_s * 0.9},
+                hop_s={FIRST: measured_s * 0.1, self.hop: measured_s * 0.9},
                 num_steps=self.num_steps,
                 num_left=self.num_left,
                 num_tokens=self.num_tokens,

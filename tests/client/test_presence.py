@@ -2,11 +2,12 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.client.presence import over_present
+from swarm.client.presence import SLOW_S, over_present
 from swarm.errors import PeerTimeout, PeerUnreachable, RouteNotFound
 from swarm.routing import VISIT_S, Offer, Router
 from swarm.types import BlockRange
@@ -71,3 +72,34 @@ async def test_blocks_of_which_all_servers_are_gone_are_missing():
     with pytest.raises(RouteNotFound, match="1:2 are gone") as caught:
         await over_present(swarm.find, swarm.ask)
     assert list(caught.value.missing) == [1] and set(swarm.asked) == {"p0", "p1", "p2", "p3"}
+
+
+def test_asking_ends_in_time_however_many_are_silent():
+    """Made-up servers, each better than the last, hold nobody up; who was not asked is handed out in the end."""
+    swarm = FakeSwarm([(0, None), (1, None), (2, None)] + [(0, SLOW)] * 50)
+
+    async def find() -> int:
+        hops = await over_present(swarm.find, swarm.ask, ask_s=-1.0)
+        return len(hops)
+
+    assert asyncio.run(find()) == 3 and not swarm.asked
+
+
+def test_who_did_not_answer_just_now_is_not_asked_again():
+    """A second search goes on where the first one ended."""
+    swarm = FakeSwarm([(0, SLOW), (1, None), (2, None)])
+    silent: dict[str, float] = {}
+    asyncio.run(over_present(swarm.find, swarm.ask, silent))
+    assert list(silent) == ["p0"]
+    asyncio.run(over_present(swarm.find, swarm.ask, silent))
+    assert swarm.asked.count("p0") == 1
+
+
+def test_a_live_server_without_free_capacity_comes_before_a_silent_one():
+    """In training, where chains are drawn at random."""
+    block = BlockRange(0, 8)
+    router = Router([Offer(peer_id=name, blocks=block, block_s=0.01, visit_s=VISIT_S, free_tps=0.0) for name in "ab"])
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        (hop,) = router.spread(block, generator, num_tokens=1024, penalties={"a": SLOW_S}).hops
+        assert hop.peer_id == "b"

@@ -71,6 +71,23 @@ def test_newcomers_are_as_slow_beyond_their_word_as_others_turned_out():
     assert gains(look(offer("c", FIRST.blocks, 0.005), seen=seen)) == {"c": pytest.approx(0.02 - 0.005 - 0.001)}
 
 
+@pytest.mark.parametrize(("slowness", "is_better"), [(2.5, False), (3.0, False), (9.0, True)])
+def test_where_nobody_else_was_measured_a_twin_is_as_slow_as_the_server_in_use(slowness: float, is_better: bool):
+    """All take more than they say; only a server that has become much slower than that is worth leaving."""
+    whole = BlockRange(0, 8)
+    offers = (offer("one", whole, 0.01 * slowness, kv_free_tokens=1000), offer("twin", whole, 0.01))
+    outlook = look_ahead(
+        Router(offers),
+        (Hop(peer_id="one", blocks=whole),),
+        version=1,
+        need=Need(kv_tokens=100),
+        penalties={},
+        seen={"one": Seen(slowness=slowness, excess_s=0.0)},
+        format_of=lambda peer_id: FORMAT,
+    )
+    assert (gains(outlook)["twin"] > 1e-9) is is_better
+
+
 def test_who_was_measured_is_taken_at_that():
     """Its price has what it took already."""
     seen = {"b": Seen(slowness=2.0, excess_s=0.01), "c": Seen(slowness=3.0, excess_s=0.02)}

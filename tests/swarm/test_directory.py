@@ -140,6 +140,21 @@ async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
     assert len(registry.reads) == 3
 
 
+async def test_everything_is_read_though_a_part_was_just_now(monkeypatch):
+    """A newcomer in a large swarm knows a sample: what is missing there may be in the rest."""
+    monkeypatch.setattr(directory_module, "ENOUGH_RECORDS", 1)
+    shards = {shard: [record(f"{shard}")] for shard in range(NUM_SHARDS)}
+    registry = FakeRegistry(shards)
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=10.0)
+    assert len(directory.records) < NUM_SHARDS
+    await directory.refresh(max_age_s=10.0, everything=True)
+    assert len(directory.records) == NUM_SHARDS
+    num_reads = len(registry.reads)
+    await directory.refresh(max_age_s=10.0, everything=True)
+    assert len(registry.reads) == num_reads
+
+
 async def test_a_failed_search_leaves_what_is_known(monkeypatch):
     """The next one is not held up by it."""
     registry = FakeRegistry({0: [record("a")]})
