@@ -10,6 +10,8 @@ PENALTY_S = 10.0
 PENALTY_HALF_LIFE_S = 20.0
 """... and how fast it fades."""
 MAX_PENALTIES = 32
+FADED_S = 1e-3
+"""Less than this makes no difference."""
 SMOOTHING = 0.1
 """Weight of the newest measurement."""
 MEASURED_S = 60.0
@@ -42,6 +44,10 @@ class Behaviour:
     def penalty_s(self, now: float) -> float:
         """What its failures add to the cost of a visit."""
         return self._penalty_s and float(self._penalty_s * 0.5 ** ((now - self.failed_at) / PENALTY_HALF_LIFE_S))
+
+    def has_faded(self, now: float) -> bool:
+        """Whether nothing of it counts any more."""
+        return self.penalty_s(now) < FADED_S and self.excess_s(now) < FADED_S and self.block_s(now) is None
 
     def block_s(self, now: float) -> float | None:
         """Seconds per block and step; None where that was not measured lately."""

@@ -114,6 +114,9 @@ class Peers:
                 raise
             logger.info("the DHT does not answer, going on with what is known: %s", error)
         self._who_has.announced(self._directory.online)
+        now = time.monotonic()
+        for peer_id in [peer_id for peer_id, seen in self._behaviour.items() if seen.has_faded(now)]:
+            del self._behaviour[peer_id]
 
     def adapters_of(self, adapters: RowAdapters) -> AdapterNeeds | None:
         """What servers need for a session with these adapters; None where that is nothing."""

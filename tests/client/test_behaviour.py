@@ -55,3 +55,13 @@ def test_excess_fades_and_is_never_negative():
     first = seen.excess_s(0.0)
     assert 0.0 < first < 1.0
     assert seen.excess_s(EXCESS_HALF_LIFE_S) == pytest.approx(first / 2)
+
+
+def test_what_was_seen_fades_until_nothing_counts():
+    """Then the server may be forgotten: it is as if it had never been met."""
+    seen = Behaviour()
+    assert seen.has_faded(0.0)
+    seen.failed(0.0)
+    seen.measured(0.0, block_s=0.01, excess_s=1.0)
+    assert not seen.has_faded(61.0)
+    assert seen.has_faded(3600.0)
