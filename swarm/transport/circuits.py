@@ -165,12 +165,10 @@ class Circuits:
                 ssl=self._certificate.context,
                 ssl_handshake_timeout=self._timeout_s,
             )
+            await asyncio.wait([pump])
         except (OSError, TimeoutError) as error:
             log.debug("no TLS with %s through %s: %r", dialler, stream.peer_id, error)
             near.close()
-            pump.cancel()
-        try:
-            await asyncio.wait([pump])
         finally:
             pump.cancel()
 

@@ -43,8 +43,8 @@ class Verdict:
 
     Attributes:
         is_reachable: whether most of them could connect to us.
-        host: the address under which they see us; empty where nobody could tell.
-        num_answers: how many did.
+        host: the address under which most of them see us.
+        num_answers: how many could tell.
     """
 
     is_reachable: bool

@@ -11,6 +11,7 @@ from swarm.client.betterment import (
     DOUBLING_S,
     GAIN_FLOOR_S,
     GAIN_SHARE,
+    MAX_STILL_S,
     NUM_DOUBLINGS,
     NUM_LOOKS,
     RETRY_S,
@@ -204,3 +205,23 @@ def test_moves_cost_what_earlier_ones_took(num_tokens, num_blocks, seconds):
         costs.measured(hop, num_tokens, seconds)
     assert costs.expected_s(hop, num_tokens) == pytest.approx(max(seconds, 0.5), rel=1e-3, abs=1e-3)
     assert math.isclose(costs.expected_s(hop, 0), 0.5)
+
+
+def test_nobody_waits_long_at_once_for_the_sake_of_speed():
+    """A move that would stand still for longer than that is not made, however much it would earn."""
+    hop = Hop(peer_id="a", blocks=BlockRange(0, 40))
+    costs = MoveCosts()
+    assert costs.expected_s(hop, 100) < MAX_STILL_S < costs.expected_s(hop, 4096)
+    found = []
+    for num_tokens in (100, 4096):
+        machine = Betterment(np.random.default_rng(0))
+        target = Hop(peer_id="b", blocks=hop.blocks)
+        for look in range(30):
+            outlook = Outlook(
+                version=look, predicted_s=1.0, prospects=(Prospect(hop=hop, target=target, predicted_s=0.1),)
+            )
+            decoding = Decoding(hop_s={hop: 1.0}, num_steps=10_000, num_left=10_000, num_tokens=num_tokens, costs=costs)
+            if machine.look(15.0 * look, outlook, decoding) is not None:
+                found.append(num_tokens)
+                break
+    assert found == [100]

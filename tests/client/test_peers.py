@@ -392,3 +392,20 @@ async def test_a_live_chain_is_compared_with_others_by_what_was_measured(peers, 
     assert after.predicted_s - after.prospects[0].predicted_s == pytest.approx(0.49)
     assert not peers.outlook(chain, num_tokens=1000).prospects  # nobody has room for so many
     assert peers.outlook((Hop(peer_id="gone", blocks=BlockRange(0, 2)),)) is None
+
+
+async def test_a_large_swarm_is_not_read_whole_again_before_that_has_paid(peers, monkeypatch):
+    """A gap in it makes many clients ask again and again; each reads all records once in a while."""
+    now, reads = 1000.0, []
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(peers_module, "READ_BYTES_PER_S", 65)
+    await read(peers, record("a"), record("b"))  # 2600 bytes: 40 s of the budget, a quarter of which is waited for
+
+    async def refresh(*, max_age_s, everything=False):
+        reads.append(everything)
+
+    peers.refresh = refresh
+    for later_s in (0.0, 2.0, 7.0, 1.5, 1.5):
+        now += later_s
+        await peers._read_everything(0.5)
+    assert reads == [True, False, False, True, False]

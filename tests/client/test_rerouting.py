@@ -1,16 +1,20 @@
 """A live session goes where it is much quicker: beside its steps, without losing or repeating a token."""
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from swarm.client import betterment, moves, rerouting
 from swarm.client.betterment import MoveCosts
+from swarm.client.config import SessionConfig
 from swarm.client.prospects import Outlook, Prospect
 from swarm.client.session import RemoteSession
 from swarm.server.session_moves import SessionMoves
 from swarm.session import Hop
+from swarm.types import BlockRange
 from tests.server.conftest import chain_of
 from tests.server.fakes import eventually, tokens
 
@@ -245,3 +249,16 @@ async def test_moves_for_a_server_count_as_moves(nodes):  # noqa: F811
         await num_looks_go_on(talk, records, 10)
         assert swarm.on(session) == [3, 1, 2]
         await session.close()
+
+
+async def test_two_hops_of_one_server_are_measured_apart():
+    """As where one server has taken over the blocks of another: the chain is looked at all the same."""
+    own = rerouting.Rerouting(*[cast(Any, None)] * 4, SessionConfig(reroute=False))
+    hops = [Hop(peer_id="a", blocks=BlockRange(0, 4)), Hop(peer_id="a", blocks=BlockRange(4, 8))]
+    own.measured([timing_of(hop, seconds) for hop, seconds in zip(hops, (0.1, 0.3), strict=True)])
+    assert own._hop_s == {hops[0]: 0.1, hops[1]: 0.3}
+
+
+def timing_of(hop: Hop, seconds: float) -> Any:
+    """A step took so long there."""
+    return SimpleNamespace(peer_id=hop.peer_id, blocks=hop.blocks, round_trip_s=seconds)

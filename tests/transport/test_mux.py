@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import PeerBusy, PeerMisbehaved, PeerTimeout, ProtocolMismatch
-from swarm.protocol import error_from_wire
+from swarm.protocol import CIRCUIT_SERVICE, RELAY_SERVICE, error_from_wire
 from swarm.transport.events import Credited, Event, Failed, Finished, Greeted, Opened, Received, Refused
 from swarm.transport.frames import MAX_FRAGMENT_BYTES, Kind, encode_frame
 from swarm.transport.limits import Budget, Limits
-from swarm.transport.mux import Mux
+from swarm.transport.mux import MESSAGE_COST, Mux
 
 LIMITS = Limits(window_bytes=4000, max_message_bytes=6000, max_buffered_bytes=20000)
 
@@ -380,3 +380,17 @@ def test_events_are_frozen():
         Opened(1, "s").service = "other"  # type: ignore[misc]
     assert msgspec.structs.asdict(Finished(3)) == {"stream_id": 3}
     assert replace(LIMITS, window_bytes=1).window_bytes == 1
+
+
+def test_streams_through_relays_have_a_narrow_window_on_both_sides():
+    """What waits at a relay is little; who sends beyond it breaks the rules."""
+    limits = replace(LIMITS, window_bytes=4000, narrow_window_bytes=1000)
+    for service, window in (("echo", 4000), (RELAY_SERVICE, 1000), (CIRCUIT_SERVICE, 1000)):
+        dialler, acceptor = make_pair(limits)
+        stream_id, num_sent = dialler.open(service), 0
+        while dialler.may_send(stream_id):
+            acceptor.receive(send(dialler, stream_id, b"", bytes(100)), 0.0)
+            num_sent += 1
+        assert num_sent == -(-window // (100 + MESSAGE_COST))
+        with pytest.raises(PeerMisbehaved, match=f"window {window}"):
+            acceptor.receive(send(dialler, stream_id, b"", bytes(100)), 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerUnreachable
+from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable
 from swarm.network import Node, NodeConfig
 from swarm.network.daemon import claim_port
 from swarm.network.relay_book import RelayBook
@@ -206,6 +206,30 @@ async def test_a_peer_without_room_is_busy_not_lost(swarm: SimpleNamespace):
     with pytest.raises(PeerBusy, match="no room") as caught:
         await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=5)
     assert caught.value.retry_after_s == 7.0
+
+
+async def test_a_relay_that_takes_too_long_says_nothing_of_the_peer_behind_it(swarm: SimpleNamespace):
+    """It may be there: it is not taken for gone, and its relays are not forgotten."""
+    await held(swarm)
+
+    async def hangs(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    for relay in swarm.relays:
+        relay.serve(RELAY_SERVICE, hangs)
+    with pytest.raises(PeerTimeout):
+        await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=1.0)
+    assert swarm.dialler.node.relays.of(swarm.target.peer_id)
+
+
+async def test_a_peer_that_none_of_its_relays_knows_is_forgotten(swarm: SimpleNamespace):
+    """What was heard of it is wrong; the next one who asks looks it up again."""
+    await swarm.reservations.close()
+    for desk in swarm.desks:
+        desk._reservations.clear()
+    with pytest.raises(PeerUnreachable, match="not relayed here"):
+        await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=5.0)
+    assert not swarm.dialler.node.relays.knows(swarm.target.peer_id)
 
 
 async def test_who_is_called_back_in_vain_learns_nothing_of_the_network_there(swarm: SimpleNamespace):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from swarm.network.relay_book import MAX_PEERS, RelayBook
 from swarm.protocol import DialedBack
 from swarm.transport.dial_back import Verdict, gateways, judge
-from swarm.transport.relay import Turns, Turnstile
+from swarm.transport.relay import RelayLimits, Turns, Turnstile
 
 
 @given(
@@ -59,6 +59,12 @@ async def test_a_turnstile_keeps_to_its_rate_and_forgets_who_has_gone():
     started = asyncio.get_running_loop().time()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert asyncio.get_running_loop().time() - started >= 0.05
+
+
+@pytest.mark.parametrize(("mbit_s", "num_circuits"), [(100, 190), (20, 38), (0.1, 4), (10_000, 256)])
+def test_there_are_only_so_many_circuits_that_each_has_its_turn_in_time(mbit_s: float, num_circuits: int):
+    """Else heartbeats would wait behind the pieces of all others until their connections are given up."""
+    assert RelayLimits(bytes_per_s=mbit_s * 1e6 / 8).num_circuits == num_circuits
 
 
 def test_routers_are_read_from_the_table_of_routes(tmp_path: Path):
