@@ -13,12 +13,14 @@ announced and measured into `Offer`s. The search itself is `swarm.route_search`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
-from swarm.route_map import ChainWays, Location, NoWays, PeerMap
+from swarm.flow import Flow
+from swarm.route_map import ChainWays, Location, PeerMap
 from swarm.route_search import Costs, Floats, Ints, Spans, cheapest
 from swarm.session import Hop
 from swarm.types import BlockRange, name_ranges
@@ -31,9 +33,22 @@ NO_ROOM_S = 1.0
 """What waiting for room in a full cache costs each token, about."""
 MIN_FREE_TPS = 1e-3
 """Capacity that a fully loaded server is taken to have: nobody is excluded."""
+HOP_COST = 4.0
+"""A chain of training with one hop more is e^4 times rarer among equals."""
+FAR_COST = 2.0
+"""Hops are rarer by this power of how much longer a batch takes there than its blocks do, by the way and queues."""
+MAX_BATCH_S = 3.0
+"""What a batch is taken to need at a server at most, so that failures count in slow swarms, too."""
 
 
 _NOWHERE = Location()
+
+
+class Draws(Protocol):
+    """A source of numbers."""
+
+    def random(self) -> float:
+        """The next one, from 0 to below 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +122,7 @@ class Router:
         self._room = _floats(np.inf if it.kv_free_tokens is None else it.kv_free_tokens for it in offers)
         self._map = PeerMap([it.location for it in offers], home)
         self._entries = self._spans.shortlists(self._costs, self._map.position)
+        self._flows: dict[tuple[BlockRange, int], tuple[Ints, float, Flow]] = {}
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -141,23 +157,20 @@ class Router:
     def spread(
         self,
         blocks: BlockRange,
-        generator: np.random.Generator,
+        draws: Draws,
         *,
         num_tokens: int,
         need: Need | None = None,
         penalties: Mapping[str, float] | None = None,
     ) -> Route:
-        """A random chain for training: a server's chance grows with its free capacity.
+        """A random chain for training; many of them together load servers by the capacity that they have free.
 
-        The batches of training go through the client, so a visit costs the round trip to it.
-
-        Every server draws an exponential time for the batch, divided by its free capacity. Among servers of the same
-        blocks the quickest is each of them with a probability proportional to that capacity, and the cheapest chain
-        over these times carries it on to spans of different lengths.
+        Among those that do, chains of few hops to near servers are likelier; what is near depends on how long a batch
+        takes. The first one takes much longer than others over the same blocks, for which servers are balanced once.
 
         Args:
             blocks: to be covered.
-            generator: the source of randomness.
+            draws: the source of randomness.
             num_tokens: in the batch.
             need: of the session.
             penalties: seconds that visits of some peers cost in addition.
@@ -166,10 +179,26 @@ class Router:
             RouteNotFound: when some blocks are served by nobody; `.missing` names them.
         """
         self._refuse_gaps(blocks)
-        drawn_s = generator.exponential(size=len(self._offers)) * num_tokens / self._free_tps
-        costs = Costs(block_s=drawn_s, visit_s=self._visits(need, penalties) + self._map.client_rtt_s)
-        cost_s, hops = cheapest(self._spans, costs, NoWays(), self._spans.covering, blocks, beam=1)
-        return Route(hops=self._hops(hops, blocks), cost_s=cost_s)
+        if (blocks, num_tokens) not in self._flows:
+            self._flows[blocks, num_tokens] = self._flow(blocks, num_tokens)
+        servers, batch_s, flow = self._flows[blocks, num_tokens]
+        soft_s = self._visits(need, penalties)[servers] - self._costs.visit_s[servers]
+        if soft_s.any():
+            flow = flow.without(soft_s / batch_s)
+        hops = self._hops([(int(servers[it]), blocks.start + at) for it, at in flow.chain(draws.random())], blocks)
+        return Route(hops=hops, cost_s=self.cost_s(hops, need=need, penalties=penalties))
+
+    def _flow(self, blocks: BlockRange, num_tokens: int) -> tuple[Ints, float, Flow]:
+        """Those who hold any of the blocks, how long a batch takes at them, about, and chains over them."""
+        servers = np.flatnonzero((self._spans.first < blocks.end) & (self._spans.last > blocks.start))
+        servers = servers[self._map.neighbourly(servers)]
+        first = np.maximum(self._spans.first[servers], blocks.start) - blocks.start
+        last = np.minimum(self._spans.last[servers], blocks.end) - blocks.start
+        free_tps = self._free_tps[servers]
+        batch_s = min(float(np.median((last - first) / free_tps)) * num_tokens, MAX_BATCH_S)
+        visit_s = self._costs.visit_s[servers] + self._map.client_rtt_s[servers]
+        hop_costs = HOP_COST + FAR_COST * np.log1p(visit_s / batch_s)
+        return servers, batch_s, Flow.balanced(first, last, free_tps, hop_costs, len(blocks))
 
     def cost_s(
         self, hops: Sequence[Hop], *, need: Need | None = None, penalties: Mapping[str, float] | None = None
