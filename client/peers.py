@@ -36,7 +36,7 @@ from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
 from swarm.route_map import Location
-from swarm.routing import VISIT_S, Need, Offer, Route, Router
+from swarm.routing import VISIT_S, Need, Offer, Route, Router, free_tps
 from swarm.session import Hop
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -424,7 +424,7 @@ class Peers:
             blocks=record.blocks,
             block_s=_said_s(record) if block_s is None else block_s,
             visit_s=VISIT_S + record.queue_s + (0.0 if seen is None else seen.excess_s(now)),
-            free_tps=capacity_tps * (1.0 - record.load),
+            free_tps=free_tps(capacity_tps, record.load),
             location=Location(
                 place=record.place if record.place is not None and record.place.error < 1.0 else None,
                 tag=peer_tag(record.peer_id),

@@ -53,7 +53,7 @@ class Holders:
     Attributes:
         servers: of all pairs of a block and one of its holders: by block, then by server.
         starts: where the pairs of each block begin, and where all end.
-        previous: for each pair the one of the same server and the block before; the number of pairs where there is none.
+        previous: for each pair that of the same server and the block before; the number of pairs if there is none.
     """
 
     def __init__(self, first: Ints, last: Ints, num_blocks: int):

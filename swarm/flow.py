@@ -1,6 +1,6 @@
 """Chains for training: a random one for each number from 0 to 1, which together load servers as far as they can carry.
 
-    spans, capacities, costs of hops ─► swarm.balance: chances ─► Flow ─ chain(0.618...) ─► servers, and where they begin
+    spans, capacities, costs of hops ─► swarm.balance: chances ─► Flow ─ chain(0.618...) ─► servers, where they begin
 
 The chances of servers at each block leave open who follows whom. A chain stays with its server for as long as these
 allow: where the server's chance gets smaller, some leave it, for one whose chance gets larger. Think of a bar as wide
@@ -64,7 +64,7 @@ class Flow:
         return cls(holders, balanced_chances(holders, first, last, capacities, hop_costs))
 
     def without(self, costs: Floats) -> "Flow":
-        """The same with servers that are used less than else: e times less at a cost of 1, if others have the blocks."""
+        """The same, using some servers less, e times at a cost of 1, where others have their blocks."""
         holders = self._holders
         least = np.minimum.reduceat(costs[holders.servers], holders.starts[:-1])
         chances = np.maximum(self._chances, LEAST_CHANCE) * np.exp(holders.to_pairs(least) - costs[holders.servers])

@@ -1,14 +1,14 @@
 """Choose a chain of servers for a range of blocks.
 
     fastest  for decoding: the least expected seconds per token    ways, queues, blocks at present load, soft costs
-    spread   for training: at random, so that servers are loaded in proportion to the capacity that they have free
+    spread   for training: at random, so that all routes together load servers as far as their free capacity goes
     replacements  for a live session: the chain that it has, with another server in the place of one
 
     Offers (what each server says, and what was measured of it) ─► Router ─► Route: hops that cover each block once
 
 Nobody is excluded: failures, missing room, adapters that have to be brought and relays cost time, so that a bad server
 is still used where it is the only one. Pure: it knows nothing of records, pings or the clock; the caller turns what was
-announced and measured into `Offer`s. The search itself is `swarm.route_search`.
+announced and measured into `Offer`s. The search itself is `swarm.route_search`; `swarm.flow` spreads.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,8 +31,10 @@ RELAY_S = 0.02
 """What a relay adds to every visit, besides its way."""
 NO_ROOM_S = 1.0
 """What waiting for room in a full cache costs each token, about."""
+MIN_FREE = 0.05
+"""The part of its capacity that a busy server still has for others: it shares."""
 MIN_FREE_TPS = 1e-3
-"""Capacity that a fully loaded server is taken to have: nobody is excluded."""
+"""Capacity that any server is taken to have: nobody is excluded."""
 HOP_COST = 4.0
 """A chain of training with one hop more is e^4 times rarer among equals."""
 FAR_COST = 2.0
@@ -74,6 +76,16 @@ class Offer:
     location: Location = _NOWHERE
     kv_free_tokens: int | None = None
     is_relayed: bool = False
+
+
+def free_tps(capacity_tps: float, load: float) -> float:
+    """What a server can do for somebody new: what is free, or the share that a busy one gives to whoever comes.
+
+    Args:
+        capacity_tps: block tokens per second.
+        load: part of it that is in use.
+    """
+    return capacity_tps * max(1.0 - load, MIN_FREE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

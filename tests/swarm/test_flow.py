@@ -1,5 +1,7 @@
 """Chains cover each block once, load servers by their capacities, and are near the largest flow together."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,11 +12,12 @@ from swarm.types import BlockRange
 from tests.bench.flow import max_flow
 from tests.swarm.route_reference import random_offers
 
+WIDE, NARROW = st.floats(1e-3, 1e6), st.floats(1.0, 100.0)
 POINTS = st.floats(0.0, 1.0, exclude_max=True)
 
 
 @st.composite
-def flows(draw, capacities=st.floats(1e-3, 1e6)):
+def flows(draw, capacities=WIDE):
     """Up to 8 spans over up to 12 blocks without gaps, with capacities, and chains over them."""
     num_blocks = draw(st.integers(1, 12))
     spans = [BlockRange(start, draw(st.integers(start + 1, num_blocks)))
@@ -56,10 +59,10 @@ def test_chains_run_each_block_once_on_servers_that_hold_it(drawn, points, data)
             hops = runs(each.chain(at), num_blocks)
             assert [block for _, blocks in hops for block in blocks] == list(range(num_blocks))
             assert all(spans[server].covers(blocks) for server, blocks in hops)
-            assert all(one != other for (one, _), (other, _) in zip(hops, hops[1:], strict=False))
+            assert all(one != other for (one, _), (other, _) in pairwise(hops))
 
 
-@given(flows(capacities=st.floats(1.0, 100.0)))
+@given(flows(NARROW))
 def test_chains_run_blocks_as_often_as_their_chances_say(drawn):
     """Points that are spread evenly give each server its work, and as many hops as are announced."""
     num_blocks, spans, _, flow = drawn
@@ -70,7 +73,7 @@ def test_chains_run_blocks_as_often_as_their_chances_say(drawn):
     assert mean_hops == pytest.approx(flow.num_hops, abs=0.005 * 2 * num_blocks * len(spans))
 
 
-@given(flows(capacities=st.floats(1.0, 100.0)))
+@given(flows(NARROW))
 def test_chains_carry_nearly_the_largest_flow(drawn):
     """Linear programming finds hardly more, whatever the spans."""
     num_blocks, spans, capacities, flow = drawn
