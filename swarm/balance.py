@@ -1,14 +1,14 @@
 """How often each server should run each block, so that random chains together load servers as far as these can carry.
 
-    Holders, capacities, costs of hops ─► chances ─► loads ─► prices of servers ─┐
-                                             ▲                                   │
-                                             └───────────────────────────────────┘
+    Holders, capacities ─► chances ─► loads ─► prices of servers ─┐
+                              ▲                                   │
+                              └───────────────────────────────────┘
 
-A random chain walks from block to block. At each it stays with its server, or hops to another one: the likelier, the
-more capacity that has and the less the hop costs. Of all chains, those are rarer whose servers ask higher prices for
-their blocks; what that makes of the chances follows from one walk forth and one back. Prices rise where a server would
-get more than its capacity if the swarm carried all that it can, and fall, to nothing at last, where it would get less.
-So chains have few and cheap hops, but as many others as it takes to load no server too much.
+A random chain walks from block to block. At each it stays with its server, or hops, which is rare, to another one, the
+likelier the more capacity that has. Of all chains, those are rarer whose servers ask higher prices for their blocks;
+what that makes of the chances follows from one walk forth and one back. Prices rise where a server would get more than
+its capacity if the swarm carried all that it can, and fall, to nothing at last, where it would get less. So chains have
+few hops, but as many more as it takes to load no server too much.
 
 These are the dual steps of a flow of least cost, smoothed by entropy (a Schroedinger bridge with limited capacities),
 with momentum that begins anew where it leads astray (O'Donoghue and Candes, Adaptive Restart, 2015). A round takes time
@@ -31,6 +31,8 @@ AIM = 0.985
 """... and prices are made for this part: all of it is reached too slowly."""
 EVEN = 0.25
 """Where one block could carry much less than others, those are balanced for this part of the mean over all blocks."""
+HOP_COST = 4.0
+"""Of chains that are equal otherwise, those with one hop more are rarer by e to this power."""
 MAX_ROUNDS = 200
 """What is best by then is used."""
 STEP = 0.5
@@ -58,7 +60,7 @@ class Holders:
 
     def __init__(self, first: Ints, last: Ints, num_blocks: int):
         of_blocks = [np.flatnonzero((first <= block) & (block < last)) for block in range(num_blocks)]
-        self.num_servers = len(first)
+        self.first, self.last = first, last
         self.servers = np.concatenate(of_blocks)
         self.starts = np.r_[0, np.cumsum([len(servers) for servers in of_blocks])]
         self.previous: Ints = np.full(len(self.servers), len(self.servers))
@@ -76,7 +78,7 @@ class Holders:
 
     def per_server(self, values: Floats) -> Floats:
         """Sums over the pairs of each server."""
-        return np.bincount(self.servers, values, self.num_servers)
+        return np.bincount(self.servers, values, len(self.first)).astype(np.float64, copy=False)
 
     def to_pairs(self, of_block: Floats) -> Floats:
         """A number of each block, for all of its pairs."""
@@ -87,20 +89,18 @@ class Holders:
         return np.append(values, 0.0)[self.previous]
 
 
-def balanced_chances(holders: Holders, first: Ints, last: Ints, capacities: Floats, hop_costs: Floats) -> Floats:
+def balanced_chances(holders: Holders, capacities: Floats) -> Floats:
     """For each pair of `holders` the part of all chains that should run the block on the server.
 
     Args:
         holders: of all blocks.
-        first, last: as given to it.
         capacities: of servers, in block tokens per second.
-        hop_costs: what a hop to each server costs: one that costs 1 more is e times rarer among equals.
     """
     capacities = np.maximum(capacities, LEAST * capacities.max())
-    shares = shares_of(first, last, capacities, len(holders.starts) - 1)
+    shares = shares_of(holders.first, holders.last, capacities, len(holders.starts) - 1)
     flow = holders.to_pairs(AIM * np.minimum(shares, max(shares.min(), EVEN * shares.mean())))
     capacity = capacities[holders.servers]
-    hops = np.exp(-hop_costs)[holders.servers] * capacity / holders.to_pairs(holders.per_block(capacity))
+    hops = np.exp(-HOP_COST) * capacity / holders.to_pairs(holders.per_block(capacity))
     prices = before = np.zeros(len(capacities))
     best, lowest, age = hops, np.inf, 1.0
     for _ in range(MAX_ROUNDS):

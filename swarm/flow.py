@@ -1,6 +1,6 @@
 """Chains for training: a random one for each number from 0 to 1, which together load servers as far as they can carry.
 
-    spans, capacities, costs of hops ─► swarm.balance: chances ─► Flow ─ chain(0.618...) ─► servers, where they begin
+    spans, capacities ─► swarm.balance: chances ─► Flow ─ chain(0.618...) ─► servers, where they begin
 
 The chances of servers at each block leave open who follows whom. A chain stays with its server for as long as these
 allow: where the server's chance gets smaller, some leave it, for one whose chance gets larger. Think of a bar as wide
@@ -47,38 +47,27 @@ class Flow:
     """
 
     def __init__(self, holders: Holders, chances: Floats):
-        self._holders, self._chances = holders, chances
+        self.holders, self.chances = holders, chances
 
     @classmethod
-    def balanced(cls, first: Ints, last: Ints, capacities: Floats, hop_costs: Floats, num_blocks: int) -> "Flow":
+    def balanced(cls, first: Ints, last: Ints, capacities: Floats, num_blocks: int) -> "Flow":
         """Chains that can carry nearly as much as all servers together, with few hops.
 
         Args:
             first: the first block of each server.
             last: the block behind its last one.
             capacities: in block tokens per second.
-            hop_costs: what a hop to each server costs: one that costs 1 more is e times rarer among equals.
             num_blocks: each of which is held by somebody.
         """
         holders = Holders(first, last, num_blocks)
-        return cls(holders, balanced_chances(holders, first, last, capacities, hop_costs))
+        return cls(holders, balanced_chances(holders, capacities))
 
-    def without(self, costs: Floats) -> "Flow":
+    def avoiding(self, costs: Floats) -> "Flow":
         """The same, using some servers less, e times at a cost of 1, where others have their blocks."""
-        holders = self._holders
+        holders = self.holders
         least = np.minimum.reduceat(costs[holders.servers], holders.starts[:-1])
-        chances = np.maximum(self._chances, LEAST_CHANCE) * np.exp(holders.to_pairs(least) - costs[holders.servers])
+        chances = np.maximum(self.chances, LEAST_CHANCE) * np.exp(holders.to_pairs(least) - costs[holders.servers])
         return Flow(holders, chances / holders.to_pairs(holders.per_block(chances)))
-
-    @cached_property
-    def work(self) -> Floats:
-        """How many blocks each server runs per chain, on average."""
-        return self._holders.per_server(self._chances)
-
-    @cached_property
-    def num_hops(self) -> float:
-        """How many hops a chain has, on average."""
-        return float(np.maximum(self._chances - self._holders.before(self._chances), 0.0).sum())
 
     def chain(self, at: float) -> list[tuple[int, int]]:
         """The hops of a chain: each one's server, and the first block that it runs there.
@@ -97,8 +86,8 @@ class Flow:
     @cached_property
     def _boundaries(self) -> "list[_Boundary]":
         """Where each block begins."""
-        parts = [slice(start, end) for start, end in pairwise(self._holders.starts)]
-        bars = [(self._holders.servers[part], self._chances[part]) for part in parts]
+        parts = [slice(start, end) for start, end in pairwise(self.holders.starts)]
+        bars = [(self.holders.servers[part], self.chances[part]) for part in parts]
         nobody = np.empty(0, dtype=np.int64), np.empty(0)
         return [_Boundary(before, after) for before, after in pairwise([nobody, *bars])]
 

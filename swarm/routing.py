@@ -35,10 +35,6 @@ MIN_FREE = 0.05
 """The part of its capacity that a busy server still has for others: it shares."""
 MIN_FREE_TPS = 1e-3
 """Capacity that any server is taken to have: nobody is excluded."""
-HOP_COST = 4.0
-"""A chain of training with one hop more is e^4 times rarer among equals."""
-FAR_COST = 2.0
-"""Hops are rarer by this power of how much longer a batch takes there than its blocks do, by the way and queues."""
 MAX_BATCH_S = 3.0
 """What a batch is taken to need at a server at most, so that failures count in slow swarms, too."""
 
@@ -177,8 +173,9 @@ class Router:
     ) -> Route:
         """A random chain for training; many of them together load servers by the capacity that they have free.
 
-        Among those that do, chains of few hops to near servers are likelier; what is near depends on how long a batch
-        takes. The first one takes much longer than others over the same blocks, for which servers are balanced once.
+        A far server counts with what a batch gets of it if the detour over the nearest one is added to its work: small
+        batches stay near, large ones go everywhere. Chains have as few hops as that takes. The first one takes much
+        longer than others over the same blocks, for which servers are balanced once.
 
         Args:
             blocks: to be covered.
@@ -196,7 +193,7 @@ class Router:
         servers, batch_s, flow = self._flows[blocks, num_tokens]
         soft_s = self._visits(need, penalties)[servers] - self._costs.visit_s[servers]
         if soft_s.any():
-            flow = flow.without(soft_s / batch_s)
+            flow = flow.avoiding(soft_s / batch_s)
         hops = self._hops([(int(servers[it]), blocks.start + at) for it, at in flow.chain(draws.random())], blocks)
         return Route(hops=hops, cost_s=self.cost_s(hops, need=need, penalties=penalties))
 
@@ -206,11 +203,10 @@ class Router:
         servers = servers[self._map.neighbourly(servers)]
         first = np.maximum(self._spans.first[servers], blocks.start) - blocks.start
         last = np.minimum(self._spans.last[servers], blocks.end) - blocks.start
-        free_tps = self._free_tps[servers]
-        batch_s = min(float(np.median((last - first) / free_tps)) * num_tokens, MAX_BATCH_S)
+        work_s = (last - first) * num_tokens / self._free_tps[servers]
         visit_s = self._costs.visit_s[servers] + self._map.client_rtt_s[servers]
-        hop_costs = HOP_COST + FAR_COST * np.log1p(visit_s / batch_s)
-        return servers, batch_s, Flow.balanced(first, last, free_tps, hop_costs, len(blocks))
+        batch_tps = self._free_tps[servers] * work_s / (work_s + visit_s - visit_s.min())
+        return servers, min(float(np.median(work_s)), MAX_BATCH_S), Flow.balanced(first, last, batch_tps, len(blocks))
 
     def cost_s(
         self, hops: Sequence[Hop], *, need: Need | None = None, penalties: Mapping[str, float] | None = None

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.balance import GOAL, Holders, balanced_chances, walk_chances
+from swarm.balance import GOAL, HOP_COST, Holders, balanced_chances, walk_chances
 from swarm.types import BlockRange
 from tests.bench.flow import max_flow
 
@@ -70,7 +70,7 @@ def test_no_server_gets_more_than_its_capacity_when_the_swarm_carries_the_goal()
     last = np.r_[24, np.minimum(24, first[1:] + generator.integers(1, 9, 29))]
     capacities = generator.uniform(10.0, 1000.0, 30)
     holders = Holders(first, last, 24)
-    chances = balanced_chances(holders, first, last, capacities, np.full(30, 4.0))
+    chances = balanced_chances(holders, capacities)
     assert holders.per_block(chances) == pytest.approx(1.0)
     best = max_flow([BlockRange(int(a), int(b)) for a, b in zip(first, last, strict=True)], capacities, 24)
     assert (holders.per_server(chances) * GOAL * best / capacities).max() <= 1 + 1e-9
@@ -80,7 +80,7 @@ def test_servers_with_room_ask_nothing():
     """Where nobody gets too much, chances are those of chains without prices."""
     first, last = np.array([0, 0, 2]), np.array([4, 2, 4])
     holders = Holders(first, last, 4)
-    capacities, costs = np.array([1.0, 100.0, 100.0]), np.array([9.0, 4.0, 4.0])
-    hops = (capacities / 101 * np.exp(-costs))[holders.servers]
+    capacities = np.array([1.0, 100.0, 100.0])
+    hops = np.exp(-HOP_COST) * (capacities / 101)[holders.servers]
     expected = walk_chances(holders, np.ones(3), hops)
-    assert balanced_chances(holders, first, last, capacities, costs) == pytest.approx(expected)
+    assert balanced_chances(holders, capacities) == pytest.approx(expected)
