@@ -82,11 +82,13 @@ class Holders:
 
     def to_pairs(self, of_block: Floats) -> Floats:
         """A number of each block, for all of its pairs."""
-        return np.repeat(of_block, np.diff(self.starts))
+        values: Floats = np.repeat(of_block, np.diff(self.starts))
+        return values
 
     def before(self, values: Floats) -> Floats:
         """For each pair the value of the same server and the block before, else 0."""
-        return np.append(values, 0.0)[self.previous]
+        found: Floats = np.append(values, 0.0)[self.previous]
+        return found
 
 
 def balanced_chances(holders: Holders, capacities: Floats) -> Floats:
@@ -144,8 +146,9 @@ def walk_chances(holders: Holders, stays: Floats, hops: Floats) -> Floats:
         leading /= leading.max()
         back[start_before:start] = hop[start:end] @ leading
         back[holders.previous[start:end]] += stay[start:end] * leading
-    chances = forth[:-1] * back[:-1]
-    return chances / holders.to_pairs(holders.per_block(chances))
+    chances: Floats = forth[:-1] * back[:-1]
+    chances /= holders.to_pairs(holders.per_block(chances))
+    return chances
 
 
 def _mean_lengths(holders: Holders, chances: Floats) -> Floats:

@@ -1,21 +1,30 @@
 """Clients with a route each, who share servers fairly: what they get together.
 
-crowd: waves of clients ─► Router.spread, over what is free by the announcements of before ─► fair_rates
+crowd: waves of clients ─► spread, over what is free by the announcements of before ─► fair_rates
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.routing import Offer, Router, free_tps
+from swarm.routing import Offer, Route, free_tps
 from swarm.types import BlockRange
 
 Floats = NDArray[np.float64]
 
 
+class Spreads(Protocol):
+    """Who draws routes for training."""
+
+    def spread(self, blocks: BlockRange, draws: np.random.Generator, *, num_tokens: int) -> Route:
+        """A random one."""
+
+
 def crowd(
+    make_router: Callable[[Sequence[Offer]], Spreads],
     offers: Sequence[Offer],
     num_blocks: int,
     num_clients: int,
@@ -27,6 +36,7 @@ def crowd(
     """Tokens per second of each client, when all are there.
 
     Args:
+        make_router: who draws the routes, by what servers offer.
         offers: whose `free_tps` is what servers can do when nobody else is there.
         num_blocks: of the model.
         num_clients: who open one route each, and train without a pause.
@@ -40,7 +50,7 @@ def crowd(
     for wave in np.array_split(np.arange(num_clients), min(num_waves, num_clients)):
         load = used / capacities
         free = [free_tps(offer.free_tps, float(part)) for offer, part in zip(offers, load, strict=True)]
-        router = Router([replace(offer, free_tps=tps) for offer, tps in zip(offers, free, strict=True)])
+        router = make_router([replace(offer, free_tps=tps) for offer, tps in zip(offers, free, strict=True)])
         for client in wave:
             for hop in router.spread(BlockRange(0, num_blocks), generator, num_tokens=num_tokens).hops:
                 work[client, index[hop.peer_id]] += len(hop.blocks)

@@ -77,10 +77,8 @@ def test_no_server_gets_more_than_its_capacity_when_the_swarm_carries_the_goal()
 
 
 def test_servers_with_room_ask_nothing():
-    """Where nobody gets too much, chances are those of chains without prices."""
-    first, last = np.array([0, 0, 2]), np.array([4, 2, 4])
-    holders = Holders(first, last, 4)
-    capacities = np.array([1.0, 100.0, 100.0])
-    hops = np.exp(-HOP_COST) * (capacities / 101)[holders.servers]
-    expected = walk_chances(holders, np.ones(3), hops)
-    assert balanced_chances(holders, capacities) == pytest.approx(expected)
+    """Where one block limits all chains, others are shared by capacity and hops alone."""
+    first, last = np.array([0, 0, 2, 4]), np.array([4, 2, 4, 5])
+    holders, capacities = Holders(first, last, 5), np.array([100.0, 100.0, 100.0, 10.0])
+    hops = np.exp(-HOP_COST) * np.where(holders.servers == 3, 1.0, 0.5)
+    assert balanced_chances(holders, capacities) == pytest.approx(walk_chances(holders, np.ones(4), hops))

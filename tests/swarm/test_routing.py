@@ -11,7 +11,7 @@ from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
 from swarm.flow import EvenDraws
 from swarm.route_map import UNKNOWN_RTT_S, Location
-from swarm.routing import NO_ROOM_S, Need, Offer, Router
+from swarm.routing import MIN_FREE, NO_ROOM_S, Need, Offer, Router, free_tps
 from swarm.session import Hop
 from swarm.types import BlockRange
 from tests.swarm.route_reference import optimum_s, random_offers
@@ -220,6 +220,20 @@ def test_small_batches_stay_near_and_large_ones_use_all_servers():
         assert peers.count("far") / 1000 == pytest.approx(part, abs=0.02)
 
 
+def test_routes_of_training_stay_in_one_region_where_they_can():
+    """Servers of two towns come by turns; each route is within one of them, and each town gets its half."""
+    offers = [
+        offer(f"{town}{start}", start, start + 4, free_tps=100.0, location=Location(place=Place(position=(x, x, 0.0))))
+        for start in (0, 4, 8)
+        for town, x in (("a", 0.0), ("b", 0.1))
+    ]
+    router, draws = Router(offers), EvenDraws(np.random.default_rng(0))
+    towns = ["".join(hop.peer_id[0] for hop in router.spread(BlockRange(0, 12), draws, num_tokens=1024).hops)
+             for _ in range(100)]  # fmt: skip
+    assert set(towns) == {"aaa", "bbb"}
+    assert 40 <= towns.count("aaa") <= 60
+
+
 def test_batches_load_a_swarm_to_nearly_its_max_flow():
     """Servers that span a weak block work there; a range of blocks is balanced for itself."""
     offers = [offer("left", 0, 4, free_tps=800.0), offer("right", 4, 8, free_tps=200.0)]
@@ -242,6 +256,13 @@ def test_the_same_draws_give_the_same_routes():
     ]
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == 3
+
+
+def test_a_busy_server_has_a_part_of_its_capacity_for_others():
+    """It shares with whoever comes, so that quick servers are preferred among busy ones, too."""
+    assert free_tps(1000.0, 0.0) == 1000.0
+    assert free_tps(1000.0, 0.75) == 250.0
+    assert free_tps(1000.0, 1.0) == 1000.0 * MIN_FREE > 10 * free_tps(50.0, 1.0)
 
 
 def test_batches_avoid_penalised_servers_and_use_full_ones_where_they_are_the_only_ones():
