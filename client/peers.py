@@ -31,11 +31,12 @@ from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory
 from swarm.errors import PeerError, PeerUnreachable, RouteNotFound, SwarmError
+from swarm.flow import EvenDraws
 from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord, peer_tag
 from swarm.route_map import Location
-from swarm.routing import VISIT_S, Need, Offer, Route, Router
+from swarm.routing import VISIT_S, Need, Offer, Route, Router, free_tps
 from swarm.session import Hop
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -85,6 +86,8 @@ class Peers:
         self._node = node
         self._directory = Directory(Registry(node), model=model, num_blocks=num_blocks)
         self._generator = np.random.default_rng()
+        self._draws = EvenDraws(self._generator)
+        """By which chains for training are drawn: one client's, even if they are few, have little in common."""
         self._pinger = None if transport is None else Pinger(transport, self._generator)
         self._behaviour: defaultdict[str, Behaviour] = defaultdict(Behaviour)
         self._no_push: dict[tuple[str, str], float] = {}
@@ -270,14 +273,14 @@ class Peers:
         return found
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
-        """A chain for a training run: at random, so that servers are loaded by the capacity that they have free.
+        """A chain for a training run: at random, so that all runs load servers by the capacity that these have free.
 
         Raises:
             as `route`.
         """
         return await self._find(
             lambda router, silent: router.spread(
-                blocks, self._generator, num_tokens=BATCH_TOKENS, penalties={**self._penalties(None), **silent}
+                blocks, self._draws, num_tokens=BATCH_TOKENS, penalties={**self._penalties(None), **silent}
             )
         )
 
@@ -422,7 +425,7 @@ class Peers:
             blocks=record.blocks,
             block_s=_said_s(record) if block_s is None else block_s,
             visit_s=VISIT_S + record.queue_s + (0.0 if seen is None else seen.excess_s(now)),
-            free_tps=capacity_tps * (1.0 - record.load),
+            free_tps=free_tps(capacity_tps, record.load),
             location=Location(
                 place=record.place if record.place is not None and record.place.error < 1.0 else None,
                 tag=peer_tag(record.peer_id),

@@ -17,6 +17,10 @@ UNKNOWN_RTT_S = 0.1
 """Round trip to a server whose place is not known."""
 MAX_PINGS = 16
 """Measured round trips per server that are looked at."""
+CELL_S = 0.005
+"""Places that are nearer to each other count as one where servers are put in order ..."""
+CELL_BITS = 8
+"""... of two to this power along each axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,12 @@ class PeerMap:
             if len(rows):
                 rtt_s[rows, columns[rows, slots]] = self._rtt_s[senders[rows], slots]
         return rtt_s
+
+    def neighbourly(self, servers: Ints) -> Ints:
+        """An order of these servers in which neighbours are mostly near each other: along a Z-curve through cells."""
+        cells = np.floor((self.position[servers] - self.position.min(axis=0)) / CELL_S).astype(np.int64)
+        bits = (cells.clip(0, (1 << CELL_BITS) - 1)[:, :, None] >> np.arange(CELL_BITS)) & 1
+        return np.argsort((bits << (3 * np.arange(CELL_BITS) + np.arange(3)[:, None])).sum(axis=(1, 2)), kind="stable")
 
     def _client_rtt_s(self, servers: Sequence[Location], home: Place | None) -> Floats:
         rtt_s = np.full(len(servers), UNKNOWN_RTT_S)
@@ -122,16 +132,3 @@ class ChainWays:
             return self._map.client_rtt_s[servers] / 2
         way_s: Floats = self._map.round_trips(np.array([other]), servers)[0] / 2
         return way_s
-
-
-class NoWays:
-    """Ways that take no time."""
-
-    def from_start(self, servers: Ints) -> Floats:
-        return np.zeros(len(servers))
-
-    def between(self, senders: Ints, receivers: Ints) -> Floats:
-        return np.zeros((len(senders), len(receivers)))
-
-    def to_end(self, servers: Ints) -> Floats:
-        return np.zeros(len(servers))

@@ -100,7 +100,7 @@ class Spans:
 
 
 def cheapest(
-    spans: Spans, costs: Costs, ways: Ways, entries: Sequence[Ints], blocks: BlockRange, *, beam: int = BEAM
+    spans: Spans, costs: Costs, ways: Ways, entries: Sequence[Ints], blocks: BlockRange
 ) -> tuple[float, list[tuple[int, int]]]:
     """The cheapest chain that is found.
 
@@ -110,7 +110,6 @@ def cheapest(
         ways: to, between and from servers.
         entries: whom a chain may enter at each boundary.
         blocks: to be covered.
-        beam: how many chains are kept at each boundary.
 
     Returns:
         Its cost in seconds, and for each of its hops the server and the first block that it runs there.
@@ -119,8 +118,8 @@ def cheapest(
     first = spans.covering[blocks.start]
     chains.enter(first, ways.from_start(first) + chains.entry_s(first, blocks.start), None, blocks.start)
     for boundary in range(blocks.start + 1, blocks.end):
-        chains.hand_over(boundary, spans.ending[boundary], entries[boundary], ways, beam)
-        chains.hand_over(boundary, spans.around[boundary], spans.starting[boundary], ways, beam)
+        chains.hand_over(boundary, spans.ending[boundary], entries[boundary], ways)
+        chains.hand_over(boundary, spans.around[boundary], spans.starting[boundary], ways)
     last = spans.covering[blocks.end - 1]
     total_s = chains.base_s[last] + blocks.end * costs.block_s[last] + ways.to_end(last)
     winner = int(np.argmin(total_s))
@@ -138,13 +137,13 @@ class _Chains:
         self._nodes: list[tuple[Ints, Ints, int]] = []
         """(servers, nodes of the hops before, boundary) of each lot of entries."""
 
-    def hand_over(self, boundary: int, senders: Ints, receivers: Ints, ways: Ways, beam: int) -> None:
+    def hand_over(self, boundary: int, senders: Ints, receivers: Ints, ways: Ways) -> None:
         """Let the cheapest chains at `senders` go on at `receivers` where that is cheaper than what was known."""
         if not len(senders) or not len(receivers):
             return
         cost_s = self.base_s[senders] + boundary * self._costs.block_s[senders]
-        if len(senders) > beam:
-            best = np.argpartition(cost_s, beam)[:beam]
+        if len(senders) > BEAM:
+            best = np.argpartition(cost_s, BEAM)[:BEAM]
             senders, cost_s = senders[best], cost_s[best]
         entry_s = self.entry_s(receivers, boundary)
         is_worth_it = (cost_s.min() + entry_s < self.base_s[receivers]).nonzero()[0]

@@ -1,24 +1,26 @@
 """Choose a chain of servers for a range of blocks.
 
     fastest  for decoding: the least expected seconds per token    ways, queues, blocks at present load, soft costs
-    spread   for training: at random, so that servers are loaded in proportion to the capacity that they have free
+    spread   for training: at random, so that all routes together load servers as far as their free capacity goes
     replacements  for a live session: the chain that it has, with another server in the place of one
 
     Offers (what each server says, and what was measured of it) ─► Router ─► Route: hops that cover each block once
 
 Nobody is excluded: failures, missing room, adapters that have to be brought and relays cost time, so that a bad server
 is still used where it is the only one. Pure: it knows nothing of records, pings or the clock; the caller turns what was
-announced and measured into `Offer`s. The search itself is `swarm.route_search`.
+announced and measured into `Offer`s. The search itself is `swarm.route_search`; `swarm.flow` spreads.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
-from swarm.route_map import ChainWays, Location, NoWays, PeerMap
+from swarm.flow import Flow
+from swarm.route_map import ChainWays, Location, PeerMap
 from swarm.route_search import Costs, Floats, Ints, Spans, cheapest
 from swarm.session import Hop
 from swarm.types import BlockRange, name_ranges
@@ -29,11 +31,22 @@ RELAY_S = 0.02
 """What a relay adds to every visit, besides its way."""
 NO_ROOM_S = 1.0
 """What waiting for room in a full cache costs each token, about."""
+MIN_FREE = 0.05
+"""The part of its capacity that a busy server still has for others: it shares."""
 MIN_FREE_TPS = 1e-3
-"""Capacity that a fully loaded server is taken to have: nobody is excluded."""
+"""Capacity that any server is taken to have: nobody is excluded."""
+MAX_BATCH_S = 3.0
+"""What a batch is taken to need at a server at most, so that failures count in slow swarms, too."""
 
 
 _NOWHERE = Location()
+
+
+class Draws(Protocol):
+    """A source of numbers."""
+
+    def random(self) -> float:
+        """The next one, from 0 to below 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +72,16 @@ class Offer:
     location: Location = _NOWHERE
     kv_free_tokens: int | None = None
     is_relayed: bool = False
+
+
+def free_tps(capacity_tps: float, load: float) -> float:
+    """What a server can do for somebody new: what is free, or the share that a busy one gives to whoever comes.
+
+    Args:
+        capacity_tps: block tokens per second.
+        load: part of it that is in use.
+    """
+    return capacity_tps * max(1.0 - load, MIN_FREE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +130,7 @@ class Router:
         self._room = _floats(np.inf if it.kv_free_tokens is None else it.kv_free_tokens for it in offers)
         self._map = PeerMap([it.location for it in offers], home)
         self._entries = self._spans.shortlists(self._costs, self._map.position)
+        self._flows: dict[tuple[BlockRange, int], tuple[Ints, float, Flow]] = {}
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -141,23 +165,21 @@ class Router:
     def spread(
         self,
         blocks: BlockRange,
-        generator: np.random.Generator,
+        draws: Draws,
         *,
         num_tokens: int,
         need: Need | None = None,
         penalties: Mapping[str, float] | None = None,
     ) -> Route:
-        """A random chain for training: a server's chance grows with its free capacity.
+        """A random chain for training; many of them together load servers by the capacity that they have free.
 
-        The batches of training go through the client, so a visit costs the round trip to it.
-
-        Every server draws an exponential time for the batch, divided by its free capacity. Among servers of the same
-        blocks the quickest is each of them with a probability proportional to that capacity, and the cheapest chain
-        over these times carries it on to spans of different lengths.
+        A far server counts with what a batch gets of it if the detour over the nearest one is added to its work: small
+        batches stay near, large ones go everywhere. Chains have as few hops as that takes. The first one takes much
+        longer than others over the same blocks, for which servers are balanced once.
 
         Args:
             blocks: to be covered.
-            generator: the source of randomness.
+            draws: the source of randomness.
             num_tokens: in the batch.
             need: of the session.
             penalties: seconds that visits of some peers cost in addition.
@@ -166,10 +188,25 @@ class Router:
             RouteNotFound: when some blocks are served by nobody; `.missing` names them.
         """
         self._refuse_gaps(blocks)
-        drawn_s = generator.exponential(size=len(self._offers)) * num_tokens / self._free_tps
-        costs = Costs(block_s=drawn_s, visit_s=self._visits(need, penalties) + self._map.client_rtt_s)
-        cost_s, hops = cheapest(self._spans, costs, NoWays(), self._spans.covering, blocks, beam=1)
-        return Route(hops=self._hops(hops, blocks), cost_s=cost_s)
+        if (blocks, num_tokens) not in self._flows:
+            self._flows[blocks, num_tokens] = self._flow(blocks, num_tokens)
+        servers, batch_s, flow = self._flows[blocks, num_tokens]
+        soft_s = self._visits(need, penalties)[servers] - self._costs.visit_s[servers]
+        if soft_s.any():
+            flow = flow.avoiding(soft_s / batch_s)
+        hops = self._hops([(int(servers[it]), blocks.start + at) for it, at in flow.chain(draws.random())], blocks)
+        return Route(hops=hops, cost_s=self.cost_s(hops, need=need, penalties=penalties))
+
+    def _flow(self, blocks: BlockRange, num_tokens: int) -> tuple[Ints, float, Flow]:
+        """Those who hold any of the blocks, how long a batch takes at them, about, and chains over them."""
+        servers = np.flatnonzero((self._spans.first < blocks.end) & (self._spans.last > blocks.start))
+        servers = servers[self._map.neighbourly(servers)]
+        first = np.maximum(self._spans.first[servers], blocks.start) - blocks.start
+        last = np.minimum(self._spans.last[servers], blocks.end) - blocks.start
+        work_s = (last - first) * num_tokens / self._free_tps[servers]
+        visit_s = self._costs.visit_s[servers] + self._map.client_rtt_s[servers]
+        batch_tps = self._free_tps[servers] * work_s / (work_s + visit_s - visit_s.min())
+        return servers, min(float(np.median(work_s)), MAX_BATCH_S), Flow.balanced(first, last, batch_tps, len(blocks))
 
     def cost_s(
         self, hops: Sequence[Hop], *, need: Need | None = None, penalties: Mapping[str, float] | None = None

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from swarm.coordinates import Place
 from swarm.errors import RouteNotFound
+from swarm.flow import EvenDraws
 from swarm.route_map import UNKNOWN_RTT_S, Location
-from swarm.routing import NO_ROOM_S, Need, Offer, Router
+from swarm.routing import MIN_FREE, NO_ROOM_S, Need, Offer, Router, free_tps
 from swarm.session import Hop
 from swarm.types import BlockRange
 from tests.swarm.route_reference import optimum_s, random_offers
@@ -207,6 +208,61 @@ def test_batches_are_spread_in_proportion_to_free_capacity():
     counts = Counter(router.spread(BlockRange(0, 4), generator, num_tokens=1024).hops[0].peer_id for _ in range(3000))
     for peer_id, free in capacity.items():
         assert counts[peer_id] / 3000 == pytest.approx(free / 1000.0, abs=0.03)
+
+
+def test_small_batches_stay_near_and_large_ones_use_all_servers():
+    """The way to a far server costs as much as the work of many batches at the near one, or next to nothing."""
+    near, far = Location(client_rtt_s=0.01), Location(client_rtt_s=0.2)
+    router = Router([offer("near", location=near, free_tps=1e5), offer("far", location=far, free_tps=1e5)])
+    for num_tokens, part in ((64, 0.01), (100_000_000, 0.5)):
+        draws = EvenDraws(np.random.default_rng(0))
+        peers = [router.spread(BlockRange(0, 4), draws, num_tokens=num_tokens).hops[0].peer_id for _ in range(1000)]
+        assert peers.count("far") / 1000 == pytest.approx(part, abs=0.02)
+
+
+def test_routes_of_training_stay_in_one_region_where_they_can():
+    """Servers of two towns come by turns; each route is within one of them, and each town gets its half."""
+    offers = [
+        offer(f"{town}{start}", start, start + 4, free_tps=100.0, location=Location(place=Place(position=(x, x, 0.0))))
+        for start in (0, 4, 8)
+        for town, x in (("a", 0.0), ("b", 0.1))
+    ]
+    router, draws = Router(offers), EvenDraws(np.random.default_rng(0))
+    towns = ["".join(hop.peer_id[0] for hop in router.spread(BlockRange(0, 12), draws, num_tokens=1024).hops)
+             for _ in range(100)]  # fmt: skip
+    assert set(towns) == {"aaa", "bbb"}
+    assert 40 <= towns.count("aaa") <= 60
+
+
+def test_batches_load_a_swarm_to_nearly_its_max_flow():
+    """Servers that span a weak block work there; a range of blocks is balanced for itself."""
+    offers = [offer("left", 0, 4, free_tps=800.0), offer("right", 4, 8, free_tps=200.0)]
+    router = Router([*offers, offer("wide", 0, 8, free_tps=600.0)])
+    for blocks, best in ((BlockRange(0, 8), 200.0), (BlockRange(2, 6), 400.0)):
+        draws, work = EvenDraws(np.random.default_rng(0)), Counter()
+        for _ in range(1000):
+            for hop in router.spread(blocks, draws, num_tokens=1024).hops:
+                work[hop.peer_id] += len(hop.blocks)
+        loads = [work["left"] / 800.0, work["right"] / 200.0, work["wide"] / 600.0]
+        assert 1000 / max(loads) >= 0.9 * best
+
+
+def test_the_same_draws_give_the_same_routes():
+    """Nothing else is random."""
+    offers, home = random_offers(np.random.default_rng(0), 30, 24, mean_length=6)
+    drawn = [
+        [Router(offers, home).spread(BlockRange(0, 24), draws, num_tokens=1024) for _ in range(3)]
+        for draws in (EvenDraws(np.random.default_rng(7)), EvenDraws(np.random.default_rng(7)))
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 3
+
+
+def test_a_busy_server_has_a_part_of_its_capacity_for_others():
+    """It shares with whoever comes, so that quick servers are preferred among busy ones, too."""
+    assert free_tps(1000.0, 0.0) == 1000.0
+    assert free_tps(1000.0, 0.75) == 250.0
+    assert free_tps(1000.0, 1.0) == 1000.0 * MIN_FREE > 10 * free_tps(50.0, 1.0)
 
 
 def test_batches_avoid_penalised_servers_and_use_full_ones_where_they_are_the_only_ones():
