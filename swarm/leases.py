@@ -8,6 +8,10 @@ at any time one server moves per region, and many in different regions of a larg
 claim under one key per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again
 after the lease was got, with fresh records.
 
+Lots decide between claims that see each other. A value is taken to be seen by all SETTLE_S / 4 after its store ended.
+Who needed no more than SETTLE_S / 2 from its first look to the end of its store is seen, then, by whoever it did not
+see at first, before that one looks again. Who needed longer may not be: it withdraws for any rival.
+
 Whoever claims and claims again keeps nobody from moving for ever: each peer is waited for with *patience* that ends.
 """
 
@@ -16,7 +20,7 @@ import logging
 import math
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -26,8 +30,8 @@ from swarm.types import MAX_BLOCKS, BlockRange
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 1.5
-"""How long a claim is left for others to see before it is looked whether there are rivals."""
+SETTLE_S = 2.0
+"""How long a claim is left for others to see, from the end of its store, before it is looked who is first."""
 MAX_LEASE_S = 1800.0
 PATIENCE_S = MAX_LEASE_S
 """So long after a peer's claims have first kept us from a gain, further ones don't; no move takes longer ..."""
@@ -96,7 +100,7 @@ def wins(own: Claim, claims: Iterable[Claim], now: float, *, is_settled: bool) -
         own: what it claims, or would.
         claims: of all servers; its own may be among them.
         now: unix time.
-        is_settled: whether its claim has been there for SETTLE_S; before, any rival comes first.
+        is_settled: whether all rivals have seen its claim; before, any of them comes first.
     """
     rivals = [it for it in claims if it.peer_id != own.peer_id and it.rivals(own) and _is_valid(it, now)]
     return all(is_settled and own.lot < rival.lot for rival in rivals)
@@ -145,10 +149,19 @@ class LeaseDesk:
         model: content digest of the checkpoint.
         num_blocks: of the model; claims that go beyond are refused.
         settle_s: how long a claim is left for others to see.
+        now: a monotonic clock in seconds.
     """
 
-    def __init__(self, node: Table, model: str, *, num_blocks: int = MAX_BLOCKS, settle_s: float = SETTLE_S):
-        self._node, self._key, self._settle_s = node, f"swarm/moves/v1/{model}", settle_s
+    def __init__(
+        self,
+        node: Table,
+        model: str,
+        *,
+        num_blocks: int = MAX_BLOCKS,
+        settle_s: float = SETTLE_S,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._node, self._key, self._settle_s, self._now = node, f"swarm/moves/v1/{model}", settle_s, now
         self._num_blocks = num_blocks
         self._last_expiry = 0.0
         self._patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
@@ -187,16 +200,17 @@ class LeaseDesk:
             PeerTimeout: when the DHT does not answer.
         """
         await asyncio.sleep(delay_s)
-        lease_s = min(lease_s, MAX_LEASE_S)
-        own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + lease_s)
-        patience = self._patience[fills_gap]
+        own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + min(lease_s, MAX_LEASE_S))
+        patience, began = self._patience[fills_gap], self._now()
         if not await self._wins(own, patience, is_settled=False):
             return False
         has_it = False
         try:
-            if await self._store(own):
+            is_stored = await self._store(own)
+            if is_stored:
+                is_settled = self._now() - began <= self._settle_s / 2
                 await asyncio.sleep(self._settle_s)
-                has_it = await self._wins(own, patience, is_settled=True)
+                has_it = await self._wins(own, patience, is_settled=is_settled)
         finally:
             if not has_it:  # also when we are cancelled: others would wait for the claim's end
                 await asyncio.shield(self.release(leaves, takes))

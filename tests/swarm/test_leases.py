@@ -77,9 +77,13 @@ class FakeTable:
 
     def __init__(self, values, peer_id):
         self.values, self.peer_id = values, peer_id
+        self.may_store, self.stores = asyncio.Event(), asyncio.Event()
+        self.may_store.set()
 
     async def dht_store(self, key, subkey, value, expires_at):
         assert subkey == self.peer_id
+        self.stores.set()
+        await self.may_store.wait()
         if expires_at <= self.values.get(subkey, (b"", 0.0))[1]:
             return False
         self.values[subkey] = value, expires_at
@@ -92,7 +96,7 @@ class FakeTable:
 
 def desks(count):
     values = {}
-    return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01) for index in range(count)]
+    return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01, now=lambda: 0.0) for index in range(count)]
 
 
 async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
@@ -105,6 +109,24 @@ async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
     assert not await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
     await rivals[winner].release(here, there)
     assert await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_a_server_whose_claim_took_long_to_store_does_not_move_beside_one_that_did_not_see_it(late):
+    """Both looked before either had claimed; whoever has the lower lot, who was late finds the other's claim."""
+    now = [0.0]
+    both = desks(2)
+    for desk in both:
+        desk._now = lambda: now[0]
+    slow, quick = both[late], both[1 - late]
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    slow._node.may_store.clear()
+    slow_one = asyncio.create_task(slow.acquire(here, there, delay_s=0.0, lease_s=60.0))
+    await slow._node.stores.wait()
+    assert await quick.acquire(here, there, delay_s=0.0, lease_s=60.0)
+    now[0] = 5.0
+    slow._node.may_store.set()
+    assert not await slow_one
 
 
 async def test_claims_beyond_the_model_keep_nobody_from_moving():
