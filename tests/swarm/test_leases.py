@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from swarm import leases as leases_module
 from swarm.errors import PeerMisbehaved
-from swarm.leases import FORGET_S, GAP_PATIENCE_S, MAX_LEASE_S, Claim, LeaseDesk, Patience, wins
+from swarm.leases import CLAIM_S, FORGET_S, GAP_PATIENCE_S, MAX_LEASE_S, Claim, LeaseDesk, Patience, wins
 from swarm.network import Node, NodeConfig
 from swarm.types import BlockRange
 
@@ -79,11 +79,14 @@ class FakeTable:
         self.values, self.peer_id = values, peer_id
         self.may_store, self.stores = asyncio.Event(), asyncio.Event()
         self.may_store.set()
+        self.is_full = False
 
     async def dht_store(self, key, subkey, value, expires_at):
         assert subkey == self.peer_id
         self.stores.set()
         await self.may_store.wait()
+        if self.is_full:
+            return False
         if expires_at <= self.values.get(subkey, (b"", 0.0))[1]:
             return False
         self.values[subkey] = value, expires_at
@@ -127,6 +130,27 @@ async def test_a_server_whose_claim_took_long_to_store_does_not_move_beside_one_
     now[0] = 5.0
     slow._node.may_store.set()
     assert not await slow_one
+
+
+async def test_a_table_that_takes_no_more_claims_keeps_gaps_from_nobody():
+    """2,048 identities fill a key: nobody moves for a gain then, and gaps are filled all the same."""
+    (desk,) = desks(1)
+    desk._node.is_full = True
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    assert not await desk.acquire(here, there, delay_s=0.0, lease_s=60.0)
+    assert await desk.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=True)
+
+
+async def test_claims_of_those_that_did_not_win_are_soon_gone_from_the_table():
+    """They lost to one that may keep its claim for half an hour; theirs would fill the key."""
+    rivals = desks(8)
+    results = await asyncio.gather(
+        *(desk.acquire(BlockRange(0, 4), BlockRange(8, 12), delay_s=0.0, lease_s=MAX_LEASE_S) for desk in rivals)
+    )
+    left_s = {peer_id: expires_at - time.time() for peer_id, (_, expires_at) in rivals[0]._node.values.items()}
+    winner = f"p{results.index(True)}"
+    assert left_s.pop(winner) > MAX_LEASE_S - 60.0
+    assert len(left_s) == 7 and max(left_s.values()) <= CLAIM_S + 1.0
 
 
 async def test_claims_beyond_the_model_keep_nobody_from_moving():
