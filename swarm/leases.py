@@ -10,7 +10,8 @@ after the lease was got, with fresh records.
 
 Lots decide between claims that see each other. A value is taken to be seen by all SETTLE_S / 4 after its store ended.
 Who needed no more than SETTLE_S / 2 from its first look to the end of its store is seen, then, by whoever it did not
-see at first, before that one looks again. Who needed longer may not be: it withdraws for any rival.
+see at first, before that one looks again. Who needed longer may not be: it withdraws for any rival, unless it would
+fill a gap: where all are slow, two that come are better than none, and who is second sees the first one's record.
 
 One key has room for 2,048 peers. A claim is good for CLAIM_S until it has won, so that those that withdrew are soon
 gone from it. Still, somebody with so many identities can fill it: then nobody moves for a gain, and gaps are filled
@@ -214,7 +215,7 @@ class LeaseDesk:
         try:
             is_stored = await self._store(own)
             if is_stored or fills_gap:
-                is_settled = is_stored and self._now() - began <= self._settle_s / 2
+                is_settled = is_stored and (fills_gap or self._now() - began <= self._settle_s / 2)
                 await asyncio.sleep(self._settle_s)
                 if await self._wins(own, patience, is_settled=is_settled):
                     lease = replace(own, expires_at=time.time() + min(lease_s, MAX_LEASE_S))

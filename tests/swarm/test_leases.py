@@ -132,6 +132,25 @@ async def test_a_server_whose_claim_took_long_to_store_does_not_move_beside_one_
     assert not await slow_one
 
 
+async def test_of_slow_servers_one_fills_a_gap_and_none_moves_for_a_gain():
+    """Nobody can be sure of being seen: a gap is not left open for that."""
+    for fills_gap, num_winners in ((True, 1), (False, 0)):
+        now, both = [0.0], desks(2)
+        for desk in both:
+            desk._now = lambda now=now: now[0]
+            desk._node.may_store.clear()
+        here, there = BlockRange(0, 4), BlockRange(8, 12)
+        trying = [
+            asyncio.create_task(it.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=fills_gap)) for it in both
+        ]
+        for desk in both:
+            await desk._node.stores.wait()
+        now[0] = 5.0
+        for desk in both:
+            desk._node.may_store.set()
+        assert sum(await asyncio.gather(*trying)) == num_winners
+
+
 async def test_a_table_that_takes_no_more_claims_keeps_gaps_from_nobody():
     """2,048 identities fill a key: nobody moves for a gain then, and gaps are filled all the same."""
     (desk,) = desks(1)
