@@ -45,6 +45,12 @@ class FakeRegistry:
         return [self.shards.get(shard, []) for shard in shards]
 
 
+def full_registry(per_shard) -> FakeRegistry:
+    """So many servers in each shard."""
+    names = [record(f"p{index}") for index in range(per_shard)]
+    return FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+
+
 def test_a_small_swarm_is_read_whole_each_time():
     """All shards are due as soon as they may be read at all."""
     assert shards_due([85.0] * 16, 100.0, 15.0, 100) == list(range(16))
@@ -76,8 +82,7 @@ def test_reading_keeps_within_its_budget_and_comes_round_to_every_shard(num_reco
 )
 async def test_a_newcomer_reads_what_gives_it_a_choice(per_shard, num_searches, num_shards):
     """A small swarm whole, of a large one a thousand servers or more, in at most two searches."""
-    names = [record(f"p{index}") for index in range(per_shard)]
-    registry = FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+    registry = full_registry(per_shard)
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     await directory.refresh(max_age_s=10.0)
     read = [shard for shards in registry.reads for shard in shards]
@@ -98,8 +103,7 @@ async def test_what_a_newcomer_left_out_comes_next(monkeypatch):
     """Within its budget it reads the shards that it has never read, before any other again."""
     now = 1000.0
     monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
-    names = [record(f"p{index}") for index in range(625)]
-    registry = FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+    registry = full_registry(625)
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     while len([shard for shards in registry.reads for shard in shards]) < NUM_SHARDS:
         await directory.refresh(max_age_s=15.0)
@@ -116,13 +120,14 @@ async def test_everything_is_read_in_one_search():
 
 
 async def test_what_has_expired_is_not_used():
-    """A record that was valid when it was read is left out once it is not."""
+    """A record that was valid when it was read is left out once it is not; that it was there is known still."""
     registry = FakeRegistry({0: [record("lives"), record("ends", expires_at=time.time() + 0.05)]})
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     await directory.refresh(max_age_s=10.0)
     while time.time() < registry.shards[0][1].expires_at:
         pass
     assert [it.peer_id for it in directory.records] == ["lives"]
+    assert [it.record.peer_id for it in directory.seen] == ["lives", "ends"]
 
 
 async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
@@ -133,7 +138,7 @@ async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     for _ in range(3):
         await directory.refresh(max_age_s=10.0)
-    assert len(registry.reads) == 2 and directory.version == 1
+    assert len(registry.reads) == 2 and directory.version == 2
     assert [it.peer_id for it in directory.online] == ["a"] and len(directory.records) == 2
     now += 10.0
     await directory.refresh(max_age_s=10.0)
