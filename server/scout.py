@@ -21,7 +21,7 @@ import numpy as np
 
 from swarm.coordinates import Place
 from swarm.directory import Directory, Seen
-from swarm.errors import SwarmError
+from swarm.errors import PeerTimeout, SwarmError
 from swarm.pings import Pinger, neighbours
 from swarm.placement import Holding
 from swarm.registry import MAX_PINGS, Ping, ServerRecord, peer_tag
@@ -34,6 +34,8 @@ REFRESH_S = 10.0
 """Age at which records are read again; in large swarms the Directory reads a part of them only."""
 LOOK_TIMEOUT_S = 8.0
 """How long one look may take: two rounds of questions that nobody answers."""
+NUM_READS = 3
+"""How often a close look tries to read all records, each time those that it has not got yet."""
 SAMPLE_S = 20.0
 """How many are late is told by the records that were read within so long of the newest: all, in a small swarm."""
 AGAIN_S = 30.0
@@ -140,7 +142,15 @@ class Scout:
         Raises:
             PeerTimeout: some could not be read; what was read is kept.
         """
-        await self._read(max_age_s, everything=True)
+        started = time.monotonic()
+        for num_left in reversed(range(NUM_READS)):
+            try:
+                await self._read(max_age_s + time.monotonic() - started, everything=True)
+                break
+            except PeerTimeout as error:
+                if not num_left:
+                    raise
+                logger.info("could not read all records, trying again: %s", error)
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 await self._ask_around(again=self._silent(time.monotonic())[:MAX_DOUBTS])

@@ -97,18 +97,17 @@ class Directory:
 
         Args:
             max_age_s: how old what is known may be, in a small swarm.
-            everything: read all shards, whatever that costs.
+            everything: read all shards that are older than that, whatever it costs, some at a time.
 
         Raises:
-            PeerTimeout: when the search does not end in time.
+            PeerTimeout: when a search does not end in time; what was read by others is kept.
         """
         async with self._reading:
             now = time.monotonic()
-            read_at = min(self._read_at) if everything else self._refreshed_at
-            if now - read_at < max_age_s:
-                return
             if everything:
-                await self._read(range(NUM_SHARDS))
+                await self._read_all([shard for shard in self._order if now - self._read_at[shard] >= max_age_s])
+            elif now - self._refreshed_at < max_age_s:
+                return
             elif first := shards_to_begin(self._read_at, self._num_records, self._order):
                 await self._read(first)
                 await self._read(shards_to_begin(self._read_at, self._num_records, self._order))
@@ -123,6 +122,16 @@ class Directory:
     def _num_estimated(self) -> int:
         """Of the whole swarm; 0 before anything was read."""
         return self._num_records * NUM_SHARDS // max(1, sum(at > -math.inf for at in self._read_at))
+
+    async def _read_all(self, shards: Sequence[int]) -> None:
+        """Read these, in searches that bring about ENOUGH_RECORDS each."""
+        while shards:
+            if max(self._read_at) == -math.inf:
+                count = FIRST_SHARDS
+            else:
+                count = max(1, ENOUGH_RECORDS * NUM_SHARDS // max(1, self._num_estimated))
+            await self._read(sorted(shards[:count]))
+            shards = shards[count:]
 
     async def _read(self, shards: Sequence[int]) -> None:
         if not shards:

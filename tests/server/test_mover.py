@@ -197,6 +197,16 @@ async def test_a_server_whose_lease_cannot_be_had_stays():
     await run_until([mover], lambda: bool(server.moves))
 
 
+async def test_a_newcomer_that_cannot_read_the_records_does_not_take_itself_for_the_first():
+    """It would take the first blocks, as all others did that could not."""
+    world = World()
+    FakeServer(world, "a", (0, 4)).serve()
+    mover = mover_of(world, FakeServer(world, "b", (0, 4)))
+    mover._scout.error = PeerTimeout("no answer")
+    with pytest.raises(PeerTimeout):
+        await mover.choose(10.0)
+
+
 async def test_a_server_that_cannot_read_the_records_again_stays():
     """It has the lease, and gives it back: what it saw before may have changed."""
     world = World()

@@ -21,8 +21,10 @@ from swarm.server.mover import MAX_DOUBT
 from swarm.server.scout import (
     AGAIN_S,
     FEW_HOLDERS,
+    LOOK_TIMEOUT_S,
     MAX_AGAIN,
     MAX_DOUBTS,
+    NUM_READS,
     Scout,
     doubtful,
     holding_of,
@@ -293,6 +295,29 @@ async def test_servers_that_leave_or_drain_hold_nothing_and_those_that_load_do()
     scout, _, _ = watcher_of(records)
     await scout.look()
     assert ids(scout.others) == {"ONLINE", "JOINING"} and scout.loading == {"JOINING"}
+
+
+@pytest.mark.parametrize("num_failures", [NUM_READS - 1, NUM_READS])
+async def test_a_close_look_tries_again_and_says_so_when_it_could_not_read_the_records(num_failures, clock):
+    """A slow DHT is no empty swarm; each search may take as long as it is given."""
+    scout, _, registry = watcher_of([record("a")])
+    lookup_shards, tries = registry.lookup_shards, []
+
+    async def slow(*args, **kwargs):
+        clock.now += 2 * LOOK_TIMEOUT_S
+        tries.append(args)
+        if len(tries) <= num_failures:
+            raise PeerTimeout("no answer within 15 s")
+        return await lookup_shards(*args, **kwargs)
+
+    registry.lookup_shards = slow
+    if num_failures < NUM_READS:
+        await scout.look_closely()
+        assert ids(scout.others) == {"a"}
+        return
+    with pytest.raises(PeerTimeout):
+        await scout.look_closely()
+    assert scout.share_in_doubt == 1.0
 
 
 async def test_a_death_makes_it_ask_the_few_that_are_left_for_the_same_blocks():

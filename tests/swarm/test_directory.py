@@ -112,11 +112,39 @@ async def test_what_a_newcomer_left_out_comes_next(monkeypatch):
     assert all(len(shards) <= 2 for shards in registry.reads)
 
 
-async def test_everything_is_read_in_one_search():
-    """As a server does before it moves."""
-    registry = FakeRegistry({})
-    await Directory(registry, model="0" * 64, num_blocks=2).refresh(max_age_s=0.0, everything=True)
-    assert registry.reads == [list(range(NUM_SHARDS))]
+@pytest.mark.parametrize(
+    ("per_shard", "sizes"), [(0, [2, 14]), (10, [2, 14]), (100, [2, 10, 4]), (625, [2] + [1] * 14)]
+)
+async def test_everything_is_read_in_searches_that_bring_about_a_thousand_records(per_shard, sizes):
+    """As a server does that joins: one search for all would take longer than it may, in a large swarm."""
+    registry = full_registry(per_shard)
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=0.0, everything=True)
+    assert [len(shards) for shards in registry.reads] == sizes
+    assert sorted(shard for shards in registry.reads for shard in shards) == list(range(NUM_SHARDS))
+
+
+async def test_a_search_that_fails_loses_nothing_of_those_before_it(monkeypatch):
+    """The next try reads the rest."""
+    clock = 1000.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: clock)
+    registry = full_registry(625)
+    directory, num_left = Directory(registry, model="0" * 64, num_blocks=2), 5
+    lookup_shards = registry.lookup_shards
+
+    async def failing(*args, **kwargs):
+        nonlocal num_left
+        num_left -= 1
+        if num_left == 0:
+            raise PeerTimeout("no answer")
+        return await lookup_shards(*args, **kwargs)
+
+    registry.lookup_shards = failing
+    with pytest.raises(PeerTimeout):
+        await directory.refresh(max_age_s=5.0, everything=True)
+    assert sum(map(len, registry.reads)) == 5 and len(directory.records) == 5 * 625
+    await directory.refresh(max_age_s=5.0, everything=True)
+    assert sorted(shard for shards in registry.reads for shard in shards) == list(range(NUM_SHARDS))
 
 
 async def test_what_has_expired_is_not_used():
@@ -153,8 +181,10 @@ async def test_everything_is_read_though_a_part_was_just_now(monkeypatch):
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     await directory.refresh(max_age_s=10.0)
     assert len(directory.records) < NUM_SHARDS
+    num_read = sum(map(len, registry.reads))
     await directory.refresh(max_age_s=10.0, everything=True)
     assert len(directory.records) == NUM_SHARDS
+    assert sum(map(len, registry.reads)) == NUM_SHARDS > num_read, "what was read just now is not read again"
     num_reads = len(registry.reads)
     await directory.refresh(max_age_s=10.0, everything=True)
     assert len(registry.reads) == num_reads
