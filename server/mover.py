@@ -145,6 +145,8 @@ class Mover:
     async def _consider(self, *, may_gain: bool) -> None:
         """Move if that pays, unless others should."""
         move = self._decide()
+        if move is not None and move.fills_gap:  # in a large swarm it may have been filled after we read the records
+            move = self._decide() if await self._scout.confirm() else None
         if move is None or not (move.fills_gap or may_gain):
             return
         reload_s = self._reload_s()[move.blocks.start]

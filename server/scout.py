@@ -38,6 +38,8 @@ NUM_READS = 3
 """How often a close look tries to read all records, each time those that it has not got yet."""
 SAMPLE_S = 20.0
 """How many are late is told by the records that were read within so long of the newest: all, in a small swarm."""
+CONFIRM_S = 20.0
+"""Before anything is done about a gap, all records must be younger; in a small swarm they are."""
 AGAIN_S = 30.0
 """The silent are asked again after so long: one that was only slow, or has come back, is there again ..."""
 MAX_AGAIN = 4
@@ -156,6 +158,14 @@ class Scout:
                 await self._ask_around(again=self._silent(time.monotonic())[:MAX_DOUBTS])
         except TimeoutError:
             logger.info("did not hear from all other servers within %g s", LOOK_TIMEOUT_S)
+
+    async def confirm(self) -> bool:
+        """Read again what was read long ago, and whether that is done: what we see missing may be there by now."""
+        try:
+            return await self._directory.confirm(max_age_s=CONFIRM_S)
+        except SwarmError as error:
+            logger.info("could not read all records: %s", error)
+            return False
 
     async def _read(self, max_age_s: float, *, everything: bool = False) -> None:
         """Read records; until that succeeds we know nothing for sure."""

@@ -23,7 +23,7 @@ from swarm.types import ServerState
 logger = logging.getLogger(__name__)
 
 READ_BYTES_PER_S = 64 << 10
-"""What a peer reads of the DHT's records in the long run."""
+"""What a peer reads of the DHT's records in the long run; as much again where it has to be sure of what it sees."""
 COPY_BYTES = 260
 """One record in an answer, with its signature and its subkey."""
 NUM_COPIES = 5
@@ -63,7 +63,7 @@ class Directory:
         self._shards: list[list[Seen]] = [[] for _ in range(NUM_SHARDS)]
         self._read_at = [-math.inf] * NUM_SHARDS
         self._order = random.sample(range(NUM_SHARDS), NUM_SHARDS)
-        self._refreshed_at = -math.inf
+        self._refreshed_at = self._confirmed_at = -math.inf
         self._reading = asyncio.Lock()
 
     @property
@@ -113,6 +113,21 @@ class Directory:
                 await self._read(shards_to_begin(self._read_at, self._num_records, self._order))
             else:
                 await self._read(shards_due(self._read_at, now, max_age_s, self._num_estimated))
+
+    async def confirm(self, *, max_age_s: float) -> bool:
+        """Read all shards that are older than that; whether none is then. False where the budget does not allow it.
+
+        Raises:
+            PeerTimeout: as `refresh`.
+        """
+        now = time.monotonic()
+        if now - min(self._read_at) < max_age_s:
+            return True
+        if now - self._confirmed_at < round_s(max_age_s, self._num_estimated):
+            return False
+        self._confirmed_at = now
+        await self.refresh(max_age_s=max_age_s, everything=True)
+        return True
 
     @property
     def _num_records(self) -> int:
@@ -169,8 +184,13 @@ def shards_due(read_at: Sequence[float], now: float, max_age_s: float, num_recor
         max_age_s: how old a shard may be at least.
         num_records: how many records there are, about.
     """
-    takes_s = max(max_age_s, num_records * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)
+    takes_s = round_s(max_age_s, num_records)
     since_s = max(now - max(read_at), max_age_s)
     count = len(read_at) if since_s >= takes_s else math.ceil(len(read_at) * since_s / takes_s)
     oldest_first = sorted(range(len(read_at)), key=lambda shard: read_at[shard])
     return sorted(oldest_first[:count])
+
+
+def round_s(max_age_s: float, num_records: int) -> float:
+    """In how many seconds the budget allows to read all shards once. Pure."""
+    return max(max_age_s, num_records * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)

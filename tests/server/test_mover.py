@@ -33,6 +33,7 @@ class FakeScout:
         self.world, self.own_id, self.num_looks = world, own_id, 0
         self.share_in_doubt = 0.0
         self.error = None
+        self.is_sure = True
 
     @property
     def holdings(self):
@@ -50,6 +51,9 @@ class FakeScout:
         if self.error is not None:
             raise self.error
         await self.look()
+
+    async def confirm(self):
+        return self.is_sure
 
 
 class FakeTable:
@@ -221,6 +225,21 @@ async def test_a_server_that_cannot_read_the_records_again_stays():
     assert await LeaseDesk(FakeTable(world, "c"), MODEL).claims() == []
     mover._scout.error = None
     await mover._consider(may_gain=True)
+    assert server.moves
+
+
+async def test_a_gap_that_is_not_sure_makes_nobody_claim_anything():
+    """In a large swarm hundreds would see one at any time in what they read minutes ago."""
+    world = World()
+    server, other = FakeServer(world, "a", (0, 6)), FakeServer(world, "b", (0, 6))
+    server.serve()
+    other.serve()
+    mover = mover_of(world, server)
+    mover._scout.is_sure = False
+    await mover._consider(may_gain=True)
+    assert not world.claims and not server.moves
+    mover._scout.is_sure = True
+    await mover._consider(may_gain=False)
     assert server.moves
 
 

@@ -20,6 +20,7 @@ from swarm.server.attendance import NEWS_S
 from swarm.server.mover import MAX_DOUBT
 from swarm.server.scout import (
     AGAIN_S,
+    CONFIRM_S,
     FEW_HOLDERS,
     LOOK_TIMEOUT_S,
     MAX_AGAIN,
@@ -318,6 +319,19 @@ async def test_a_close_look_tries_again_and_says_so_when_it_could_not_read_the_r
     with pytest.raises(PeerTimeout):
         await scout.look_closely()
     assert scout.share_in_doubt == 1.0
+
+
+async def test_a_gap_is_confirmed_by_reading_what_is_old(clock):
+    """Not at all, while the DHT does not answer."""
+    scout, _, registry = watcher_of([record("a")])
+    await scout.look()
+    assert await scout.confirm() and len(registry.reads) == 2
+    clock.now += CONFIRM_S
+    registry.error = PeerTimeout("no answer")
+    assert not await scout.confirm()
+    registry.error = None
+    clock.now += CONFIRM_S
+    assert await scout.confirm() and len(registry.reads) == 3
 
 
 async def test_a_death_makes_it_ask_the_few_that_are_left_for_the_same_blocks():

@@ -147,6 +147,23 @@ async def test_a_search_that_fails_loses_nothing_of_those_before_it(monkeypatch)
     assert sorted(shard for shards in registry.reads for shard in shards) == list(range(NUM_SHARDS))
 
 
+@pytest.mark.parametrize(("per_shard", "num_confirmed"), [(1, 10), (625, 1)])
+async def test_what_is_seen_is_confirmed_within_the_budget(per_shard, num_confirmed, monkeypatch):
+    """A small swarm as often as it is asked; one of 10,000 servers every three minutes."""
+    now = 1000.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
+    registry = full_registry(per_shard)
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=0.0, everything=True)
+    results = []
+    for _ in range(10):
+        now += 20.0
+        results.append(await directory.confirm(max_age_s=20.0))
+        assert await directory.confirm(max_age_s=20.0) == results[-1]
+    assert results == [True] * num_confirmed + [False] * (10 - num_confirmed)
+    assert sum(map(len, registry.reads)) == NUM_SHARDS * (1 + num_confirmed)
+
+
 async def test_what_has_expired_is_not_used():
     """A record that was valid when it was read is left out once it is not; that it was there is known still."""
     registry = FakeRegistry({0: [record("lives"), record("ends", expires_at=time.time() + 0.05)]})
