@@ -16,11 +16,14 @@ from enum import Enum
 
 from swarm.directory import Seen
 from swarm.registry import ServerRecord
+from swarm.types import ServerState
 
 HEARD_S = 10.0
 """An answer shows for so long that a server is there, though its record is late."""
 NEWS_S = 90.0
 """Who has been silent for longer is gone: all have had the time to notice it."""
+PROMISE_S = 900.0
+"""So long a server may say that it loads blocks, and be taken to hold them."""
 FORGET_S = 3600.0
 """What was known of those that are not announced any more is forgotten after so long."""
 
@@ -32,7 +35,7 @@ class Standing(Enum):
     EXPECTED = "its record had been renewed in time when it was read"
     LATE = "its record had not"
     SILENT = "it was asked lately, and did not answer"
-    GONE = "it has not answered for long"
+    GONE = "it has not answered for long, or has said for too long that it loads"
 
     @property
     def is_there(self) -> bool:
@@ -42,7 +45,7 @@ class Standing(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class _Spell:
-    """A time of silence."""
+    """A time of silence, or of loading."""
 
     since: float
     last_at: float
@@ -56,6 +59,8 @@ class Attendance:
         """When servers answered that answered when they were asked last."""
         self._silent: dict[str, _Spell] = {}
         """Since when others did not answer, and when they were asked last."""
+        self._loading: dict[str, _Spell] = {}
+        """Since when servers have said that they load, without having said since that they serve."""
 
     def asked(self, records: Iterable[ServerRecord], silent: Collection[str], now: float) -> None:
         """These were asked, and some of them did not answer."""
@@ -69,13 +74,16 @@ class Attendance:
 
     def announced(self, records: Iterable[ServerRecord], now: float) -> None:
         """All records, as they are known now."""
-        present = {record.peer_id for record in records}
+        states = {record.peer_id: record.state for record in records}
+        for peer_id, state in states.items():
+            if state is ServerState.JOINING:
+                self._loading.setdefault(peer_id, _Spell(since=now, last_at=now)).last_at = now
+            else:
+                self._loading.pop(peer_id, None)
         self._heard = {peer_id: at for peer_id, at in self._heard.items() if now - at <= HEARD_S}
-        self._silent = {
-            peer_id: spell
-            for peer_id, spell in self._silent.items()
-            if peer_id in present or now - spell.last_at <= FORGET_S
-        }
+        for spells in (self._silent, self._loading):
+            for peer_id in [it for it, spell in spells.items() if it not in states and now - spell.last_at > FORGET_S]:
+                del spells[peer_id]
 
     @property
     def silent(self) -> dict[str, float]:
@@ -87,6 +95,9 @@ class Attendance:
         peer_id = seen.record.peer_id
         if (silence := self._silent.get(peer_id)) is not None:
             return Standing.SILENT if now - silence.since <= NEWS_S else Standing.GONE
+        loading = self._loading.get(peer_id)
+        if loading is not None and now - loading.since > PROMISE_S and seen.record.state is ServerState.JOINING:
+            return Standing.GONE
         if now - self._heard.get(peer_id, float("-inf")) <= HEARD_S:
             return Standing.HEARD
         return Standing.LATE if seen.is_late else Standing.EXPECTED

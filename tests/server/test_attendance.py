@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from swarm.directory import Seen
 from swarm.registry import LATE_S, TTL_PERIODS, ServerRecord
-from swarm.server.attendance import FORGET_S, HEARD_S, NEWS_S, Attendance, Standing
+from swarm.server.attendance import FORGET_S, HEARD_S, NEWS_S, PROMISE_S, Attendance, Standing
 from swarm.types import ServerState
 from tests.swarm.test_directory import record
 
@@ -67,3 +67,19 @@ def test_silence_is_remembered_while_it_is_announced_and_for_an_hour(is_announce
     assert attendance.of(seen(), FORGET_S) is Standing.GONE
     attendance.announced(names("a") if is_announced else [], FORGET_S + 1.0)
     assert attendance.of(seen(), FORGET_S + 1.0) is (Standing.GONE if is_announced else Standing.EXPECTED)
+
+
+def test_who_says_for_too_long_that_it_loads_holds_nothing_until_it_says_that_it_serves():
+    """From when it was first seen to say so; a move later on has its own time."""
+    attendance, loads = Attendance(), record("a", state=ServerState.JOINING)
+    for now in (0.0, PROMISE_S, PROMISE_S + 1.0):
+        attendance.announced([loads], now)
+        attendance.asked([loads], (), now)
+        assert attendance.of(seen(state=ServerState.JOINING), now).is_there == (now <= PROMISE_S)
+    attendance.announced([], PROMISE_S + 2.0)
+    attendance.announced([loads], PROMISE_S + 3.0)
+    assert attendance.of(seen(state=ServerState.JOINING), PROMISE_S + 3.0) is Standing.GONE
+    assert attendance.of(seen(), PROMISE_S + 3.0).is_there
+    attendance.announced(names("a"), 2000.0)
+    attendance.announced([loads], 3000.0)
+    assert attendance.of(seen(state=ServerState.JOINING), 3000.0).is_there

@@ -16,7 +16,7 @@ from swarm.errors import PeerTimeout
 from swarm.pings import NUM_NEAR, NUM_RANDOM, Pinger, RoundTrips
 from swarm.registry import MAX_PINGS, NUM_SHARDS, peer_tag
 from swarm.server import scout as scout_module
-from swarm.server.attendance import NEWS_S
+from swarm.server.attendance import NEWS_S, PROMISE_S
 from swarm.server.mover import MAX_DOUBT
 from swarm.server.scout import (
     AGAIN_S,
@@ -296,6 +296,17 @@ async def test_servers_that_leave_or_drain_hold_nothing_and_those_that_load_do()
     scout, _, _ = watcher_of(records)
     await scout.look()
     assert ids(scout.others) == {"ONLINE", "JOINING"} and scout.loading == {"JOINING"}
+
+
+async def test_who_only_says_that_it_loads_covers_blocks_for_a_quarter_of_an_hour(clock):
+    """It answers, as those do that load; a newcomer takes its place then."""
+    loading = record("promises", state=ServerState.JOINING)
+    scout, _, registry = watcher_of([loading])
+    while clock.now < 2 * PROMISE_S:
+        registry.shards[0] = [replace(loading, expires_at=clock.time() + 60.0)]
+        await scout.look()
+        assert [it.peer_id for it in scout.holdings] == (["promises"] if clock.now <= PROMISE_S else [])
+        clock.now += 10.0
 
 
 @pytest.mark.parametrize("num_failures", [NUM_READS - 1, NUM_READS])
