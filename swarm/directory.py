@@ -105,14 +105,14 @@ class Directory:
         async with self._reading:
             now = time.monotonic()
             if everything:
-                await self._read_all([shard for shard in self._order if now - self._read_at[shard] >= max_age_s])
+                await self._read_all([shard for shard in self._order if now - self._read_at[shard] >= max_age_s], now)
             elif now - self._refreshed_at < max_age_s:
                 return
             elif first := shards_to_begin(self._read_at, self._num_records, self._order):
-                await self._read(first)
-                await self._read(shards_to_begin(self._read_at, self._num_records, self._order))
+                await self._read(first, now)
+                await self._read(shards_to_begin(self._read_at, self._num_records, self._order), now)
             else:
-                await self._read(shards_due(self._read_at, now, max_age_s, self._num_estimated))
+                await self._read(shards_due(self._read_at, now, max_age_s, self._num_estimated), now)
 
     async def confirm(self, *, max_age_s: float) -> bool:
         """Read all shards that are older than that; whether none is then. False where the budget does not allow it.
@@ -138,20 +138,20 @@ class Directory:
         """Of the whole swarm; 0 before anything was read."""
         return self._num_records * NUM_SHARDS // max(1, sum(at > -math.inf for at in self._read_at))
 
-    async def _read_all(self, shards: Sequence[int]) -> None:
+    async def _read_all(self, shards: Sequence[int], now: float) -> None:
         """Read these, in searches that bring about ENOUGH_RECORDS each."""
         while shards:
             if max(self._read_at) == -math.inf:
                 count = FIRST_SHARDS
             else:
                 count = max(1, ENOUGH_RECORDS * NUM_SHARDS // max(1, self._num_estimated))
-            await self._read(sorted(shards[:count]))
+            await self._read(sorted(shards[:count]), now)
             shards = shards[count:]
 
-    async def _read(self, shards: Sequence[int]) -> None:
+    async def _read(self, shards: Sequence[int], now: float) -> None:
         if not shards:
             return
-        now, at = time.monotonic(), time.time()
+        at = time.time()
         found = await self._registry.lookup_shards(self._model, shards, num_blocks=self._num_blocks)
         for shard, records in zip(shards, found, strict=True):
             self._shards[shard], self._read_at[shard] = [Seen(record, at) for record in records], now
