@@ -4,6 +4,7 @@ import asyncio
 import struct
 import time
 from contextlib import suppress
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -102,11 +103,27 @@ def desks(count):
     return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01, now=lambda: 0.0) for index in range(count)]
 
 
+async def at_once(rivals, *, lease_s, fills_gap=False):
+    """Who gets the right to move of those that have all looked before any of them has claimed."""
+    for desk in rivals:
+        desk._node.may_store.clear()
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    trying = [
+        asyncio.create_task(desk.acquire(here, there, delay_s=0.0, lease_s=lease_s, fills_gap=fills_gap))
+        for desk in rivals
+    ]
+    for desk in rivals:
+        await desk._node.stores.wait()
+    for desk in rivals:
+        desk._node.may_store.set()
+    return await asyncio.gather(*trying)
+
+
 async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
     """Eight that all want to the same blocks: the others stay, and one of them may move when it has arrived."""
     rivals = desks(8)
     here, there = BlockRange(0, 4), BlockRange(8, 12)
-    results = await asyncio.gather(*(desk.acquire(here, there, delay_s=0.0, lease_s=60.0) for desk in rivals))
+    results = await at_once(rivals, lease_s=60.0)
     assert sum(results) == 1
     winner = results.index(True)
     assert not await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
@@ -135,20 +152,10 @@ async def test_a_server_whose_claim_took_long_to_store_does_not_move_beside_one_
 async def test_of_slow_servers_one_fills_a_gap_and_none_moves_for_a_gain():
     """Nobody can be sure of being seen: a gap is not left open for that."""
     for fills_gap, num_winners in ((True, 1), (False, 0)):
-        now, both = [0.0], desks(2)
+        both = desks(2)
         for desk in both:
-            desk._now = lambda now=now: now[0]
-            desk._node.may_store.clear()
-        here, there = BlockRange(0, 4), BlockRange(8, 12)
-        trying = [
-            asyncio.create_task(it.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=fills_gap)) for it in both
-        ]
-        for desk in both:
-            await desk._node.stores.wait()
-        now[0] = 5.0
-        for desk in both:
-            desk._node.may_store.set()
-        assert sum(await asyncio.gather(*trying)) == num_winners
+            desk._now = count(step=5.0).__next__
+        assert sum(await at_once(both, lease_s=60.0, fills_gap=fills_gap)) == num_winners
 
 
 async def test_a_table_that_takes_no_more_claims_keeps_gaps_from_nobody():
@@ -163,9 +170,7 @@ async def test_a_table_that_takes_no_more_claims_keeps_gaps_from_nobody():
 async def test_claims_of_those_that_did_not_win_are_soon_gone_from_the_table():
     """They lost to one that may keep its claim for half an hour; theirs would fill the key."""
     rivals = desks(8)
-    results = await asyncio.gather(
-        *(desk.acquire(BlockRange(0, 4), BlockRange(8, 12), delay_s=0.0, lease_s=MAX_LEASE_S) for desk in rivals)
-    )
+    results = await at_once(rivals, lease_s=MAX_LEASE_S)
     left_s = {peer_id: expires_at - time.time() for peer_id, (_, expires_at) in rivals[0]._node.values.items()}
     winner = f"p{results.index(True)}"
     assert left_s.pop(winner) > MAX_LEASE_S - 60.0
