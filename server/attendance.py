@@ -21,7 +21,9 @@ from swarm.types import ServerState
 HEARD_S = 10.0
 """An answer shows for so long that a server is there, though its record is late."""
 NEWS_S = 90.0
-"""Who has been silent for longer is gone: all have had the time to notice it."""
+"""Who fell silent longer ago is gone: all have had the time to notice it ..."""
+NEW_AGAIN_S = 600.0
+"""... and it is no news again within this time: who answers now and then would keep all in doubt."""
 PROMISE_S = 900.0
 """So long a server may say that it loads blocks, and be taken to hold them."""
 FORGET_S = 3600.0
@@ -59,6 +61,8 @@ class Attendance:
         """When servers answered that answered when they were asked last."""
         self._silent: dict[str, _Spell] = {}
         """Since when others did not answer, and when they were asked last."""
+        self._fell_silent: dict[str, float] = {}
+        """When servers fell silent, those that have answered since as well; the first time within NEW_AGAIN_S."""
         self._loading: dict[str, _Spell] = {}
         """Since when servers have said that they load, without having said since that they serve."""
 
@@ -67,7 +71,8 @@ class Attendance:
         for peer_id in (record.peer_id for record in records):
             if peer_id in silent:
                 self._heard.pop(peer_id, None)
-                self._silent.setdefault(peer_id, _Spell(since=now, last_at=now)).last_at = now
+                since = self._fell_silent.setdefault(peer_id, now)
+                self._silent.setdefault(peer_id, _Spell(since=since, last_at=now)).last_at = now
             else:
                 self._silent.pop(peer_id, None)
                 self._heard[peer_id] = now
@@ -80,6 +85,7 @@ class Attendance:
                 self._loading.setdefault(peer_id, _Spell(since=now, last_at=now)).last_at = now
             else:
                 self._loading.pop(peer_id, None)
+        self._fell_silent = {peer_id: at for peer_id, at in self._fell_silent.items() if now - at <= NEW_AGAIN_S}
         self._heard = {peer_id: at for peer_id, at in self._heard.items() if now - at <= HEARD_S}
         for spells in (self._silent, self._loading):
             for peer_id in [it for it, spell in spells.items() if it not in states and now - spell.last_at > FORGET_S]:

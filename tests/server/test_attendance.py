@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from swarm.directory import Seen
 from swarm.registry import LATE_S, TTL_PERIODS, ServerRecord
-from swarm.server.attendance import FORGET_S, HEARD_S, NEWS_S, PROMISE_S, Attendance, Standing
+from swarm.server.attendance import FORGET_S, HEARD_S, NEW_AGAIN_S, NEWS_S, PROMISE_S, Attendance, Standing
 from swarm.types import ServerState
 from tests.swarm.test_directory import record
 
@@ -36,18 +36,28 @@ def test_a_record_is_late_by_when_it_was_read_whatever_the_time_is_now(age_s, no
 @given(st.lists(st.tuples(st.floats(0.1, 60.0), st.booleans(), st.floats(0.0, 59.0)), max_size=30))
 def test_what_a_server_announces_never_outweighs_that_it_does_not_answer(events):
     """Asked at any times: it is there exactly if it answered the last time, or was never asked."""
-    attendance, now, answers, silent_since = Attendance(), 0.0, True, None
+    attendance, now = Attendance(), 0.0
     for pause_s, answers, age_s in events:
         now += pause_s
-        attendance.asked(names("a"), () if answers else ("a",), now)
-        silent_since = None if answers else now if silent_since is None else silent_since
         attendance.announced(names("a"), now)
-        standing = attendance.of(seen(age_s=age_s), now)
-        assert standing.is_there == answers
-        if not answers:
-            assert standing is (Standing.SILENT if now - silent_since <= NEWS_S else Standing.GONE)
+        attendance.asked(names("a"), () if answers else ("a",), now)
+        assert attendance.of(seen(age_s=age_s), now).is_there == answers
         assert ("a" in attendance.silent) == (not answers)
     assert attendance.of(seen("other"), now) is Standing.EXPECTED
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_silence_is_news_for_a_while_and_not_again_soon(every):
+    """Whether it never answers, or only every other time."""
+    attendance, doubts = Attendance(), []
+    for index in range(120):
+        now = 10.0 * index
+        attendance.announced(names("a"), now)
+        attendance.asked(names("a"), ("a",) if index % every == 0 else (), now)
+        doubts += [now] if attendance.of(seen(), now) is Standing.SILENT else []
+    assert [at for at in doubts if at < NEW_AGAIN_S] == [10.0 * index for index in range(0, 10, every)]
+    if every == 1:
+        assert doubts[-1] == NEWS_S
 
 
 def test_an_answer_outweighs_a_late_record_for_some_seconds():
