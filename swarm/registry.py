@@ -240,14 +240,8 @@ class Registry:
         """
         _require(record.peer_id == self._node.peer_id, f"record of {record.peer_id}, we are {self._node.peer_id}")
         _require(0 < ttl_s <= MAX_TTL_S, f"ttl of {ttl_s} s, range 0..{MAX_TTL_S:g}")
-        shard = shard_of(record.peer_id)
-        key = shard_key(record.model, shard)
-        is_stored = await self._node.dht_store(key, record.peer_id, record.encode(), record.expires_at)
-        if not is_stored:
-            log.warning(
-                "nobody sees us: the DHT did not take our record; it may be cut off, or its shard %d full", shard
-            )
-        return is_stored
+        key = shard_key(record.model, shard_of(record.peer_id))
+        return await self._node.dht_store(key, record.peer_id, record.encode(), record.expires_at)
 
     async def lookup(self, model: str, *, num_blocks: int = MAX_BLOCKS) -> list[ServerRecord]:
         """The valid records of a model, one per server, without those that are OFFLINE or have expired.
