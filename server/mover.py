@@ -18,7 +18,7 @@ import numpy as np
 from swarm.errors import SwarmError
 from swarm.leases import LeaseDesk
 from swarm.placement import Choice, Holding, Move, Survey, better_movers, choose_span, decide_move
-from swarm.server.scout import Scout
+from swarm.server.scout import REFRESH_S, Scout
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
@@ -106,14 +106,18 @@ class Mover:
         self._stays_until = float("-inf")
 
     async def choose(self, capacity_tps: float) -> Choice:
-        """Where to begin: tells the swarm, and looks again whether others had the same idea."""
+        """Where to begin: tells the swarm, and looks again whether others had the same idea.
+
+        Raises:
+            PeerTimeout: the records of the swarm can't be read.
+        """
         own_id = self._server.holding.peer_id
-        await self._scout.look(max_age_s=0.0, everything=True)
+        await self._scout.look_closely(max_age_s=REFRESH_S)
         choice = choose_span(Survey(self._scout.holdings, self._num_blocks), self._length, capacity_tps, own_id)
         for _ in range(MAX_SETTLES if self._scout.holdings else 0):
             await self._server.announce_blocks(choice.blocks)
             await asyncio.sleep(SETTLE_S * self._generator.uniform(0.5, 1.5))
-            await self._scout.look(max_age_s=0.0, everything=True)
+            await self._scout.look_closely()
             again = choose_span(Survey(self._before(own_id), self._num_blocks), self._length, capacity_tps, own_id)
             if again.blocks == choice.blocks:
                 break
@@ -141,6 +145,8 @@ class Mover:
     async def _consider(self, *, may_gain: bool) -> None:
         """Move if that pays, unless others should."""
         move = self._decide()
+        if move is not None and move.fills_gap:  # in a large swarm it may have been filled after we read the records
+            move = self._decide() if await self._scout.confirm() else None
         if move is None or not (move.fills_gap or may_gain):
             return
         reload_s = self._reload_s()[move.blocks.start]
@@ -176,8 +182,7 @@ class Mover:
         if not await self._may_move(move, delay_s=delay_s, lease_s=lease_s):
             return
         try:
-            await self._scout.look(max_age_s=0.0, everything=True)
-            again = self._decide()
+            again = await self._decide_again()
             if again is None or again.blocks != takes:
                 return
             logger.info(
@@ -196,6 +201,15 @@ class Mover:
                 self._stays_until = asyncio.get_running_loop().time() + RETRY_S
         finally:
             await self._release(leaves, takes)
+
+    async def _decide_again(self) -> Move | None:
+        """What to do by the records of all as they are now; nothing if they can't be read."""
+        try:
+            await self._scout.look_closely()
+        except SwarmError as error:
+            logger.info("not moving, the records of the swarm can't be read: %s", error)
+            return None
+        return self._decide()
 
     async def _may_move(self, move: Move, *, delay_s: float, lease_s: float) -> bool:
         """Wait, then try to get the lease."""

@@ -100,10 +100,11 @@ class Placing:
 
         Raises:
             ConfigError: not even one fits.
+            PeerTimeout: the records of the swarm can't be read.
             UnsupportedModel: the block runner would run this model wrongly.
         """
         plan, config = self._server.plan, self._server.config
-        await self.scout.look(max_age_s=0.0, everything=True)
+        await self.scout.look_closely()
         weakest = Survey(self.scout.holdings, plan.num_blocks).weakest.start
         self.facts = await asyncio.to_thread(self._of_block, weakest)
         if config.num_blocks is None:

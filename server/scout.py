@@ -1,16 +1,18 @@
 """One server's view of the others of its model: where they are, how far, and whether they are still there.
 
     now and then: Directory.refresh ─► neighbours, and whoever is in doubt ─ping─► round trips, place ─► our record
-                                                                              └──► suspects ─► holdings of the living
+                          │                                                   └──► Attendance ─┐
+                          └─► records, as they were when they were read ───────────────────────┴─► holdings, doubt
 
 Clients route by what servers tell of the ways between them, see `swarm.routing`. A server measures a handful of others,
 whatever the size of the swarm. When one of them does not answer, or a record was not renewed in time, and few others
 hold its blocks, these are asked as well: so a gap is noticed long before records expire, and nobody is taken for dead
-on the word of another.
+on the word of another. Who is there is said by `swarm.server.attendance`.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -18,11 +20,12 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from swarm.coordinates import Place
-from swarm.directory import Directory
-from swarm.errors import SwarmError
+from swarm.directory import Directory, Seen
+from swarm.errors import PeerTimeout, SwarmError
 from swarm.pings import Pinger, neighbours
 from swarm.placement import Holding
 from swarm.registry import MAX_PINGS, Ping, ServerRecord, peer_tag
+from swarm.server.attendance import Attendance, Standing
 from swarm.types import BlockRange, ServerState
 
 logger = logging.getLogger(__name__)
@@ -31,10 +34,22 @@ REFRESH_S = 10.0
 """Age at which records are read again; in large swarms the Directory reads a part of them only."""
 LOOK_TIMEOUT_S = 8.0
 """How long one look may take: two rounds of questions that nobody answers."""
+NUM_READS = 3
+"""How often a close look tries to read all records, each time those that it has not got yet."""
+SAMPLE_S = 20.0
+"""How many are late is told by the records that were read within so long of the newest: all, in a small swarm."""
+CONFIRM_S = 20.0
+"""Before anything is done about a gap, all records must be younger; in a small swarm they are."""
+AGAIN_S = 30.0
+"""The silent are asked again after so long: one that was only slow, or has come back, is there again ..."""
+MAX_AGAIN = 4
+"""... so many each time, those first that were asked longest ago."""
 FEW_HOLDERS = 2
 """Blocks with at most so many servers besides a suspect are looked at closely."""
 MAX_DOUBTS = 16
 """Servers that are asked beyond the neighbours, each time."""
+PRESENT = (ServerState.ONLINE, ServerState.JOINING)
+"""States of servers that hold blocks, or will soon."""
 
 
 class Scout:
@@ -59,8 +74,9 @@ class Scout:
     ):
         self._pinger, self._directory, self._generator = pinger, directory, generator
         self._own_id, self._own_blocks = own_id, own_blocks
-        self._suspects: dict[str, float] = {}
-        """Servers that did not answer, and when the record expires that they had then."""
+        self._attendance = Attendance()
+        self._is_blind = False
+        """Whether the records could not be read at the last look."""
 
     @property
     def place(self) -> Place:
@@ -81,76 +97,118 @@ class Scout:
 
     @property
     def others(self) -> list[ServerRecord]:
-        """All other servers that are there, or will be soon, as far as is known."""
-        return [
-            record
-            for record in self._directory.records
-            if record.peer_id != self._own_id
-            and record.state in (ServerState.ONLINE, ServerState.JOINING)
-            and not self._is_suspect(record)
-        ]
+        """Other servers that are there, or will be soon, as far as is known; of a large swarm, a fresh sample."""
+        return _present(self._standings(self._directory.fresh))
 
     @property
     def holdings(self) -> list[Holding]:
-        """What they hold."""
-        return [holding_of(record) for record in self.others]
-
-    @property
-    def share_in_doubt(self) -> float:
-        """The part of the others of whom it is not sure whether they are there: late, or silent."""
-        now, silent = time.time(), self._silent
-        num_late = sum(record.is_late(now) for record in self.others)
-        return (num_late + len(silent)) / max(1, len(self.others) + len(silent))
+        """What all others hold, as it was when it was read."""
+        return [holding_of(record) for record in _present(self._standings(self._directory.seen))]
 
     @property
     def loading(self) -> set[str]:
-        """Those that load their blocks still."""
-        return {record.peer_id for record in self.others if record.state is ServerState.JOINING}
+        """Those of them that load their blocks still."""
+        present = _present(self._standings(self._directory.seen))
+        return {record.peer_id for record in present if record.state is ServerState.JOINING}
 
-    async def look(self, *, max_age_s: float | None = None, everything: bool = False) -> None:
-        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt.
+    @property
+    def share_in_doubt(self) -> float:
+        """The part of the others of whom it is not sure whether they are there; all, if we can't read their records."""
+        if self._is_blind:
+            return 1.0
+        known = [pair for pair in self._standings(self._directory.fresh) if pair[1] is not Standing.GONE]
+        newest = max((seen.at for seen, _ in known), default=0.0)
+        sample = [standing for seen, standing in known if seen.at >= newest - SAMPLE_S]
+        late, silent = sample.count(Standing.LATE), [standing for _, standing in known].count(Standing.SILENT)
+        return late / max(1, len(sample)) + silent / max(1, len(known))
+
+    async def look(self, *, max_age_s: float = REFRESH_S) -> None:
+        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt; ends soon.
 
         Args:
-            max_age_s: how old records may be; REFRESH_S by default.
-            everything: read all records, however many there are, and ask the silent once more.
+            max_age_s: how old records may be.
         """
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
-                await self._directory.refresh(
-                    max_age_s=REFRESH_S if max_age_s is None else max_age_s, everything=everything
-                )
-                await self._ask_around(again=everything)
+                await self._read(max_age_s)
+                await self._ask_around(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
         except (SwarmError, TimeoutError) as error:
             logger.info("could not look at the other servers: %s", error or type(error).__name__)
-        present = {record.peer_id for record in self._directory.records}
-        self._suspects = {peer_id: at for peer_id, at in self._suspects.items() if peer_id in present}
-        self._pinger.round_trips.keep_only(present)
 
-    async def _ask_around(self, *, again: bool) -> None:
-        """Measure the neighbours; ask others as long as somebody is in doubt who was not asked."""
+    async def look_closely(self, *, max_age_s: float = 0.0) -> None:
+        """Read all records, however many there are and however long that takes, and ask the silent once more.
+
+        Args:
+            max_age_s: how old records may be.
+
+        Raises:
+            PeerTimeout: some could not be read; what was read is kept.
+        """
+        started = time.monotonic()
+        for num_left in reversed(range(NUM_READS)):
+            try:
+                await self._read(max_age_s + time.monotonic() - started, everything=True)
+                break
+            except PeerTimeout as error:
+                if not num_left:
+                    raise
+                logger.info("could not read all records, trying again: %s", error)
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self._ask_around(again=self._silent(time.monotonic())[:MAX_DOUBTS])
+        except TimeoutError:
+            logger.info("did not hear from all other servers within %g s", LOOK_TIMEOUT_S)
+
+    async def confirm(self) -> bool:
+        """Read again what was read long ago, and whether that is done: what we see missing may be there by now."""
+        try:
+            return await self._directory.confirm(max_age_s=CONFIRM_S)
+        except SwarmError as error:
+            logger.info("could not read all records: %s", error)
+            return False
+
+    async def _read(self, max_age_s: float, *, everything: bool = False) -> None:
+        """Read records; until that succeeds we know nothing for sure."""
+        self._is_blind = True
+        await self._directory.refresh(max_age_s=max_age_s, everything=everything)
+        self._is_blind = False
+        self._attendance.announced((seen.record for seen in self._directory.seen), time.monotonic())
+        self._pinger.round_trips.keep_only({record.peer_id for record in self._directory.records})
+
+    async def _ask_around(self, *, again: Sequence[ServerRecord]) -> None:
+        """Measure the neighbours, and ask some of the silent again; then others, as long as somebody is in doubt."""
         asked: set[str] = set()
-        asking = neighbours(self._own_blocks(), self.others, self.place, self._generator)
-        if again:
-            asking += self._silent[:MAX_DOUBTS]
+        asking = [*neighbours(self._own_blocks(), self.others, self.place, self._generator), *again]
         while asking:
             silent = await self._pinger.ping(asking)
+            self._attendance.asked(asking, silent, time.monotonic())
             for record in asking:
                 if record.peer_id in silent:
                     logger.info("server %s of blocks %s does not answer", record.peer_id, record.blocks)
-                    self._suspects[record.peer_id] = record.expires_at
-                else:
-                    self._suspects.pop(record.peer_id, None)
             asked |= {record.peer_id for record in asking}
-            asking = doubtful(self.others, self._silent, time.time(), asked)
+            known = self._standings(self._directory.fresh)
+            late = {seen.record.peer_id for seen, standing in known if standing is Standing.LATE}
+            suspects = [seen.record for seen, standing in known if standing is Standing.SILENT]
+            asking = doubtful(_present(known), suspects, late, asked)
 
-    @property
-    def _silent(self) -> list[ServerRecord]:
-        """Those that did not answer, and say that they are there."""
-        return [record for record in self._directory.records if self._is_suspect(record)]
+    def _silent(self, before: float) -> list[ServerRecord]:
+        """Those that did not answer when they were asked last, before some time; first who was asked longest ago."""
+        asked_at = self._attendance.silent
+        silent = [record for record in self._directory.records if asked_at.get(record.peer_id, math.inf) <= before]
+        return sorted(silent, key=lambda record: asked_at[record.peer_id])
 
-    def _is_suspect(self, record: ServerRecord) -> bool:
-        """Whether it did not answer, and has not renewed its record since."""
-        return record.expires_at <= self._suspects.get(record.peer_id, float("-inf"))
+    def _standings(self, known: Sequence[Seen]) -> list[tuple[Seen, Standing]]:
+        """Those of others that say that they serve or load, and what is known of each."""
+        now = time.monotonic()
+        return [
+            (seen, self._attendance.of(seen, now))
+            for seen in known
+            if seen.record.state in PRESENT and seen.record.peer_id != self._own_id
+        ]
+
+
+def _present(known: Sequence[tuple[Seen, Standing]]) -> list[ServerRecord]:
+    return [seen.record for seen, standing in known if standing.is_there]
 
 
 def holding_of(record: ServerRecord) -> Holding:
@@ -159,7 +217,7 @@ def holding_of(record: ServerRecord) -> Holding:
 
 
 def doubtful(
-    records: Sequence[ServerRecord], suspects: Sequence[ServerRecord], now: float, asked: Collection[str]
+    records: Sequence[ServerRecord], suspects: Sequence[ServerRecord], late: Collection[str], asked: Collection[str]
 ) -> list[ServerRecord]:
     """Whom to ask whether they are there, at most MAX_DOUBTS. Pure.
 
@@ -169,14 +227,14 @@ def doubtful(
     Args:
         records: of all that may be there.
         suspects: of those that don't answer.
-        now: unix time.
+        late: those of all that did not renew their record in time.
         asked: peers that were asked already.
     """
     holders: Counter[int] = Counter()
     for record in records:
-        if not record.is_late(now):
+        if record.peer_id not in late:
             holders.update(record.blocks)
-    shaken = {block for record in (*suspects, *(it for it in records if it.is_late(now))) for block in record.blocks}
+    shaken = {block for record in (*suspects, *(it for it in records if it.peer_id in late)) for block in record.blocks}
     found = []
     for record in records if shaken else ():
         fewest = min((holders[block] for block in record.blocks if block in shaken), default=FEW_HOLDERS + 1)

@@ -23,6 +23,10 @@ MAX_SAMPLE_S = 5.0
 MIN_HEIGHT_S = 1e-5
 GAIN = 0.5
 """Part of the error that one measurement against a place without errors removes."""
+MIN_ERROR = 0.1
+"""No place of another peer is trusted more than if it were known this well, whatever the peer says ..."""
+MAX_STEP_S = 0.02
+"""... and no measurement moves ours further: one liar among several neighbours is outvoted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +72,10 @@ def moved(own: Place, other: Place, measured_s: float, direction: Sequence[float
     if not 0.0 < measured_s <= MAX_SAMPLE_S:
         return own
     predicted_s = round_trip_s(own, other)
-    sample_error = abs(predicted_s - measured_s) / measured_s
-    weight = own.error / (own.error + other.error) if own.error + other.error > 0 else 0.5
+    sample_error = min(1.0, abs(predicted_s - measured_s) / measured_s)
+    weight = own.error / (own.error + max(other.error, MIN_ERROR))
     error = min(1.0, sample_error * GAIN * weight + own.error * (1.0 - GAIN * weight))
-    step_s = GAIN * weight * (measured_s - predicted_s)
+    step_s = min(max(GAIN * weight * (measured_s - predicted_s), -MAX_STEP_S), MAX_STEP_S)
     scale = step_s / max(predicted_s, MIN_HEIGHT_S)
     distance_s = predicted_s - own.height_s - other.height_s
     shift_s = scale * distance_s

@@ -3,9 +3,10 @@
     refresh ─due shards─► Registry.lookup_shards ─► records
 
 A small swarm is read whole each time. In a large one each refresh reads as many shards as a budget of bytes allows, the
-oldest first; records that have expired meanwhile are not used, so that what is left is a fresh sample of the swarm. A
-newcomer learns from two shards how large the swarm is, and reads as many more at once as give it a choice of servers.
-Everybody begins with other shards, so that no servers are known to all and others to few.
+oldest first. `records` leaves out what has expired meanwhile: that is a fresh sample of the swarm, to use servers by.
+`seen` has all, as they were when their shard was read: the whole swarm, to judge it by. A newcomer learns from two
+shards how large the swarm is, and reads as many more at once as give it a choice of servers. Everybody begins with
+other shards, so that no servers are known to all and others to few.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from swarm.registry import NUM_SHARDS, Registry, ServerRecord
 from swarm.types import ServerState
@@ -21,7 +23,7 @@ from swarm.types import ServerState
 logger = logging.getLogger(__name__)
 
 READ_BYTES_PER_S = 64 << 10
-"""What a peer reads of the DHT's records in the long run."""
+"""What a peer reads of the DHT's records in the long run; as much again where it has to be sure of what it sees."""
 COPY_BYTES = 260
 """One record in an answer, with its signature and its subkey."""
 NUM_COPIES = 5
@@ -30,6 +32,19 @@ FIRST_SHARDS = 2
 """A newcomer reads so many to learn how large the swarm is ..."""
 ENOUGH_RECORDS = 1000
 """... and goes on at once until it knows so many servers, or all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A record, and the unix time at which the search for it began."""
+
+    record: ServerRecord
+    at: float
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the server should have renewed it by then."""
+        return self.record.is_late(self.at)
 
 
 class Directory:
@@ -45,10 +60,10 @@ class Directory:
         self.version = 0
         """Grows with everything that was read."""
         self._registry, self._model, self._num_blocks = registry, model, num_blocks
-        self._shards: list[list[ServerRecord]] = [[] for _ in range(NUM_SHARDS)]
+        self._shards: list[list[Seen]] = [[] for _ in range(NUM_SHARDS)]
         self._read_at = [-math.inf] * NUM_SHARDS
         self._order = random.sample(range(NUM_SHARDS), NUM_SHARDS)
-        self._refreshed_at = -math.inf
+        self._refreshed_at = self._confirmed_at = -math.inf
         self._reading = asyncio.Lock()
 
     @property
@@ -59,8 +74,18 @@ class Directory:
     @property
     def records(self) -> list[ServerRecord]:
         """All servers known that have not expired."""
+        return [seen.record for seen in self.fresh]
+
+    @property
+    def fresh(self) -> list[Seen]:
+        """The same, with when they were read."""
         now = time.time()
-        return [record for shard in self._shards for record in shard if record.is_valid(now)]
+        return [seen for seen in self.seen if seen.record.is_valid(now)]
+
+    @property
+    def seen(self) -> list[Seen]:
+        """All servers that were there when their shard was read."""
+        return [seen for shard in self._shards for seen in shard]
 
     @property
     def online(self) -> list[ServerRecord]:
@@ -72,38 +97,66 @@ class Directory:
 
         Args:
             max_age_s: how old what is known may be, in a small swarm.
-            everything: read all shards, whatever that costs.
+            everything: read all shards that are older than that, whatever it costs, some at a time.
 
         Raises:
-            PeerTimeout: when the search does not end in time.
+            PeerTimeout: when a search does not end in time; what was read by others is kept.
         """
         async with self._reading:
             now = time.monotonic()
-            read_at = min(self._read_at) if everything else self._refreshed_at
-            if now - read_at < max_age_s:
-                return
             if everything:
-                await self._read(range(NUM_SHARDS), now)
+                await self._read_all([shard for shard in self._order if now - self._read_at[shard] >= max_age_s], now)
+            elif now - self._refreshed_at < max_age_s:
+                return
             elif first := shards_to_begin(self._read_at, self._num_records, self._order):
                 await self._read(first, now)
                 await self._read(shards_to_begin(self._read_at, self._num_records, self._order), now)
             else:
-                num_read = sum(at > -math.inf for at in self._read_at)
-                num_records = self._num_records * NUM_SHARDS // num_read
-                await self._read(shards_due(self._read_at, now, max_age_s, num_records), now)
-            self._refreshed_at = time.monotonic()
-            self.version += 1
+                await self._read(shards_due(self._read_at, now, max_age_s, self._num_estimated), now)
+
+    async def confirm(self, *, max_age_s: float) -> bool:
+        """Read all shards that are older than that; whether none is then. False where the budget does not allow it.
+
+        Raises:
+            PeerTimeout: as `refresh`.
+        """
+        now = time.monotonic()
+        if now - min(self._read_at) < max_age_s:
+            return True
+        if now - self._confirmed_at < round_s(max_age_s, self._num_estimated):
+            return False
+        self._confirmed_at = now
+        await self.refresh(max_age_s=max_age_s, everything=True)
+        return True
 
     @property
     def _num_records(self) -> int:
         return sum(map(len, self._shards))
 
+    @property
+    def _num_estimated(self) -> int:
+        """Of the whole swarm; 0 before anything was read."""
+        return self._num_records * NUM_SHARDS // max(1, sum(at > -math.inf for at in self._read_at))
+
+    async def _read_all(self, shards: Sequence[int], now: float) -> None:
+        """Read these, in searches that bring about ENOUGH_RECORDS each."""
+        while shards:
+            if max(self._read_at) == -math.inf:
+                count = FIRST_SHARDS
+            else:
+                count = max(1, ENOUGH_RECORDS * NUM_SHARDS // max(1, self._num_estimated))
+            await self._read(sorted(shards[:count]), now)
+            shards = shards[count:]
+
     async def _read(self, shards: Sequence[int], now: float) -> None:
         if not shards:
             return
+        at = time.time()
         found = await self._registry.lookup_shards(self._model, shards, num_blocks=self._num_blocks)
         for shard, records in zip(shards, found, strict=True):
-            self._shards[shard], self._read_at[shard] = records, now
+            self._shards[shard], self._read_at[shard] = [Seen(record, at) for record in records], now
+        self._refreshed_at = time.monotonic()
+        self.version += 1
 
 
 def shards_to_begin(read_at: Sequence[float], num_records: int, order: Sequence[int]) -> list[int]:
@@ -131,8 +184,13 @@ def shards_due(read_at: Sequence[float], now: float, max_age_s: float, num_recor
         max_age_s: how old a shard may be at least.
         num_records: how many records there are, about.
     """
-    round_s = max(max_age_s, num_records * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)
+    takes_s = round_s(max_age_s, num_records)
     since_s = max(now - max(read_at), max_age_s)
-    count = len(read_at) if since_s >= round_s else math.ceil(len(read_at) * since_s / round_s)
+    count = len(read_at) if since_s >= takes_s else math.ceil(len(read_at) * since_s / takes_s)
     oldest_first = sorted(range(len(read_at)), key=lambda shard: read_at[shard])
     return sorted(oldest_first[:count])
+
+
+def round_s(max_age_s: float, num_records: int) -> float:
+    """In how many seconds the budget allows to read all shards once. Pure."""
+    return max(max_age_s, num_records * COPY_BYTES * NUM_COPIES / READ_BYTES_PER_S)

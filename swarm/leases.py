@@ -8,6 +8,15 @@ at any time one server moves per region, and many in different regions of a larg
 claim under one key per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again
 after the lease was got, with fresh records.
 
+Lots decide between claims that see each other. A value is taken to be seen by all SETTLE_S / 4 after its store ended.
+Who needed no more than SETTLE_S / 2 from its first look to the end of its store is seen, then, by whoever it did not
+see at first, before that one looks again. Who needed longer may not be: it withdraws for any rival, unless it would
+fill a gap: where all are slow, two that come are better than none, and who is second sees the first one's record.
+
+One key has room for 2,048 peers. A claim is good for CLAIM_S until it has won, so that those that withdrew are soon
+gone from it. Still, somebody with so many identities can fill it: then nobody moves for a gain, and gaps are filled
+without a lease, after the same waits.
+
 Whoever claims and claims again keeps nobody from moving for ever: each peer is waited for with *patience* that ends.
 """
 
@@ -16,8 +25,8 @@ import logging
 import math
 import struct
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Protocol
 
@@ -26,8 +35,10 @@ from swarm.types import MAX_BLOCKS, BlockRange
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 1.5
-"""How long a claim is left for others to see before it is looked whether there are rivals."""
+SETTLE_S = 2.0
+"""How long a claim is left for others to see, from the end of its store, before it is looked who is first."""
+CLAIM_S = 90.0
+"""So long a claim is good before it has won: for five reads and stores of 15 s at most, and SETTLE_S."""
 MAX_LEASE_S = 1800.0
 PATIENCE_S = MAX_LEASE_S
 """So long after a peer's claims have first kept us from a gain, further ones don't; no move takes longer ..."""
@@ -96,7 +107,7 @@ def wins(own: Claim, claims: Iterable[Claim], now: float, *, is_settled: bool) -
         own: what it claims, or would.
         claims: of all servers; its own may be among them.
         now: unix time.
-        is_settled: whether its claim has been there for SETTLE_S; before, any rival comes first.
+        is_settled: whether all rivals have seen its claim; before, any of them comes first.
     """
     rivals = [it for it in claims if it.peer_id != own.peer_id and it.rivals(own) and _is_valid(it, now)]
     return all(is_settled and own.lot < rival.lot for rival in rivals)
@@ -145,10 +156,19 @@ class LeaseDesk:
         model: content digest of the checkpoint.
         num_blocks: of the model; claims that go beyond are refused.
         settle_s: how long a claim is left for others to see.
+        now: a monotonic clock in seconds.
     """
 
-    def __init__(self, node: Table, model: str, *, num_blocks: int = MAX_BLOCKS, settle_s: float = SETTLE_S):
-        self._node, self._key, self._settle_s = node, f"swarm/moves/v1/{model}", settle_s
+    def __init__(
+        self,
+        node: Table,
+        model: str,
+        *,
+        num_blocks: int = MAX_BLOCKS,
+        settle_s: float = SETTLE_S,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._node, self._key, self._settle_s, self._now = node, f"swarm/moves/v1/{model}", settle_s, now
         self._num_blocks = num_blocks
         self._last_expiry = 0.0
         self._patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
@@ -181,22 +201,25 @@ class LeaseDesk:
             takes: those that we go to.
             delay_s: how long to wait first, which is random.
             lease_s: how long the move may take; the claim ends then at the latest.
-            fills_gap: whether nobody serves some of those that we go to.
+            fills_gap: whether nobody serves some of those that we go to; then we go, too, when the DHT takes no claim.
 
         Raises:
             PeerTimeout: when the DHT does not answer.
         """
         await asyncio.sleep(delay_s)
-        lease_s = min(lease_s, MAX_LEASE_S)
-        own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + lease_s)
-        patience = self._patience[fills_gap]
+        own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + CLAIM_S)
+        patience, began = self._patience[fills_gap], self._now()
         if not await self._wins(own, patience, is_settled=False):
             return False
         has_it = False
         try:
-            if await self._store(own):
+            is_stored = await self._store(own)
+            if is_stored or fills_gap:
+                is_settled = is_stored and (fills_gap or self._now() - began <= self._settle_s / 2)
                 await asyncio.sleep(self._settle_s)
-                has_it = await self._wins(own, patience, is_settled=True)
+                if await self._wins(own, patience, is_settled=is_settled):
+                    lease = replace(own, expires_at=time.time() + min(lease_s, MAX_LEASE_S))
+                    has_it = await self._store(lease) or fills_gap
         finally:
             if not has_it:  # also when we are cancelled: others would wait for the claim's end
                 await asyncio.shield(self.release(leaves, takes))
@@ -213,6 +236,9 @@ class LeaseDesk:
         return wins(own, patience.respected(own, claims, now), now, is_settled=is_settled)
 
     async def _store(self, claim: Claim) -> bool:
-        """Store our claim; the DHT keeps the value with the latest expiry, so that grows each time."""
+        """Store our claim, if the DHT takes it; that keeps the value with the latest expiry, so it grows each time."""
         expires_at = self._last_expiry = max(claim.expires_at, self._last_expiry + 1.0, time.time() + 1.0)
-        return await self._node.dht_store(self._key, self._node.peer_id, claim.encode(), expires_at)
+        is_stored = await self._node.dht_store(self._key, self._node.peer_id, claim.encode(), expires_at)
+        if not is_stored:
+            logger.warning("the DHT did not take our claim to blocks %s; its table of claims may be full", claim.takes)
+        return is_stored

@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 
 from swarm.coordinates import Place, located, moved, round_trip_s
-from swarm.errors import PeerBusy, PeerError, SwarmError
+from swarm.errors import InvalidRequest, PeerBusy, PeerError, PeerMisbehaved, SwarmError
 from swarm.protocol import INFO_SERVICE, InfoRequest
 from swarm.registry import MAX_TIME_S, ServerRecord
 from swarm.transport import Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,10 @@ class Pinger:
         return self._transport.rtt_s(peer_id) is not None
 
     async def ping(self, records: Iterable[ServerRecord]) -> dict[str, PeerError]:
-        """Measure the round trips to some servers at once; those that did not answer, and what went wrong."""
+        """Measure the round trips to some servers at once; those that are not there, and what went wrong.
+
+        One that is busy is there. So is one that refuses to say what it serves, unless its record says that it serves.
+        """
         records = list(records)
         is_new = self.place.error >= 1.0
         answers = await asyncio.gather(*(self._ping(record) for record in records))
@@ -116,7 +119,10 @@ class Pinger:
             return error
         except SwarmError as error:  # it answers, if only to refuse
             logger.debug("no round trip to %s: %s", record.peer_id, error)
-            return None
+            if record.state is not ServerState.ONLINE or not isinstance(error, InvalidRequest):
+                return None
+            self.round_trips.forget(record.peer_id)
+            return PeerMisbehaved(f"is announced as ONLINE and does not serve: {error}", peer_id=record.peer_id)
         self.round_trips.measured(record.peer_id, min(rtt_s, MAX_TIME_S), self._now())
         if record.place is not None:
             self.place = moved(self.place, record.place, rtt_s, list(self._generator.normal(size=3)))

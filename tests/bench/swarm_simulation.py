@@ -306,7 +306,9 @@ class SwarmRule:
             took_s += SILENT_S if silent else 0.0
             asked |= {record.peer_id for record in asking}
             gone = [it for it in world.hosts.values() if it.state is ServerState.OFFLINE and world.suspects(host, it)]
-            asking = doubtful(world.records(host), [_record(it, world.now) for it in gone], world.now, asked)
+            records = world.records(host)
+            late = {record.peer_id for record in records if record.is_late(world.now)}
+            asking = doubtful(records, [_record(it, world.now) for it in gone], late, asked)
         return took_s
 
     def _check_later(self, world: World, host: Host) -> None:

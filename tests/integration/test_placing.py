@@ -77,7 +77,7 @@ def test_of_two_that_could_fill_a_gap_one_moves(make_swarm, tmp_path, soon):
     assert moved.wait(30)
     assert sorted(str(replica.plan.blocks) for replica in replicas) == ["0:3", "3:6"]
     (stayed,) = (replica for replica in replicas if replica.plan.blocks == BlockRange(0, 3))
-    swarm.loop.run(stayed._placing.scout.look(max_age_s=0.0, everything=True), 30)
+    swarm.loop.run(stayed._placing.scout.look_closely(), 30)
     assert stayed._placing.num_moves == 0 and stayed._placing._mover._decide() is None
 
 

@@ -32,6 +32,8 @@ class FakeScout:
     def __init__(self, world, own_id):
         self.world, self.own_id, self.num_looks = world, own_id, 0
         self.share_in_doubt = 0.0
+        self.error = None
+        self.is_sure = True
 
     @property
     def holdings(self):
@@ -41,9 +43,17 @@ class FakeScout:
     def loading(self):
         return self.world.loading
 
-    async def look(self, **_):
+    async def look(self):
         self.num_looks += 1
         await asyncio.sleep(0)
+
+    async def look_closely(self, **_):
+        if self.error is not None:
+            raise self.error
+        await self.look()
+
+    async def confirm(self):
+        return self.is_sure
 
 
 class FakeTable:
@@ -99,7 +109,7 @@ def mover_of(world, server, seed=0):
     return Mover(
         server,
         FakeScout(world, own_id),
-        LeaseDesk(FakeTable(world, own_id), MODEL, settle_s=0.01),
+        LeaseDesk(FakeTable(world, own_id), MODEL, settle_s=0.01, now=lambda: 0.0),
         num_blocks=NUM_BLOCKS,
         length=len(server.holding.blocks),
         reload_s=lambda: [1.0] * NUM_BLOCKS,
@@ -189,6 +199,48 @@ async def test_a_server_whose_lease_cannot_be_had_stays():
     assert not server.moves
     mover._leases._node.error = None
     await run_until([mover], lambda: bool(server.moves))
+
+
+async def test_a_newcomer_that_cannot_read_the_records_does_not_take_itself_for_the_first():
+    """It would take the first blocks, as all others did that could not."""
+    world = World()
+    FakeServer(world, "a", (0, 4)).serve()
+    mover = mover_of(world, FakeServer(world, "b", (0, 4)))
+    mover._scout.error = PeerTimeout("no answer")
+    with pytest.raises(PeerTimeout):
+        await mover.choose(10.0)
+
+
+async def test_a_server_that_cannot_read_the_records_again_stays():
+    """It has the lease, and gives it back: what it saw before may have changed."""
+    world = World()
+    server, other = FakeServer(world, "a", (0, 6)), FakeServer(world, "b", (0, 6))
+    server.serve()
+    other.serve()
+    mover = mover_of(world, server)
+    mover._scout.error = PeerTimeout("no answer")
+    for _ in range(3):
+        await mover._consider(may_gain=True)
+    assert world.claims and not server.moves
+    assert await LeaseDesk(FakeTable(world, "c"), MODEL).claims() == []
+    mover._scout.error = None
+    await mover._consider(may_gain=True)
+    assert server.moves
+
+
+async def test_a_gap_that_is_not_sure_makes_nobody_claim_anything():
+    """In a large swarm hundreds would see one at any time in what they read minutes ago."""
+    world = World()
+    server, other = FakeServer(world, "a", (0, 6)), FakeServer(world, "b", (0, 6))
+    server.serve()
+    other.serve()
+    mover = mover_of(world, server)
+    mover._scout.is_sure = False
+    await mover._consider(may_gain=True)
+    assert not world.claims and not server.moves
+    mover._scout.is_sure = True
+    await mover._consider(may_gain=False)
+    assert server.moves
 
 
 async def test_a_server_that_can_load_nothing_any_more_says_so():

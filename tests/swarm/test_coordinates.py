@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.coordinates import MAX_COORDINATE_S, Place, located, moved, round_trip_s
+from swarm.coordinates import MAX_COORDINATE_S, MAX_STEP_S, Place, located, moved, round_trip_s
 from swarm.errors import InvalidRequest
 
 coordinates = st.floats(-MAX_COORDINATE_S, MAX_COORDINATE_S)
@@ -28,18 +28,26 @@ def towns():
     return np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1)) + access[:, None] + access[None]
 
 
-@pytest.fixture(scope="module")
-def settled(towns):
-    """The places of all peers after each has pinged 4 neighbours and 4 others, 20 times."""
+def settle(towns, liar=None, *, lie=None):
+    """The places of all peers after each has pinged 4 neighbours and 4 others, 20 times; always the liar among them."""
     rng = np.random.default_rng(2)
     own = [Place() for _ in range(200)]
-    for _ in range(20):
+    for round_ in range(20):
         for a in range(200):
-            near = np.argsort(towns[a])[1:5]
-            for b in (*near, *rng.choice(200, 4)):
+            chosen = [*np.argsort(towns[a])[1:5], *rng.choice(200, 4)]
+            if liar is not None:
+                chosen[-1] = liar
+            for b in chosen:
                 if a != b:
-                    own[a] = moved(own[a], own[b], towns[a, b] * rng.lognormal(0.0, 0.05), rng.normal(size=3))
+                    other = lie(round_) if b == liar else own[b]
+                    own[a] = moved(own[a], other, towns[a, b] * rng.lognormal(0.0, 0.05), rng.normal(size=3))
     return own
+
+
+@pytest.fixture(scope="module")
+def settled(towns):
+    """The places of peers that all tell the truth."""
+    return settle(towns)
 
 
 def test_a_handful_of_pings_each_predicts_the_other_round_trips(towns, settled):
@@ -58,14 +66,37 @@ def test_a_newcomer_finds_its_place_with_few_pings(towns, settled):
     assert np.median(errors) < 0.15
 
 
+def far_away(round_):
+    """The end of the world, and the other end of it the next time; known for certain."""
+    return Place(position=((-1.0) ** round_ * MAX_COORDINATE_S, 0.0, 0.0), error=0.0)
+
+
+def test_one_liar_among_eight_does_not_throw_the_others_from_their_places(towns):
+    """All measure it each time, and are told with all certainty that it is where it can't be."""
+    own = settle(towns, liar=0, lie=far_away)
+    errors = [abs(round_trip_s(own[a], own[b]) / towns[a, b] - 1.0) for a in range(1, 200) for b in range(1, a)]
+    assert np.median(errors) < 0.25
+
+
+def test_a_newcomer_that_meets_a_liar_finds_its_place_roughly(towns, settled):
+    """One of its eight measurements says nonsense."""
+    rng = np.random.default_rng(3)
+    samples = [(settled[b], towns[0, b]) for b in rng.choice(np.arange(1, 200), 8, replace=False)]
+    samples[3] = far_away(0), 0.02
+    place = located(Place(), samples, rng.normal(size=(64, 3)))
+    errors = [abs(round_trip_s(place, settled[b]) / towns[0, b] - 1.0) for b in range(1, 200)]
+    assert np.median(errors) < 0.5
+
+
 @given(places, places, st.floats(-1.0, 1e9), st.tuples(*[st.floats(-1.0, 1.0)] * 3))
 def test_whatever_others_claim_a_place_stays_in_range_and_moves_no_further_than_the_error(
     own, other, measured, direction
 ):
-    """Liars can shift a place by no more than a part of what the measurement was off."""
+    """Liars can shift a place by no more than a part of what the measurement was off, nor than MAX_STEP_S."""
     new = moved(own, other, measured, direction)
     assert math.isfinite(round_trip_s(new, other))
     assert math.dist(new.position, own.position) <= 0.5 * abs(measured - round_trip_s(own, other)) + 1e-9
+    assert math.dist(new.position, own.position) <= MAX_STEP_S + 1e-9
 
 
 @given(places, places)

@@ -45,6 +45,12 @@ class FakeRegistry:
         return [self.shards.get(shard, []) for shard in shards]
 
 
+def full_registry(per_shard) -> FakeRegistry:
+    """So many servers in each shard."""
+    names = [record(f"p{index}") for index in range(per_shard)]
+    return FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+
+
 def test_a_small_swarm_is_read_whole_each_time():
     """All shards are due as soon as they may be read at all."""
     assert shards_due([85.0] * 16, 100.0, 15.0, 100) == list(range(16))
@@ -76,8 +82,7 @@ def test_reading_keeps_within_its_budget_and_comes_round_to_every_shard(num_reco
 )
 async def test_a_newcomer_reads_what_gives_it_a_choice(per_shard, num_searches, num_shards):
     """A small swarm whole, of a large one a thousand servers or more, in at most two searches."""
-    names = [record(f"p{index}") for index in range(per_shard)]
-    registry = FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+    registry = full_registry(per_shard)
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     await directory.refresh(max_age_s=10.0)
     read = [shard for shards in registry.reads for shard in shards]
@@ -98,8 +103,7 @@ async def test_what_a_newcomer_left_out_comes_next(monkeypatch):
     """Within its budget it reads the shards that it has never read, before any other again."""
     now = 1000.0
     monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
-    names = [record(f"p{index}") for index in range(625)]
-    registry = FakeRegistry(dict.fromkeys(range(NUM_SHARDS), names))
+    registry = full_registry(625)
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     while len([shard for shards in registry.reads for shard in shards]) < NUM_SHARDS:
         await directory.refresh(max_age_s=15.0)
@@ -108,21 +112,67 @@ async def test_what_a_newcomer_left_out_comes_next(monkeypatch):
     assert all(len(shards) <= 2 for shards in registry.reads)
 
 
-async def test_everything_is_read_in_one_search():
-    """As a server does before it moves."""
-    registry = FakeRegistry({})
-    await Directory(registry, model="0" * 64, num_blocks=2).refresh(max_age_s=0.0, everything=True)
-    assert registry.reads == [list(range(NUM_SHARDS))]
+@pytest.mark.parametrize(
+    ("per_shard", "sizes"), [(0, [2, 14]), (10, [2, 14]), (100, [2, 10, 4]), (625, [2] + [1] * 14)]
+)
+async def test_everything_is_read_in_searches_that_bring_about_a_thousand_records(per_shard, sizes):
+    """As a server does that joins: one search for all would take longer than it may, in a large swarm."""
+    registry = full_registry(per_shard)
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=0.0, everything=True)
+    assert [len(shards) for shards in registry.reads] == sizes
+    assert sorted(shard for shards in registry.reads for shard in shards) == list(range(NUM_SHARDS))
+
+
+async def test_a_search_that_fails_loses_nothing_of_those_before_it(monkeypatch):
+    """The next try reads the rest."""
+    clock = 1000.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: clock)
+    registry = full_registry(625)
+    directory, num_left = Directory(registry, model="0" * 64, num_blocks=2), 5
+    lookup_shards = registry.lookup_shards
+
+    async def failing(*args, **kwargs):
+        nonlocal num_left
+        num_left -= 1
+        if num_left == 0:
+            raise PeerTimeout("no answer")
+        return await lookup_shards(*args, **kwargs)
+
+    registry.lookup_shards = failing
+    with pytest.raises(PeerTimeout):
+        await directory.refresh(max_age_s=5.0, everything=True)
+    assert sum(map(len, registry.reads)) == 5 and len(directory.records) == 5 * 625
+    await directory.refresh(max_age_s=5.0, everything=True)
+    assert sorted(shard for shards in registry.reads for shard in shards) == list(range(NUM_SHARDS))
+
+
+@pytest.mark.parametrize(("per_shard", "num_confirmed"), [(1, 10), (625, 1)])
+async def test_what_is_seen_is_confirmed_within_the_budget(per_shard, num_confirmed, monkeypatch):
+    """A small swarm as often as it is asked; one of 10,000 servers every three minutes."""
+    now = 1000.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
+    registry = full_registry(per_shard)
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=0.0, everything=True)
+    results = []
+    for _ in range(10):
+        now += 20.0
+        results.append(await directory.confirm(max_age_s=20.0))
+        assert await directory.confirm(max_age_s=20.0) == results[-1]
+    assert results == [True] * num_confirmed + [False] * (10 - num_confirmed)
+    assert sum(map(len, registry.reads)) == NUM_SHARDS * (1 + num_confirmed)
 
 
 async def test_what_has_expired_is_not_used():
-    """A record that was valid when it was read is left out once it is not."""
+    """A record that was valid when it was read is left out once it is not; that it was there is known still."""
     registry = FakeRegistry({0: [record("lives"), record("ends", expires_at=time.time() + 0.05)]})
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     await directory.refresh(max_age_s=10.0)
     while time.time() < registry.shards[0][1].expires_at:
         pass
     assert [it.peer_id for it in directory.records] == ["lives"]
+    assert [it.record.peer_id for it in directory.seen] == ["lives", "ends"]
 
 
 async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
@@ -133,7 +183,7 @@ async def test_nothing_is_read_again_before_it_is_old(monkeypatch):
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     for _ in range(3):
         await directory.refresh(max_age_s=10.0)
-    assert len(registry.reads) == 2 and directory.version == 1
+    assert len(registry.reads) == 2 and directory.version == 2
     assert [it.peer_id for it in directory.online] == ["a"] and len(directory.records) == 2
     now += 10.0
     await directory.refresh(max_age_s=10.0)
@@ -148,8 +198,10 @@ async def test_everything_is_read_though_a_part_was_just_now(monkeypatch):
     directory = Directory(registry, model="0" * 64, num_blocks=2)
     await directory.refresh(max_age_s=10.0)
     assert len(directory.records) < NUM_SHARDS
+    num_read = sum(map(len, registry.reads))
     await directory.refresh(max_age_s=10.0, everything=True)
     assert len(directory.records) == NUM_SHARDS
+    assert sum(map(len, registry.reads)) == NUM_SHARDS > num_read, "what was read just now is not read again"
     num_reads = len(registry.reads)
     await directory.refresh(max_age_s=10.0, everything=True)
     assert len(registry.reads) == num_reads

@@ -4,6 +4,7 @@ import asyncio
 import struct
 import time
 from contextlib import suppress
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from swarm import leases as leases_module
 from swarm.errors import PeerMisbehaved
-from swarm.leases import FORGET_S, GAP_PATIENCE_S, MAX_LEASE_S, Claim, LeaseDesk, Patience, wins
+from swarm.leases import CLAIM_S, FORGET_S, GAP_PATIENCE_S, MAX_LEASE_S, Claim, LeaseDesk, Patience, wins
 from swarm.network import Node, NodeConfig
 from swarm.types import BlockRange
 
@@ -77,9 +78,16 @@ class FakeTable:
 
     def __init__(self, values, peer_id):
         self.values, self.peer_id = values, peer_id
+        self.may_store, self.stores = asyncio.Event(), asyncio.Event()
+        self.may_store.set()
+        self.is_full = False
 
     async def dht_store(self, key, subkey, value, expires_at):
         assert subkey == self.peer_id
+        self.stores.set()
+        await self.may_store.wait()
+        if self.is_full:
+            return False
         if expires_at <= self.values.get(subkey, (b"", 0.0))[1]:
             return False
         self.values[subkey] = value, expires_at
@@ -92,19 +100,81 @@ class FakeTable:
 
 def desks(count):
     values = {}
-    return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01) for index in range(count)]
+    return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01, now=lambda: 0.0) for index in range(count)]
+
+
+async def at_once(rivals, *, lease_s, fills_gap=False):
+    """Who gets the right to move of those that have all looked before any of them has claimed."""
+    for desk in rivals:
+        desk._node.may_store.clear()
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    trying = [
+        asyncio.create_task(desk.acquire(here, there, delay_s=0.0, lease_s=lease_s, fills_gap=fills_gap))
+        for desk in rivals
+    ]
+    for desk in rivals:
+        await desk._node.stores.wait()
+    for desk in rivals:
+        desk._node.may_store.set()
+    return await asyncio.gather(*trying)
 
 
 async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
     """Eight that all want to the same blocks: the others stay, and one of them may move when it has arrived."""
     rivals = desks(8)
     here, there = BlockRange(0, 4), BlockRange(8, 12)
-    results = await asyncio.gather(*(desk.acquire(here, there, delay_s=0.0, lease_s=60.0) for desk in rivals))
+    results = await at_once(rivals, lease_s=60.0)
     assert sum(results) == 1
     winner = results.index(True)
     assert not await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
     await rivals[winner].release(here, there)
     assert await rivals[(winner + 1) % 8].acquire(here, there, delay_s=0.0, lease_s=60.0)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_a_server_whose_claim_took_long_to_store_does_not_move_beside_one_that_did_not_see_it(late):
+    """Both looked before either had claimed; whoever has the lower lot, who was late finds the other's claim."""
+    now = [0.0]
+    both = desks(2)
+    for desk in both:
+        desk._now = lambda: now[0]
+    slow, quick = both[late], both[1 - late]
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    slow._node.may_store.clear()
+    slow_one = asyncio.create_task(slow.acquire(here, there, delay_s=0.0, lease_s=60.0))
+    await slow._node.stores.wait()
+    assert await quick.acquire(here, there, delay_s=0.0, lease_s=60.0)
+    now[0] = 5.0
+    slow._node.may_store.set()
+    assert not await slow_one
+
+
+async def test_of_slow_servers_one_fills_a_gap_and_none_moves_for_a_gain():
+    """Nobody can be sure of being seen: a gap is not left open for that."""
+    for fills_gap, num_winners in ((True, 1), (False, 0)):
+        both = desks(2)
+        for desk in both:
+            desk._now = count(step=5.0).__next__
+        assert sum(await at_once(both, lease_s=60.0, fills_gap=fills_gap)) == num_winners
+
+
+async def test_a_table_that_takes_no_more_claims_keeps_gaps_from_nobody():
+    """2,048 identities fill a key: nobody moves for a gain then, and gaps are filled all the same."""
+    (desk,) = desks(1)
+    desk._node.is_full = True
+    here, there = BlockRange(0, 4), BlockRange(8, 12)
+    assert not await desk.acquire(here, there, delay_s=0.0, lease_s=60.0)
+    assert await desk.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=True)
+
+
+async def test_claims_of_those_that_did_not_win_are_soon_gone_from_the_table():
+    """They lost to one that may keep its claim for half an hour; theirs would fill the key."""
+    rivals = desks(8)
+    results = await at_once(rivals, lease_s=MAX_LEASE_S)
+    left_s = {peer_id: expires_at - time.time() for peer_id, (_, expires_at) in rivals[0]._node.values.items()}
+    winner = f"p{results.index(True)}"
+    assert left_s.pop(winner) > MAX_LEASE_S - 60.0
+    assert len(left_s) == 7 and max(left_s.values()) <= CLAIM_S + 1.0
 
 
 async def test_claims_beyond_the_model_keep_nobody_from_moving():

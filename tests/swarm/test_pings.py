@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.coordinates import Place
-from swarm.errors import InvalidRequest, PeerBusy, PeerTimeout
+from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout
 from swarm.pings import NUM_NEAR, NUM_RANDOM, STALE_S, Pinger, RoundTrips, neighbours
-from swarm.types import BlockRange
+from swarm.types import BlockRange, ServerState
 from tests.swarm.test_directory import record
 
 
@@ -42,16 +42,27 @@ async def test_a_ping_does_not_count_the_making_of_the_connection():
 
 
 async def test_those_that_do_not_answer_are_named_and_forgotten():
-    """One that refuses, or is busy as one that loads other blocks, has answered; it is alive."""
-    transport = FakeTransport({"dead": 0.05, "lives": 0.02, "refuses": 0.01, "busy": 0.01})
+    """One that refuses as it loads its blocks, or is busy as one that goes to others, has answered; it is alive."""
+    transport = FakeTransport({"dead": 0.05, "lives": 0.02, "loads": 0.01, "busy": 0.01})
     measuring = pinger(transport)
-    records = [record(peer_id) for peer_id in transport.rtts]
+    states = {"loads": ServerState.JOINING}
+    records = [record(peer_id, state=states.get(peer_id, ServerState.ONLINE)) for peer_id in transport.rtts]
     await measuring.ping(records)
-    transport.errors = {"dead": PeerTimeout("silent", peer_id="dead"), "refuses": InvalidRequest("no")}
+    transport.errors = {"dead": PeerTimeout("silent", peer_id="dead"), "loads": InvalidRequest("no")}
     transport.errors["busy"] = PeerBusy("goes to other blocks")
     assert await measuring.ping(records) == {"dead": transport.errors["dead"]}
     assert measuring.hears("lives") and not measuring.hears("stranger")
     assert measuring.rtt_s("dead") is None and measuring.rtt_s("lives") == pytest.approx(0.02)
+
+
+async def test_who_announces_blocks_and_serves_nothing_is_as_good_as_gone():
+    """It answers that it does not know what it is asked, for as long as it likes."""
+    transport = FakeTransport({"liar": 0.01})
+    measuring = pinger(transport)
+    transport.errors = {"liar": InvalidRequest("liar does not serve 'info'")}
+    (error,) = (await measuring.ping([record("liar")])).values()
+    assert isinstance(error, PeerMisbehaved) and error.peer_id == "liar"
+    assert await measuring.ping([record("liar", state=ServerState.JOINING)]) == {}
 
 
 def test_round_trips_are_smoothed_and_grow_stale():
