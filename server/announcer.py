@@ -1,0 +1,58 @@
+"""What a server says of itself in the DHT, from joining to leaving.
+
+    every period ─► Server.renew ─┐
+    something has changed ────────┴─► tell ─► the record of now ─► Registry.announce     at its shard of the model
+                                          └──────────────────────► catalog               names, for people
+
+Announcements go out one at a time, each made when its turn has come, so that none overtakes a newer one. It does not
+know what the server does, nor when that changes.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from swarm.catalog import ModelEntry, announce_model
+from swarm.errors import SwarmError
+from swarm.network.node import Node
+from swarm.registry import TTL_PERIODS, Registry, ServerRecord
+from swarm.types import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+class Announcer:
+    """Tells the swarm of one server.
+
+    Args:
+        node: stores what is told.
+        registry: where records are.
+        entry: the model.
+        period_s: how often a record is renewed; it is void TTL_PERIODS of them later.
+        describe: the server as it is now, for a record that expires at the time given.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        registry: Registry,
+        entry: ModelEntry,
+        *,
+        period_s: float,
+        describe: Callable[[float], ServerRecord],
+    ):
+        self._node, self._registry, self._entry, self._describe = node, registry, entry, describe
+        self._ttl_s = TTL_PERIODS * period_s
+        self._turn = asyncio.Lock()
+
+    async def tell(self) -> None:
+        """Announce the server as it is now. What can't be announced is logged: it will be tried again."""
+        async with self._turn:
+            try:
+                record = self._describe(time.time() + self._ttl_s)
+                await self._registry.announce(record, self._ttl_s)
+                if record.state is not ServerState.OFFLINE:
+                    await announce_model(self._node, self._entry)
+            except SwarmError as error:
+                logger.warning("could not announce this server: %s", error)
