@@ -45,14 +45,27 @@ class Announcer:
         self._node, self._registry, self._entry, self._describe = node, registry, entry, describe
         self._ttl_s = TTL_PERIODS * period_s
         self._turn = asyncio.Lock()
+        self._is_refused = False
 
     async def tell(self) -> None:
         """Announce the server as it is now. What can't be announced is logged: it will be tried again."""
         async with self._turn:
             try:
                 record = self._describe(time.time() + self._ttl_s)
-                await self._registry.announce(record, self._ttl_s)
+                self._note(record.state, is_refused=not await self._registry.announce(record, self._ttl_s))
                 if record.state is not ServerState.OFFLINE:
                     await announce_model(self._node, self._entry)
             except SwarmError as error:
                 logger.warning("could not announce this server: %s", error)
+
+    def _note(self, state: ServerState, *, is_refused: bool) -> None:
+        """Say so when the swarm stops to take our records, and when it takes them again."""
+        if is_refused and not self._is_refused:
+            logger.warning(
+                "nobody has taken our record (%s): others don't see this server, or not for long. Its shard of the"
+                " table is full, the clock was set back, or no peer answers; it is tried again",
+                state.name,
+            )
+        elif self._is_refused and not is_refused:
+            logger.warning("our record is taken again (%s)", state.name)
+        self._is_refused = is_refused

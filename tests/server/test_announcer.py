@@ -88,6 +88,23 @@ async def test_a_record_is_made_when_its_turn_has_come():
     assert [record.state for record in records] == [ServerState.ONLINE, ServerState.DRAINING]
 
 
+async def test_a_server_that_nobody_sees_says_so_once(caplog):
+    """Its shard is full of others: the owner must know, and also when it is over."""
+    table, told = FakeTable(), Told()
+    announcer = announcer_of(table, told)
+    table.takes = False
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            await announcer.tell()
+        table.takes = True
+        for _ in range(3):
+            await announcer.tell()
+    assert [record.message.partition("(")[0] for record in caplog.records] == [
+        "nobody has taken our record ",
+        "our record is taken again ",
+    ]
+
+
 @pytest.mark.parametrize("what", ["the table", "the server"])
 async def test_what_cannot_be_announced_is_logged_and_tried_again(caplog, what):
     """An error of the DHT, or a record that breaks a rule, ends nothing."""
