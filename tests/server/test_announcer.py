@@ -8,7 +8,8 @@ import pytest
 from swarm.catalog import ModelEntry
 from swarm.errors import PeerTimeout
 from swarm.registry import Registry, ServerRecord
-from swarm.server.announcer import Announcer
+from swarm.server import announcer as announcer_module
+from swarm.server.announcer import NAMES_S, Announcer
 from swarm.types import BlockRange, ServerState
 
 MODEL = "ab" * 32
@@ -86,6 +87,28 @@ async def test_a_record_is_made_when_its_turn_has_come():
     await asyncio.gather(*telling)
     records = [ServerRecord.decode(it, peer_id=FakeTable.peer_id, model=MODEL) for it in table.records]
     assert [record.state for record in records] == [ServerState.ONLINE, ServerState.DRAINING]
+
+
+async def test_names_are_told_before_they_expire_and_no_more_often(monkeypatch):
+    """A renewal costs one value, not three; a name that nobody took is told with the next one."""
+    now = 1000.0
+    monkeypatch.setattr(announcer_module.time, "monotonic", lambda: now)
+    table, told = FakeTable(), Told()
+    announcer = announcer_of(table, told)
+    table.takes = False
+    await announcer.tell()
+    assert table.num_names == 2
+    table.takes = True
+    for _ in range(3):
+        await announcer.tell()
+    assert (len(table.records), table.num_names) == (4, 4)
+    now += NAMES_S
+    told.state = ServerState.OFFLINE
+    await announcer.tell()
+    assert table.num_names == 4, "one that leaves serves nothing"
+    told.state = ServerState.ONLINE
+    await announcer.tell()
+    assert table.num_names == 6
 
 
 async def test_a_server_that_nobody_sees_says_so_once(caplog):
