@@ -40,6 +40,7 @@ from swarm.server.placing import Placing
 from swarm.server.plan import Plan
 from swarm.server.reach import Reach
 from swarm.server.training import TrainingDesk
+from swarm.server.weight_files import MeasuredFiles
 from swarm.types import BlockRange, ServerState
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class Server:
     """A running server. Use `async with Server(config, plan) as server: await server.serve_until(stop)`."""
 
     def __init__(self, config: ServerConfig, plan: Plan):
-        self.config, self.plan = config, plan
+        self._files = MeasuredFiles(plan.checkpoint.store)
+        self.config, self.plan = config, replace(plan, checkpoint=replace(plan.checkpoint, store=self._files))
         self.node: Node
         self.executor: Executor
         self.handler: Handler | None = None
@@ -102,7 +104,7 @@ class Server:
         self._registry = Registry(self.node)
         checkpoint = self.plan.checkpoint
         await refuse_other_content(self.node, checkpoint.name, checkpoint.digest)
-        self._placing = Placing(self, self.transport, self._registry)
+        self._placing = Placing(self, self.transport, self._registry, self._files)
         self._announcer = Announcer(
             self.node,
             self._registry,
@@ -131,7 +133,7 @@ class Server:
             if on_progress is not None:
                 on_progress(done, total)
 
-        started = time.monotonic()
+        started = time.monotonic() - self._files.seconds
         try:
             span = await asyncio.to_thread(
                 BlockSpan.load,
@@ -148,7 +150,7 @@ class Server:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
         try:
-            await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - started)
+            await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - self._files.seconds - started)
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(f"blocks {plan.blocks} can't be run here: {error or type(error).__name__}") from error
         self._check_stopped("stopped after loading")

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap
 from swarm.server import mover as mover_module
 from swarm.server import scout as scout_module
+from swarm.server.blocks.span import BlockSpan
 from swarm.types import BlockRange, ServerState
 from tests.integration.conftest import NUM_BLOCKS, closing
-from tests.integration.test_swarm import embed, expected_logits, logits
+from tests.integration.test_swarm import embed, expected_logits, join_only, logits
 
 
 @pytest.fixture
@@ -94,6 +96,36 @@ def test_sessions_of_a_server_that_moves_are_served_by_another(make_swarm, local
             assert session.num_moves + session.num_replays >= 1
     assert used.plan.blocks == BlockRange(0, 2) and used.state is ServerState.ONLINE
     assert_right(local_model, outputs, [1, 2, 3, 4, 5, 6])
+
+
+def test_fetching_files_is_no_part_of_what_loading_takes(make_swarm, monkeypatch):
+    """Else a first download would count twice for every block that is still far."""
+    swarm = make_swarm()
+    server = swarm.loop.run(join_only(swarm), 30)
+    swarm.servers.append(server)
+    now, store, load, loaded = [0.0], server._files._store, BlockSpan.load, []
+
+    class SlowStore:
+        is_here = store.is_here
+
+        def fetch(self, shards):
+            now[0] += 100.0
+            return store.fetch(shards)
+
+    def load_slowly(*args, **options):
+        now[0] += 7.0
+        return load(*args, **options)
+
+    def clock():
+        return now[0]
+
+    monkeypatch.setattr(server._files, "_store", SlowStore())
+    monkeypatch.setattr(server._files, "_clock", clock)
+    monkeypatch.setattr("swarm.server.server.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(BlockSpan, "load", load_slowly)
+    monkeypatch.setattr("swarm.server.placing.Placing.loaded", lambda placing, span, seconds: loaded.append(seconds))
+    swarm.loop.run(server.load(), 30)
+    assert loaded == [7.0] and server._files.seconds >= 100.0
 
 
 def test_what_a_server_leaves_is_freed_before_it_loads_other_blocks(make_swarm):
