@@ -20,6 +20,7 @@ import torch
 from swarm import __version__
 from swarm.adapters.load import load_adapter
 from swarm.catalog import ModelEntry, refuse_other_content
+from swarm.checkpoint.partial import shards_for
 from swarm.errors import ConfigError, PeerBusy, PeerError, SwarmError
 from swarm.network.node import Node
 from swarm.network.tasks import TaskSet
@@ -79,6 +80,8 @@ class Server:
         self._was_settled = False
         self._on_moved: Callable[[], None] = lambda: None
         self._tasks = TaskSet()
+        self._fetching: asyncio.Task[None] | None = None
+        """Gets files of the blocks that it leaves for."""
         self._died = asyncio.Event()
         """Set when the device thread has failed."""
         self._telling: asyncio.Task[None] | None = None
@@ -311,10 +314,11 @@ class Server:
         """Let go of sessions and blocks, and tell the swarm that it is about to load others.
 
         Args:
-            blocks: the others.
-            drain_s: how long sessions may take to end; then their clients go on elsewhere.
+            blocks: the others; their files are fetched from now on.
+            drain_s: how long sessions may take to be handed over; then their clients go on elsewhere by a replay.
         """
         self._blocks_before = self.plan.blocks
+        self._fetching = self._tasks.spawn(self._fetch(blocks), name=f"fetch blocks {blocks}")
         await self.drain(drain_s)
         await self._unload()
         await self.announce_blocks(blocks)
@@ -327,6 +331,8 @@ class Server:
         """
         before, has_them = self._blocks_before, True
         try:
+            if self._fetching is not None:
+                await asyncio.wait([self._fetching])
             await self.load()
         except LoadingStopped:
             raise
@@ -342,6 +348,20 @@ class Server:
             self._was_settled = False
         self._on_moved()
         return has_them
+
+    async def _fetch(self, blocks: BlockRange) -> None:
+        """Get the files of these blocks while something else is done; what fails will fail again in `load`."""
+
+        def fetch() -> None:
+            checkpoint = self.plan.checkpoint
+            for shard in shards_for(checkpoint, blocks):
+                self._check_stopped("stopped while fetching files")
+                checkpoint.ensure([shard])
+
+        try:
+            await asyncio.to_thread(fetch)
+        except (SwarmError, OSError) as error:
+            logger.info("can't fetch the files of blocks %s: %s", blocks, error)
 
     async def _unload(self) -> None:
         """End what still runs, and free the memory of the blocks."""
