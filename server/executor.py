@@ -54,6 +54,7 @@ class Executor:
         host_bytes: memory for sessions that were swapped out.
         kept_bytes: memory for what training keeps between forward and backward.
         adapter_bytes: memory of the device for what of adapters does not lie in pages of the cache.
+        died: is set when the device thread has failed.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Executor:
         host_bytes: int = HOST_BYTES,
         kept_bytes: int = KEPT_BYTES,
         adapter_bytes: int = ADAPTER_BYTES,
+        died: asyncio.Event | None = None,
     ):
         self.span = span
         self.meter = BatchMeter()
@@ -86,7 +88,7 @@ class Executor:
         self._sessions: set[CachedSession] = set()
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
         self._ending: SwarmError | None = None
-        self.died = asyncio.Event()
+        self.died = died or asyncio.Event()
         """Set when the device thread has failed; nothing can run any more."""
 
     # -- called from the loop thread ----------------------------------------------------------------------------

@@ -39,11 +39,13 @@ logger = logging.getLogger(__name__)
 RUNNING_S = 30.0
 """A session that did something so recently counts as running."""
 QUIET_S = 2.0
-"""A session that can't move and did nothing for so long holds up nobody who wants to leave."""
+"""A session that can't move and did nothing for so long ..."""
+QUIET_SHARE = 0.5
+"""... holds up nobody who wants to leave, when this part of the time to drain is over."""
 RELIEF_S = 60.0
 """What a session is told that has to move for want of room; nothing happens to it after that."""
 LOOK_S = 0.25
-"""How often it is looked whether only such sessions are left."""
+"""How often it is looked whether only such sessions are left, and who should be asked again."""
 FULL_LOAD_SESSIONS = 32
 """Running sessions at which a server calls itself fully loaded."""
 
@@ -243,18 +245,21 @@ class Handler:
     async def drain(self, timeout_s: float) -> None:
         """Let no more sessions in, and have those that are here moved to other servers.
 
-        Returns when all have gone, or at the latest after `timeout_s`. What can't move may go on until then; but nobody
-        waits for a session that does nothing and has nowhere to go.
+        Returns when all have gone, or at the latest after `timeout_s`. Clients that know nobody who would take theirs
+        are asked again, since a replica may have room a moment later. What can't move may go on until the end; but
+        nobody waits so long for a session that does nothing.
         """
         self.state = ServerState.DRAINING
-        until = time.monotonic() + timeout_s
-        for session in self._sessions:
-            session.moves.ask(timeout_s)
-        while (left_s := until - time.monotonic()) > 0 and any(map(self._must_stay_for, self._sessions)):
+        now = time.monotonic()
+        until, quiet_until = now + timeout_s, now + QUIET_SHARE * timeout_s
+        while now < until and any(now < quiet_until or self._must_stay_for(it) for it in self._sessions):
+            for session in self._sessions:
+                session.moves.urge(until - now)
             self._left.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(left_s, LOOK_S)):
+                async with asyncio.timeout(min(until - now, LOOK_S)):
                     await self._left.wait()
+            now = time.monotonic()
 
     def relieve(self, replicas: Sequence[ServerRecord]) -> None:
         """If sessions had to leave the cache since this was called last, ask some to move to servers with room.

@@ -40,7 +40,9 @@ MAX_YIELDS = 2
 MAX_DOUBT = 0.05
 """While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""
 DRAIN_S = 30.0
-"""How long sessions may take to end before a server leaves for a gain. For a gap it leaves at once."""
+"""How long sessions may take to go elsewhere before a server leaves for a gain ..."""
+GAP_DRAIN_S = 5.0
+"""... and for a gap, where others stand still meanwhile: enough to hand them over, too little to wait for more."""
 SMALL_PART = 0.01
 """When a server that is no more than this part of the swarm has left its blocks, others of the region may move ..."""
 LEASE_MARGIN_S = 60.0
@@ -192,7 +194,7 @@ class Mover:
                 again.gain_tps,
                 ", and a gap is filled" if again.fills_gap else "",
             )
-            await self._server.leave_for(takes, drain_s=0.0 if again.fills_gap else DRAIN_S)
+            await self._server.leave_for(takes, drain_s=time_to_drain(again))
             if may_others_follow(again):
                 await self._release(leaves, takes)
             if await self._server.arrive():
@@ -246,6 +248,11 @@ def delay(move: Move, num_better: int, generator: np.random.Generator) -> float:
 def counted_rivals(move: Move) -> int:
     """Of how many others it matters that they would do more good. Pure."""
     return MAX_RANK if move.fills_gap else 1
+
+
+def time_to_drain(move: Move) -> float:
+    """How long sessions may take to go elsewhere before a server leaves. Pure."""
+    return GAP_DRAIN_S if move.fills_gap else DRAIN_S
 
 
 def may_others_follow(move: Move) -> bool:

@@ -33,15 +33,14 @@ from swarm.server.plan import Plan
 from swarm.server.scout import Scout
 from swarm.server.sizing import Fit, fit_blocks
 from swarm.server.speeds import Plain, SpeedCheck
+from swarm.server.weight_files import MeasuredFiles
 from swarm.transport import Transport
 from swarm.types import BlockRange, name_ranges
 
 logger = logging.getLogger(__name__)
 
-DOWNLOAD_BYTES_PER_S = 20e6
-"""At which rate weights come that are not on disk, for all that is known."""
 LOAD_BLOCK_S = 2.0
-"""What loading a block takes, before one was loaded."""
+"""What loading a block from disk takes, before one was loaded."""
 STORED_PART = {"int8": 2.0, "nf4": 4.0}
 """How much larger a block is in the files, which have 16 bits, than in memory; otherwise the dtype says it."""
 
@@ -61,13 +60,14 @@ class Placing:
         server: which one; it has joined the swarm.
         transport: how to measure others.
         registry: where their records are.
+        files: the model's weights.
     """
 
-    def __init__(self, server: PlacedServer, transport: Transport, registry: Registry):
+    def __init__(self, server: PlacedServer, transport: Transport, registry: Registry, files: MeasuredFiles):
         plan = server.plan
         self.facts: BlockFacts | None = None
         """Of one block, once they are known."""
-        self._server = server
+        self._server, self._files = server, files
         self._generator = np.random.default_rng()
         self._store = FactsStore(
             plan.checkpoint,
@@ -125,7 +125,7 @@ class Placing:
         return choice.blocks, explained(choice, why, self.facts, num_servers=len(self.scout.holdings) + 1)
 
     def loaded(self, span: BlockSpan, seconds: float) -> None:
-        """The server has loaded its blocks, in so many seconds; nobody uses them yet."""
+        """The server has loaded its blocks, in so many seconds after their files were here; nobody uses them yet."""
         self._block_s = seconds / len(span.blocks)
         self.facts = self._store.of_span(span)
 
@@ -179,9 +179,11 @@ class Placing:
         assert self.facts is not None, "asked after the blocks were chosen"
         checkpoint, plan = self._server.plan.checkpoint, self._server.plan
         stored_bytes = int(self.facts.weight_bytes * STORED_PART.get(plan.quantization, 2.0 / plan.dtype.itemsize))
-        here = {shard for shard in checkpoint.shards if checkpoint.store.is_here(shard)}
+        here = {shard for shard in checkpoint.shards if self._files.is_here(shard)}
         far = [0 if here.issuperset(shards) else stored_bytes for shards in self._shards]
-        return reload_times(far or [0] * plan.num_blocks, self._length, self._block_s)
+        return reload_times(
+            far or [0] * plan.num_blocks, self._length, block_s=self._block_s, bytes_per_s=self._files.bytes_per_s
+        )
 
 
 def explained(choice: Choice, why: str, facts: BlockFacts, *, num_servers: int) -> str:
@@ -201,15 +203,16 @@ def explained(choice: Choice, why: str, facts: BlockFacts, *, num_servers: int) 
     return f"chose blocks {choice.blocks}: {why}; {speed}; {swarm}: {gain}"
 
 
-def reload_times(far_bytes: Sequence[int], length: int, block_s: float) -> list[float]:
+def reload_times(far_bytes: Sequence[int], length: int, *, block_s: float, bytes_per_s: float) -> list[float]:
     """Seconds to load blocks [i, i + length), for each i. Pure.
 
     Args:
         far_bytes: by block, what of its weights is not on disk.
         length: how many blocks are loaded.
         block_s: what loading one from disk takes.
+        bytes_per_s: how fast the others come.
     """
     return [
-        length * block_s + sum(far_bytes[start : start + length]) / DOWNLOAD_BYTES_PER_S
+        length * block_s + sum(far_bytes[start : start + length]) / bytes_per_s
         for start in range(len(far_bytes) - length + 1)
     ]

@@ -3,6 +3,7 @@
 Plan ─► Node, Transport ─► Placing: which blocks ─► announce JOINING ─► BlockSpan.load (thread) ─► Executor, Handler
                                                              ▲                        ─► announce ONLINE ... OFFLINE
                                                              └── Mover: let go, unload ──┘
+From JOINING to OFFLINE, whatever it does: every period, renew ─► Announcer.
 
 What lives as long as the server is in `_stack`; what belongs to the blocks that it holds now, in `_serving`.
 """
@@ -18,7 +19,8 @@ import torch
 
 from swarm import __version__
 from swarm.adapters.load import load_adapter
-from swarm.catalog import ModelEntry, announce_model, refuse_other_content
+from swarm.catalog import ModelEntry, refuse_other_content
+from swarm.checkpoint.partial import shards_for
 from swarm.errors import ConfigError, PeerBusy, PeerError, SwarmError
 from swarm.network.node import Node
 from swarm.network.tasks import TaskSet
@@ -27,6 +29,7 @@ from swarm.protocol import ADAPTER_SERVICE, INFO_SERVICE, PUSH_SERVICE, SESSION_
 from swarm.registry import MAX_TIME_S, Registry, ServerRecord, shard_of
 from swarm.server.adapter_desk import AdapterDesk
 from swarm.server.adapter_intake import Base
+from swarm.server.announcer import Announcer
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.config import ServerConfig
 from swarm.server.executor import Executor
@@ -38,12 +41,11 @@ from swarm.server.placing import Placing
 from swarm.server.plan import Plan
 from swarm.server.reach import Reach
 from swarm.server.training import TrainingDesk
+from swarm.server.weight_files import MeasuredFiles
 from swarm.types import BlockRange, ServerState
 
 logger = logging.getLogger(__name__)
 
-ANNOUNCE_TIMEOUT_S = 15.0
-"""How long one renewal of the record may take; the next one comes anyway."""
 OFFLINE_TIMEOUT_S = 2.0
 """How long leaving may take to say so; the record expires anyway."""
 _SERVICES = (SESSION_SERVICE, PUSH_SERVICE, STATE_SERVICE, ADAPTER_SERVICE, TRAIN_SERVICE, INFO_SERVICE)
@@ -57,7 +59,8 @@ class Server:
     """A running server. Use `async with Server(config, plan) as server: await server.serve_until(stop)`."""
 
     def __init__(self, config: ServerConfig, plan: Plan):
-        self.config, self.plan = config, plan
+        self._files = MeasuredFiles(plan.checkpoint.store)
+        self.config, self.plan = config, replace(plan, checkpoint=replace(plan.checkpoint, store=self._files))
         self.node: Node
         self.executor: Executor
         self.handler: Handler | None = None
@@ -70,16 +73,23 @@ class Server:
         """Why it has taken its blocks, in one line, where it has chosen them itself."""
         self._registry: Registry
         self._placing: Placing
+        self._announcer: Announcer
+        self._announcing: asyncio.Task[None] | None = None
+        self._renewal: asyncio.Task[None] | None = None
         self._blocks_before = plan.blocks
         self._was_settled = False
         self._on_moved: Callable[[], None] = lambda: None
         self._tasks = TaskSet()
+        self._fetching: asyncio.Task[None] | None = None
+        """Gets files of the blocks that it leaves for."""
+        self._died = asyncio.Event()
+        """Set when the device thread has failed."""
         self._telling: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
         self._serving = AsyncExitStack()
 
     async def join(self) -> None:
-        """Start the network, choose blocks where none were given, and announce JOINING.
+        """Start the network, choose blocks where none were given, and announce JOINING, again and again from then on.
 
         Raises:
             ConfigError: port in use, bad identity file or address, or not one block fits.
@@ -95,8 +105,16 @@ class Server:
         await self.reach.enter()
         self.node, self.transport = self.reach.node, self.reach.transport
         self._registry = Registry(self.node)
-        await refuse_other_content(self.node, self.plan.checkpoint.name, self.plan.checkpoint.digest)
-        self._placing = Placing(self, self.transport, self._registry)
+        checkpoint = self.plan.checkpoint
+        await refuse_other_content(self.node, checkpoint.name, checkpoint.digest)
+        self._placing = Placing(self, self.transport, self._registry, self._files)
+        self._announcer = Announcer(
+            self.node,
+            self._registry,
+            ModelEntry(digest=checkpoint.digest, name=checkpoint.name, num_blocks=self.plan.num_blocks),
+            period_s=config.announce_period_s,
+            describe=self._record,
+        )
         self.transport.look_up = self._look_up
         if self.plan.is_auto:
             blocks, self.reason = await self._placing.choose()
@@ -118,7 +136,7 @@ class Server:
             if on_progress is not None:
                 on_progress(done, total)
 
-        started = time.monotonic()
+        started = time.monotonic() - self._files.seconds
         try:
             span = await asyncio.to_thread(
                 BlockSpan.load,
@@ -135,7 +153,7 @@ class Server:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"blocks {plan.blocks} can't be loaded here: {reason}") from error
         try:
-            await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - started)
+            await asyncio.to_thread(self._placing.loaded, span, time.monotonic() - self._files.seconds - started)
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(f"blocks {plan.blocks} can't be run here: {error or type(error).__name__}") from error
         self._check_stopped("stopped after loading")
@@ -144,6 +162,7 @@ class Server:
             asyncio.get_running_loop(),
             kept_bytes=self.config.training_bytes,
             adapter_bytes=self.config.adapter_bytes,
+            died=self._died,
         )
         self.executor.start()
         self._serving.push_async_callback(self.executor.stop)
@@ -217,7 +236,7 @@ class Server:
         on_drain: Callable[[int], None] = lambda count: None,
         on_moved: Callable[[], None] = lambda: None,
     ) -> None:
-        """Keep announcing, and moving if the blocks were chosen, until `stop` is set; then drain, and say OFFLINE.
+        """Serve, and move if the blocks were chosen, until `stop` is set; then drain, and say OFFLINE.
 
         Args:
             stop: whether to go.
@@ -230,14 +249,10 @@ class Server:
             SwarmError: other blocks were to be loaded, and neither they nor those of before could be.
         """
         self._on_moved = on_moved
+        self._renew_beside()
         moving = asyncio.create_task(self._placing.keep_moving(), name="moves")
         try:
-            while not moving.done():
-                announcing = asyncio.create_task(self.renew())
-                is_over = await self._stopped_within(stop, ANNOUNCE_TIMEOUT_S, announcing)
-                announcing.cancel()
-                if is_over or await self._stopped_within(stop, self.config.announce_period_s, moving):
-                    break
+            await self._end(stop, moving)
         finally:
             moving.cancel()  # before we say OFFLINE: it must not announce anything after that
             await asyncio.wait([moving])
@@ -249,21 +264,17 @@ class Server:
         self.node.check_access()
         if not moving.cancelled():
             moving.result()
-        if self.handler is not None and self.executor.died.is_set():
+        if self._died.is_set():
             raise PeerError("the device thread failed; the log says why")
 
-    async def _stopped_within(
-        self, stop: asyncio.Event, timeout_s: float, work: asyncio.Task[None] | None = None
-    ) -> bool:
-        """Wait for the end, for `work`, or for `timeout_s`, whichever comes first; whether it is the end."""
-        events = [stop, self.node.denied]
-        if self.handler is not None:
-            events.append(self.executor.died)
-        ends = [asyncio.create_task(event.wait()) for event in events]
-        await asyncio.wait([*ends, *([work] if work else [])], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
-        return any(event.is_set() for event in events)
+    async def _end(self, stop: asyncio.Event, moving: asyncio.Task[None]) -> None:
+        """Wait until we are told to go, or can't go on."""
+        ends = [asyncio.create_task(event.wait()) for event in (stop, self.node.denied, self._died)]
+        try:
+            await asyncio.wait([*ends, moving], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Let go of everybody: announce DRAINING, admit nobody, end training runs, have sessions moved elsewhere.
@@ -276,7 +287,7 @@ class Server:
         self.state = self.handler.state = ServerState.DRAINING
         if self.training is not None:
             self.training.drain()
-        announcing = asyncio.create_task(self._announce())
+        announcing = self._tasks.spawn(self._announce(), name="announce DRAINING")
         await self.handler.drain(timeout_s)
         announcing.cancel()
 
@@ -303,10 +314,11 @@ class Server:
         """Let go of sessions and blocks, and tell the swarm that it is about to load others.
 
         Args:
-            blocks: the others.
-            drain_s: how long sessions may take to end; then their clients go on elsewhere.
+            blocks: the others; their files are fetched from now on.
+            drain_s: how long sessions may take to be handed over; then their clients go on elsewhere by a replay.
         """
         self._blocks_before = self.plan.blocks
+        self._fetching = self._tasks.spawn(self._fetch(blocks), name=f"fetch blocks {blocks}")
         await self.drain(drain_s)
         await self._unload()
         await self.announce_blocks(blocks)
@@ -319,6 +331,8 @@ class Server:
         """
         before, has_them = self._blocks_before, True
         try:
+            if self._fetching is not None:
+                await asyncio.wait([self._fetching])
             await self.load()
         except LoadingStopped:
             raise
@@ -335,6 +349,20 @@ class Server:
         self._on_moved()
         return has_them
 
+    async def _fetch(self, blocks: BlockRange) -> None:
+        """Get the files of these blocks while something else is done; what fails will fail again in `load`."""
+
+        def fetch() -> None:
+            checkpoint = self.plan.checkpoint
+            for shard in shards_for(checkpoint, blocks):
+                self._check_stopped("stopped while fetching files")
+                checkpoint.ensure([shard])
+
+        try:
+            await asyncio.to_thread(fetch)
+        except (SwarmError, OSError) as error:
+            logger.info("can't fetch the files of blocks %s: %s", blocks, error)
+
     async def _unload(self) -> None:
         """End what still runs, and free the memory of the blocks."""
         self.state, self.handler, self.training = ServerState.JOINING, None, None
@@ -350,13 +378,16 @@ class Server:
     # -- announcing ---------------------------------------------------------------------------------------------
 
     async def leave(self) -> None:
-        """Announce OFFLINE; waits at most OFFLINE_TIMEOUT_S for it."""
+        """Announce OFFLINE, and nothing after that; waits at most OFFLINE_TIMEOUT_S for it."""
         self.state = ServerState.OFFLINE
+        for task in (self._announcing, self._renewal, self._telling):
+            if task is not None:
+                task.cancel()
         if self.handler is not None:
             self.handler.state = ServerState.OFFLINE
         try:
             async with asyncio.timeout(OFFLINE_TIMEOUT_S):
-                await self._announce()
+                await self._announcer.tell()
         except TimeoutError:
             logger.info("could not announce OFFLINE within %.0f s; the record will expire", OFFLINE_TIMEOUT_S)
 
@@ -376,6 +407,25 @@ class Server:
             self.handler.relieve(self._placing.scout.replicas)
             self._placing.ran(self.executor.meter.plain)
         await self._announce()
+
+    async def _announce(self) -> None:
+        """Tell the swarm what we are now; from the first time on we do so every period, whatever we do meanwhile."""
+        await self._announcer.tell()
+        if self._announcing is None:
+            self._announcing = self._tasks.spawn(self._keep_announced(), name="announce")
+
+    async def _keep_announced(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_at = loop.time()
+        while True:
+            next_at = max(next_at + self.config.announce_period_s, loop.time())
+            await asyncio.sleep(next_at - loop.time())
+            await asyncio.wait([self._renew_beside()])
+
+    def _renew_beside(self) -> asyncio.Task[None]:
+        """Begin to renew the record; if that fails it is logged, and another one comes."""
+        self._renewal = self._tasks.spawn(self.renew(), name="renewal")
+        return self._renewal
 
     async def _look_up(self, peer_id: str) -> None:
         """Read the record of a server that a client names before we have seen it."""
@@ -398,11 +448,11 @@ class Server:
             told = self.reach.relays
             await self._announce()
 
-    async def _announce(self) -> None:
+    def _record(self, expires_at: float) -> ServerRecord:
+        """What there is to be said of us now."""
         config, plan, facts, scout = self.config, self.plan, self._placing.facts, self._placing.scout
-        ttl_s = 3 * config.announce_period_s
         handler, executor = self.handler, self.executor if self.handler is not None else None
-        record = ServerRecord(
+        return ServerRecord(
             peer_id=self.node.peer_id,
             model=plan.checkpoint.digest,
             blocks=plan.blocks,
@@ -422,13 +472,6 @@ class Server:
             place=scout.place,
             pings=scout.pings,
             period_s=config.announce_period_s,
-            expires_at=time.time() + ttl_s,
+            expires_at=expires_at,
             adapters=handler.adapters.notes() if handler is not None and handler.adapters is not None else (),
         )
-        entry = ModelEntry(digest=plan.checkpoint.digest, name=plan.checkpoint.name, num_blocks=plan.num_blocks)
-        try:
-            await self._registry.announce(record, ttl_s)
-            if self.state is not ServerState.OFFLINE:
-                await announce_model(self.node, entry)
-        except SwarmError as error:
-            logger.warning("could not announce %s: %s", self.state.name, error)

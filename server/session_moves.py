@@ -1,7 +1,8 @@
 """What one session does about moving: asks its client to, gives itself to another server, or becomes what comes.
 
     ask ─► MoveAway ~~► client ~~HandOver~~► hand_over ─► MoveDesk.give ─► HandedOver ~~► client, which then leaves
-                               └~~HandOver to nobody~~► has_nowhere
+     ▲                         └~~HandOver to nobody~~► has_nowhere
+     └── urge, as long as the server drains ───────────────┘
     receive ─► MoveDesk.take ─► StateTaken ~~► client
 
 While `is_frozen`, the session takes no steps. It knows what it may do; how a session travels is `server.moving`'s.
@@ -22,6 +23,10 @@ from swarm.server.push import PushStream, for_the_client
 from swarm.server.relief import RETRY_S, SETTLE_S
 
 logger = logging.getLogger(__name__)
+
+FIRST_URGE_S = 2.0
+"""A session whose client found nobody while the server drains is asked again so long after the last time; then after
+twice as long each time, up to RETRY_S. Clients put up with that: `swarm.client.moves.MAX_ASKED`, `ASKED_PER_S`."""
 
 
 class SessionMoves:
@@ -57,6 +62,7 @@ class SessionMoves:
         self._leaving: asyncio.Task[None] | None = None
         self._arriving: PushStream | None = None
         """Brings the session that this one becomes."""
+        self._urges_at, self._pause_s = -inf, FIRST_URGE_S
         self._promised_pages = 0
         self._timer: asyncio.TimerHandle | None = None
         self._has_arrived = False
@@ -66,6 +72,14 @@ class SessionMoves:
         if not self.is_gone:
             self.has_nowhere, self.stays_until = False, time.monotonic() + SETTLE_S
             self._control.tell(MoveAway(within_s=min(max(within_s, 0.0), 86400.0)))
+
+    def urge(self, within_s: float) -> None:
+        """Ask, and when this is called again, ask again if the client has found nobody and that is a while ago."""
+        now, is_first = time.monotonic(), self._urges_at == -inf
+        if is_first or (self.has_nowhere and now >= self._urges_at):
+            self._urges_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, RETRY_S)
+            self.ask(within_s)
 
     def hand_over(self, message: HandOver, group: asyncio.TaskGroup) -> None:
         """The client says to whom the session goes."""

@@ -32,6 +32,7 @@ from swarm.server.mover import (
     counted_rivals,
     delay,
     may_others_follow,
+    time_to_drain,
     yields,
 )
 from swarm.server.scout import doubtful
@@ -366,7 +367,7 @@ class SwarmRule:
         def release() -> None:
             world.claims.pop(own.peer_id, None)
 
-        drain_s = 0.0 if again.fills_gap else DRAIN_S
+        drain_s = time_to_drain(again)
         if may_others_follow(again):
             world.move(host, own.takes, drain_s=drain_s, fills_gap=again.fills_gap, on_left=release)
         else:

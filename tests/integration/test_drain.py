@@ -15,7 +15,9 @@ from swarm.client.processes import start_server
 from swarm.client.runtime import SwarmService, SwarmSession, connect
 from swarm.protocol import SESSION_SERVICE, OpenSession
 from swarm.server.config import CacheSize
+from swarm.server.mover import GAP_DRAIN_S
 from swarm.server.server import Server
+from swarm.types import BlockRange
 
 from .conftest import HIDDEN, LocalSwarm, closing
 from .test_adapter_failover import fleet, wait_until_nothing_is_held  # noqa: F401
@@ -173,7 +175,7 @@ async def _until(condition: Callable[[], bool], timeout_s: float = 50) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("moment", ["between forward and backward", "before forward"])
+@pytest.mark.parametrize("moment", ["between forward and backward", "before forward", "for a gap"])
 def test_a_training_run_at_a_server_that_drains_goes_on_elsewhere(moment, make_swarm):
     """Its client is told at once, and does elsewhere what it has not got: the same bits."""
     swarm = make_swarm("0:3", "3:6")
@@ -185,8 +187,12 @@ def test_a_training_run_at_a_server_that_drains_goes_on_elsewhere(moment, make_s
         swarm.add_server("2:6")
 
         def leave():
-            swarm.loop.run(victim.drain(DRAIN_S), DRAIN_S + 10)
-            swarm.loop.run(_until(lambda: not victim.training.num_runs), 20)
+            training = victim.training
+            if moment == "for a gap":
+                swarm.loop.run(victim.leave_for(BlockRange(0, 3), drain_s=GAP_DRAIN_S), DRAIN_S)
+            else:
+                swarm.loop.run(victim.drain(DRAIN_S), DRAIN_S + 10)
+            swarm.loop.run(_until(lambda: not training.num_runs), 20)
 
         if moment == "before forward":
             leave()

@@ -1,18 +1,22 @@
 """Servers that choose their blocks cover a model and move into gaps, one at a time; their sessions go on elsewhere."""
 
+import asyncio
 import threading
 import weakref
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap
+from swarm.errors import UnknownModel
 from swarm.server import mover as mover_module
 from swarm.server import scout as scout_module
+from swarm.server.blocks.span import BlockSpan
 from swarm.types import BlockRange, ServerState
 from tests.integration.conftest import NUM_BLOCKS, closing
-from tests.integration.test_swarm import embed, expected_logits, logits
+from tests.integration.test_swarm import embed, expected_logits, join_only, logits
 
 
 @pytest.fixture
@@ -94,6 +98,101 @@ def test_sessions_of_a_server_that_moves_are_served_by_another(make_swarm, local
             assert session.num_moves + session.num_replays >= 1
     assert used.plan.blocks == BlockRange(0, 2) and used.state is ServerState.ONLINE
     assert_right(local_model, outputs, [1, 2, 3, 4, 5, 6])
+
+
+def test_sessions_of_a_server_that_fills_a_gap_are_handed_over(make_swarm, local_model, tmp_path, soon):
+    """The only server of 3:6 dies: what the one that takes its place has of a session goes to its replica first."""
+    swarm = make_swarm("3:6")
+    spare = swarm.add_server(None, num_blocks=3, cache_dir=tmp_path)
+    assert spare.plan.blocks == BlockRange(0, 3)
+    inputs, moved = embed(local_model, [1, 2, 3, 4]), threading.Event()
+    with (
+        closing(swarm.connect(max_wait_s=60.0)) as service,
+        service.open_session(batch_size=1, max_length=8) as session,
+    ):
+        session.step(inputs[:3], positions=[0], num_tokens=[3])
+        swarm.add_server("0:3")
+        swarm.keep_serving(spare, moved.set)
+        swarm.remove_server(swarm.servers[0], politely=False)
+        assert moved.wait(30)
+        assert spare.plan.blocks == BlockRange(3, 6)
+        outputs = session.step(inputs[3:], positions=[3], num_tokens=[1])
+        assert session.num_moves == 1
+    assert_right(local_model, outputs, [1, 2, 3, 4])
+
+
+def test_files_are_fetched_while_sessions_leave(make_swarm, monkeypatch):
+    """Handing sessions over takes nothing from the time in which a gap is filled, where files must come first."""
+    swarm = make_swarm("0:6")
+    (server,) = swarm.servers
+    fetched, store, states = threading.Event(), server._files._store, []
+
+    class SlowStore:
+        is_here = store.is_here
+
+        def fetch(self, shards):
+            states.append(server.state)
+            fetched.set()
+            return store.fetch(shards)
+
+    async def last_until_fetched(timeout_s):
+        assert await asyncio.to_thread(fetched.wait, 10)
+
+    monkeypatch.setattr(server._files, "_store", SlowStore())
+    monkeypatch.setattr(server.handler, "drain", last_until_fetched)
+    swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=5.0), 30)
+    assert states[0] is ServerState.DRAINING
+    assert swarm.loop.run(server.arrive(), 30) is True
+
+
+def test_files_that_cannot_be_fetched_do_not_keep_a_server_from_leaving(make_swarm, monkeypatch):
+    """Loading will tell, and go back."""
+    swarm = make_swarm("0:6")
+    (server,) = swarm.servers
+    with monkeypatch.context() as broken:
+        broken.setattr(server._files, "fetch", fail_to_fetch)
+        swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
+        swarm.loop.run(wait_for(server._fetching), 30)
+    assert swarm.loop.run(server.arrive(), 30) is True
+    assert server.plan.blocks == BlockRange(0, 2)
+
+
+def fail_to_fetch(shards):
+    raise UnknownModel("the hub is gone")
+
+
+async def wait_for(task):
+    await task
+
+
+def test_fetching_files_is_no_part_of_what_loading_takes(make_swarm, monkeypatch):
+    """Else a first download would count twice for every block that is still far."""
+    swarm = make_swarm()
+    server = swarm.loop.run(join_only(swarm), 30)
+    swarm.servers.append(server)
+    now, store, load, loaded = [0.0], server._files._store, BlockSpan.load, []
+
+    class SlowStore:
+        is_here = store.is_here
+
+        def fetch(self, shards):
+            now[0] += 100.0
+            return store.fetch(shards)
+
+    def load_slowly(*args, **options):
+        now[0] += 7.0
+        return load(*args, **options)
+
+    def clock():
+        return now[0]
+
+    monkeypatch.setattr(server._files, "_store", SlowStore())
+    monkeypatch.setattr(server._files, "_clock", clock)
+    monkeypatch.setattr("swarm.server.server.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(BlockSpan, "load", load_slowly)
+    monkeypatch.setattr("swarm.server.placing.Placing.loaded", lambda placing, span, seconds: loaded.append(seconds))
+    swarm.loop.run(server.load(), 30)
+    assert loaded == [7.0] and server._files.seconds >= 100.0
 
 
 def test_what_a_server_leaves_is_freed_before_it_loads_other_blocks(make_swarm):

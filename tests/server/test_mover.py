@@ -10,7 +10,7 @@ from swarm.errors import PeerTimeout, PeerUnreachable
 from swarm.leases import LeaseDesk
 from swarm.placement import Holding, Move
 from swarm.server import mover as mover_module
-from swarm.server.mover import MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, may_others_follow, yields
+from swarm.server.mover import GAP_DRAIN_S, MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, may_others_follow, yields
 from swarm.types import BlockRange
 
 NUM_BLOCKS = 12
@@ -268,7 +268,7 @@ async def test_a_server_that_could_not_load_other_blocks_stays_for_a_while():
     await run_until([mover_of(world, other)], lambda: bool(other.moves))
     assert server.moves == [BlockRange(0, 6)] and mover.num_moves == 0
     assert mover._scout.num_looks <= num_looks + 1
-    assert server.drains == [0.0], "sessions of a swarm with a gap stand still: nobody waits for them"
+    assert server.drains == [GAP_DRAIN_S], "sessions are handed over, and others wait for the gap to be filled"
 
 
 async def test_nobody_moves_for_a_gain_while_many_are_in_doubt():

@@ -20,6 +20,8 @@ from swarm.protocol import (
     StatePart,
     StateTaken,
 )
+from swarm.server import handler as handler_module
+from swarm.server import session_moves as session_moves_module
 from swarm.transport import Stream
 from swarm.types import ServerState
 from tests.server.conftest import chain_of
@@ -35,6 +37,11 @@ async def hand_over(old: HopClient, new: HopClient, nonce: int = 0) -> HandedOve
     answer = await old.expect(HandedOver)
     assert answer.nonce == nonce
     return answer
+
+
+async def say_nobody(old: HopClient) -> None:
+    """The client knows nobody who would take the session."""
+    await old.stream.send(HandOver(nonce=0, peer_id="", push_key=bytes(16)))
 
 
 async def state_stream(chain: Chain, new: HopClient) -> Stream:
@@ -258,7 +265,7 @@ async def test_a_session_that_ends_while_it_is_filled_leaves_nothing(nodes: list
 
 
 async def test_a_server_that_drains_asks_everybody_and_lets_nobody_in(nodes: list[Node]):
-    """Each session is asked once; the drain ends when the last has gone, and new ones are refused at once."""
+    """Each session is asked; the drain ends when the last has gone, and new ones are refused at once."""
     async with chain_of(nodes, 1) as chain:
         hops = [await chain.open(0, is_last=True) for _ in range(3)]
         draining = asyncio.create_task(chain.handlers[0].drain(20.0))
@@ -282,3 +289,37 @@ async def test_a_drain_ends_in_time_whoever_is_left(nodes: list[Node]):
         await hop.step(0, [tokens(3)], positions=[0])  # it still goes on
         await hop.expect(MoveAway)
         await hop.results(0, [3])
+
+
+async def test_who_found_nobody_is_asked_again_while_the_server_drains(nodes: list[Node], monkeypatch):
+    """A replica may come, or have room, a moment later: a session that does nothing gets that chance, too."""
+    monkeypatch.setattr(session_moves_module, "FIRST_URGE_S", 0.01)
+    monkeypatch.setattr(handler_module, "QUIET_S", 0.0)
+    async with chain_of(nodes, 2) as chain:
+        old = await chain.open(0, is_last=True)
+        draining = asyncio.create_task(chain.handlers[0].drain(60.0))
+        asked = await old.expect(MoveAway)
+        for _ in range(2):
+            await say_nobody(old)
+            asked_again = await old.expect(MoveAway)
+            assert asked_again.within_s < asked.within_s and not draining.done()
+        new = await chain.open(1, is_last=True)
+        assert (await hand_over(old, new)).is_done
+        await old.stream.close()
+        await draining
+        assert chain.handlers[0].meter.num_given == 1
+
+
+async def test_a_session_that_does_nothing_and_has_nowhere_to_go_is_left_in_the_end(nodes: list[Node], monkeypatch):
+    """Whoever has left it open does not hold a server up for all of ten minutes."""
+    monkeypatch.setattr(handler_module, "QUIET_S", 0.0)
+    monkeypatch.setattr(handler_module, "QUIET_SHARE", 0.0)
+    async with chain_of(nodes, 1) as chain:
+        hop = await chain.open(0, is_last=True)
+        draining = asyncio.create_task(chain.handlers[0].drain(600.0))
+        await hop.expect(MoveAway)
+        assert not draining.done(), "its client has not answered"
+        await say_nobody(hop)
+        async with asyncio.timeout(20):
+            await draining
+        assert chain.handlers[0].num_sessions == 1

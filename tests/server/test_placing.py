@@ -11,8 +11,9 @@ from swarm.placement import Choice
 from swarm.server import placing as placing_module
 from swarm.server.block_facts import BlockFacts
 from swarm.server.config import ServerConfig
-from swarm.server.placing import DOWNLOAD_BYTES_PER_S, LOAD_BLOCK_S, Placing, explained, reload_times
+from swarm.server.placing import LOAD_BLOCK_S, Placing, explained, reload_times
 from swarm.server.speeds import WINDOW_S
+from swarm.server.weight_files import DOWNLOAD_BYTES_PER_S, MeasuredFiles
 from swarm.types import BlockRange
 from tests.integration.conftest import NUM_BLOCKS, save_tiny_llama
 
@@ -23,9 +24,10 @@ FACTS = BlockFacts(
 
 def test_blocks_that_must_be_downloaded_take_longer():
     """Each block takes its time from disk, and each byte that is not there the time to get it."""
-    far = [0, 0, int(DOWNLOAD_BYTES_PER_S), 0]
-    assert reload_times(far, 2, 0.5) == pytest.approx([1.0, 2.0, 2.0])
-    assert reload_times([], 2, 0.5) == []
+    far = [0, 0, 3_000_000, 0]
+    assert reload_times(far, 2, block_s=0.5, bytes_per_s=3e6) == pytest.approx([1.0, 2.0, 2.0])
+    assert reload_times(far, 2, block_s=0.5, bytes_per_s=6e6) == pytest.approx([1.0, 1.5, 1.5])
+    assert reload_times([], 2, block_s=0.5, bytes_per_s=3e6) == []
 
 
 def test_only_blocks_with_a_missing_file_are_far(tmp_path):
@@ -44,7 +46,7 @@ def test_only_blocks_with_a_missing_file_are_far(tmp_path):
     server = SimpleNamespace(
         plan=plan, config=ServerConfig(model="tiny", cache_dir=tmp_path), node=SimpleNamespace(peer_id="own")
     )
-    placing = Placing(server, transport=None, registry=None)
+    placing = Placing(server, transport=None, registry=None, files=MeasuredFiles(checkpoint.store))
     placing.facts, placing._length, placing._shards = FACTS, 2, shards_by_block(checkpoint)
     assert placing._reload_s() == [2 * LOAD_BLOCK_S] * (NUM_BLOCKS - 1)
     for path in (tmp_path / "tiny").glob("*.safetensors"):
@@ -63,14 +65,15 @@ def test_a_speed_that_batches_do_not_bear_out_is_set_right_and_remembered(tmp_pa
     )
     config = ServerConfig(model="tiny", cache_dir=tmp_path)
     server = SimpleNamespace(plan=plan, config=config, node=SimpleNamespace(peer_id="own"))
-    placing = Placing(server, transport=None, registry=None)
+    files = MeasuredFiles(checkpoint.store)
+    placing = Placing(server, transport=None, registry=None, files=files)
     placing.ran({})
     placing.facts = FACTS
     placing.ran({})
     now += WINDOW_S
     placing.ran({(1, 4): (1000, 1000 * 4 / 100.0)})
     assert placing.facts.single_tps == pytest.approx(100.0)
-    assert Placing(server, transport=None, registry=None)._store.known() == placing.facts
+    assert Placing(server, transport=None, registry=None, files=files)._store.known() == placing.facts
 
 
 def test_the_owner_is_told_in_one_line_why_the_server_is_where_it_is():
