@@ -246,10 +246,8 @@ class RemoteSession:
             self.on_failure(hop, PeerTimeout(reason, peer_id=hop.hop.peer_id))
         if silent:
             return  # nobody else is to blame before they are replaced
-        if is_opening:
+        if is_opening or self.moves.is_moving:  # both have deadlines of their own
             step.watch.asked(now)
-            step.watch.advanced(now)
-        elif self.moves.is_moving:
             step.watch.advanced(now)
         elif step.watch.is_stuck(now):
             self._lose_stuck(step, now)
