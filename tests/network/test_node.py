@@ -11,13 +11,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import uvloop
 
-from swarm.errors import ConfigError, InvalidRequest, PeerTimeout, PeerUnreachable
+from swarm.errors import ConfigError, InvalidRequest, PeerError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
 from swarm.network import Node, NodeConfig, libp2p, node
+from swarm.network.hive import P2PDaemonError
+from swarm.network.libp2p import Libp2p
 
 NOBODY = Identity.generate().peer_id
 
@@ -106,6 +109,40 @@ async def test_a_stream_that_can_not_be_opened_says_why():
         with pytest.raises(PeerUnreachable):
             await b.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}")
         await b.connect(a.addresses[0])
+
+
+async def test_a_peer_that_hangs_is_slow_not_gone():
+    """Its machine may be busy: who looks after others must not take it for lost."""
+    async with await start() as a, await start(*a.addresses) as b:
+        await a.add_stream_handler("/test/echo", echo)
+        stop(a.daemon_pid)
+        try:
+            with pytest.raises(PeerTimeout):  # the daemon's deadline, which is in whole seconds, passes before ours
+                await b.open_stream(a.peer_id, "/test/echo", 1.49)
+        finally:
+            os.kill(a.daemon_pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("says", "kind"),
+    [
+        ("failed to dial: context deadline exceeded", PeerTimeout),
+        ("dial tcp4 192.0.2.1:31337: i/o timeout", PeerTimeout),
+        ("dial tcp4 192.0.2.1:31337: connect: connection refused", PeerUnreachable),
+        ("protocols not supported: [/test/echo]", PeerUnreachable),
+    ],
+)
+async def test_what_the_daemon_says_of_a_peer_tells_silence_from_refusal(says: str, kind: type[PeerError]):
+    """One that does not answer may be asked again."""
+
+    async def fails(*_: object, **__: object) -> None:
+        raise P2PDaemonError(says)
+
+    underlay = Libp2p.__new__(Libp2p)
+    underlay.caller = SimpleNamespace(open_stream=fails)  # type: ignore[assignment]
+    with pytest.raises(PeerError, match="can't open /test/echo") as caught:
+        await underlay.open_stream(NOBODY, "/test/echo", asyncio.Protocol(), timeout_s=1.0)
+    assert type(caught.value) is kind and caught.value.peer_id == NOBODY
 
 
 async def test_an_identity_file_keeps_the_peer_id(tmp_path: Path):

@@ -30,6 +30,7 @@ from swarm.protocol import (
     Reserved,
 )
 from swarm.transport import EndOfStream, Stream, Transport
+from swarm.transport.connection import Connection
 from swarm.transport.dial_back import DIALS, DialBackDesk, Verdict, ask_around
 from swarm.transport.reachability import Reachability
 from swarm.transport.relay import RelayDesk, RelayLimits
@@ -133,6 +134,44 @@ async def changed(reservations: Reservations) -> None:
     event = asyncio.Event()
     reservations.on_change = event.set
     await asyncio.wait_for(event.wait(), 10)
+
+
+async def test_the_peer_behind_a_relay_may_be_silent_for_longer(swarm: SimpleNamespace):
+    """Its answers wait behind those of others there; the relay itself is given up as early as any peer."""
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    ends = [
+        swarm.dialler.live(swarm.target.peer_id, "relay"),
+        swarm.target.live(swarm.dialler.peer_id, "relay"),
+        swarm.target.live(swarm.reservations.relays[0], "direct"),
+    ]
+    assert [silence_s(end) for end in ends] == [20, 20, 4]
+
+
+def silence_s(connection: Connection) -> int:
+    """After how many seconds without a byte, counted as they pass, a peer is taken for dead."""
+    last = connection._mux._last_received
+    for second in range(60):
+        try:
+            connection._mux.tick(last + second + 0.5)
+        except PeerTimeout:
+            return second
+    return 60
+
+
+async def test_a_circuit_whose_handshake_is_cancelled_ends(swarm: SimpleNamespace):
+    """The target leaves while TLS is on its way: nothing is left that would go on carrying bytes."""
+    relay_id, target = swarm.reservations.relays[0], swarm.target
+    stream = await swarm.dialler.open(relay_id, RELAY_SERVICE, timeout_s=5)
+    await stream.send(OpenCircuit(peer_id=target.peer_id, is_call_back=False))
+    await stream.receive(5)  # the greeting, after which TLS would come
+    circuits = target._circuits
+    assert [task.get_name() for task in circuits._tasks._tasks] == [f"circuit through {relay_id}"]
+    pumps = list(circuits._tasks._tasks)
+    await target.stop_serving(CIRCUIT_SERVICE, PeerUnreachable("leaves"))
+    assert all(pump.cancelling() for pump in pumps)
+    await asyncio.wait(pumps)
+    with pytest.raises(PeerUnreachable, match="leaves"):
+        await stream.receive(5)
 
 
 async def test_whoever_waits_at_a_relayed_peer_that_leaves_learns_it(swarm: SimpleNamespace):
