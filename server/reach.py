@@ -17,10 +17,11 @@ from swarm.network.config import NodeConfig, load_identity
 from swarm.network.node import Node
 from swarm.server.config import ServerConfig
 from swarm.transport import Transport
-from swarm.transport.dial_back import Verdict, ask_around
+from swarm.transport.dial_back import ask_around
 from swarm.transport.public import help_others
 from swarm.transport.relay import RelayDesk
 from swarm.transport.reservations import Reservations
+from swarm.transport.standing import Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from swarm.server import reach as reach_module
 from swarm.server.config import ServerConfig
 from swarm.server.reach import Reach
 from swarm.transport import Transport
-from swarm.transport.dial_back import Verdict
 from swarm.transport.public import help_others
+from swarm.transport.standing import Verdict
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

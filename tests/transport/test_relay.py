@@ -31,10 +31,11 @@ from swarm.protocol import (
 )
 from swarm.transport import EndOfStream, Stream, Transport
 from swarm.transport.connection import Connection
-from swarm.transport.dial_back import DIALS, DialBackDesk, Verdict, ask_around
+from swarm.transport.dial_back import DIALS, DialBackDesk, ask_around
 from swarm.transport.reachability import Reachability
 from swarm.transport.relay import RelayDesk, RelayLimits
 from swarm.transport.reservations import PAUSE_S, Reservations
+from swarm.transport.standing import Verdict
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SECRET = b"what nobody else is to see" * 8
