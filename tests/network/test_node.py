@@ -114,11 +114,10 @@ async def test_a_stream_that_can_not_be_opened_says_why():
 async def test_a_peer_that_hangs_is_slow_not_gone():
     """Its machine may be busy: who looks after others must not take it for lost."""
     async with await start() as a, await start(*a.addresses) as b:
-        await a.add_stream_handler("/test/echo", echo)
         stop(a.daemon_pid)
         try:
             with pytest.raises(PeerTimeout):  # the daemon's deadline, which is in whole seconds, passes before ours
-                await b.open_stream(a.peer_id, "/test/echo", 1.49)
+                await b.open_stream(a.peer_id, "/test/new", 1.49)  # of those that it knows, it waits for no answer
         finally:
             os.kill(a.daemon_pid, signal.SIGCONT)
 
@@ -161,6 +160,47 @@ async def test_announced_addresses_replace_those_found():
             "/ip4/203.0.113.7/tcp",
             "/ip4/198.51.100.1/tcp",
         }
+
+
+async def test_a_node_that_becomes_hidden_leaves_the_tables_of_others_and_comes_back():
+    """Under the same identity and port; it stores and finds meanwhile, but nobody asks it."""
+    async with await start() as a, await start(*a.addresses) as b, await start(*a.addresses) as c:
+        await b.add_stream_handler("/test/echo", echo)
+        before = b.addresses
+        assert await c.dht_store("key", c.peer_id, b"of c", time.time() + 60)
+        await until(lambda: a.knows(b.peer_id))
+        await b.present(is_hidden=True)
+        assert b.addresses == () and b.listening == before
+        await a.dht_get("anything")  # whoever asks it learns that it is gone
+        await until(lambda: not a.knows(b.peer_id))
+        assert await b.dht_store("key", b.peer_id, b"of b", time.time() + 60)
+        for node in (a, b, c):
+            assert await node.dht_get("key") == {c.peer_id: b"of c", b.peer_id: b"of b"}
+        assert not a.knows(b.peer_id)
+        assert await ask_echo(a, b.peer_id) == a.peer_id
+        await b.present()
+        assert b.addresses == before
+        await until(lambda: a.knows(b.peer_id))
+        assert await ask_echo(c, b.peer_id) == c.peer_id
+
+
+async def test_addresses_that_are_announced_can_change():
+    """Nothing happens where they are what they were; others are told of them, streams that were open end."""
+    async with await start() as a, await start(*a.addresses) as b:
+        await b.add_stream_handler("/test/echo", echo)
+        reader, writer = await a.open_stream(b.peer_id, "/test/echo", 5)
+        writer.write(b"hello")
+        assert (await reader.readline()).decode().strip() == a.peer_id
+        await b.present()
+        assert b.num_restarts == 0
+        port = b.addresses[0].split("/")[4]
+        await asyncio.gather(b.present(["127.0.0.2"]), b.present(["192.0.2.1", "127.0.0.1"]))
+        hosts = ("127.0.0.1", "192.0.2.1")
+        assert sorted(b.addresses) == [f"/ip4/{host}/tcp/{port}/p2p/{b.peer_id}" for host in hosts]
+        while await reader.read(100):
+            pass
+        writer.close()
+        assert await ask_echo(a, b.peer_id) == a.peer_id
 
 
 @pytest.mark.parametrize(
