@@ -137,12 +137,18 @@ class Libp2p:
         Args:
             announce: hosts, in place of those found.
             is_hidden: whether nobody can connect to us.
+
+        Raises:
+            PeerTimeout: the daemon does not answer.
         """
         port = int(self.settings.listen[0].split("/")[4])
         addresses = tuple(tcp_address(host, port) for host in announce)
         settings = replace(self.settings, announce=addresses, is_hidden=is_hidden)
         if settings == self.settings:
-            return
+            try:
+                return await self._refresh_addresses()  # those of this machine may be others
+            except (P2PDaemonError, TimeoutError) as error:
+                raise PeerTimeout(f"the libp2p daemon does not say where it listens: {error}") from error
         self.settings = settings
         self._renewed.clear()
         self._outdated.set()

@@ -109,6 +109,9 @@ class Node:
         Args:
             announce: hosts, in place of those found.
             is_hidden: whether nobody can connect to us.
+
+        Raises:
+            PeerTimeout: the daemon does not answer.
         """
         assert isinstance(self._underlay, Libp2p), "members of a private swarm announce what they were told to"
         await self._dht.take_part(is_hidden=is_hidden)

@@ -498,6 +498,24 @@ async def test_room_for_circuits_and_reservations_is_bounded(swarm: SimpleNamesp
         await stream.receive(5)
 
 
+async def test_a_relay_that_is_reached_no_more_carries_what_it_has(swarm: SimpleNamespace):
+    """Those who have reserved are told, and look for others; circuits go on."""
+    await held(swarm)
+    relay, desk = swarm.relays[0], swarm.desks[0]
+    learn([swarm.dialler.node], swarm.target.peer_id, (relay.peer_id,))
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    swarm.found.remove(relay.peer_id)
+    telling = asyncio.ensure_future(changed(swarm.reservations))
+    await desk.close()
+    await telling
+    assert relay.peer_id not in swarm.reservations.relays and desk.num_reservations == 0
+    assert desk.num_circuits == 1 and await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    stream = await swarm.dialler.open(relay.peer_id, RELAY_SERVICE, timeout_s=5)
+    await stream.send(Reserve())
+    with pytest.raises(PeerUnreachable, match="at present"):
+        await stream.receive(5)
+
+
 # -- whether others can connect to us -----------------------------------------------------------------------------
 
 
@@ -526,6 +544,18 @@ async def test_a_peer_learns_that_it_cannot_be_reached(swarm: SimpleNamespace, f
     )
     call = transport.call(swarm.relays[1].peer_id, DIAL_BACK_SERVICE, question, timeout_s=5, carrier="direct")
     assert await call == DialedBack(host="127.0.0.1", is_reachable=False)
+
+
+async def test_who_connects_to_us_and_falls_silent_is_told_to_whom_it_concerns(swarm: SimpleNamespace):
+    """From which address it came; a peer that says goodbye is not silent."""
+    reached, heard = swarm.relays[0], list[str]()
+    reached.on_reached, reached.on_silence = heard.append, lambda: heard.append("silence")
+    for error in (PeerDisconnected("goodbye"), PeerTimeout("silent for 4.1 s")):
+        connection = await swarm.relays[1]._ways.connect(reached.peer_id, "direct", 5.0)
+        (accepted,) = [it for it in reached._by_peer[swarm.relays[1].peer_id] if not it.is_ours]
+        accepted.close(error)
+        await connection.wait_gone()
+    assert heard == ["127.0.0.1", "127.0.0.1", "silence"]
 
 
 async def test_who_cannot_tell_says_nothing(swarm: SimpleNamespace, nodes: list[Node]):

@@ -1,7 +1,7 @@
 """The process that carries packets between the namespaces of a `Wan`; also their warden.
 
     TUN of host a ─read─► Network.send ... Network.arrivals ─write─► TUN of host b
-    stdin: one JSON object per line changes paths and routers; its end means: kill what is left in the namespaces, report, exit
+    stdin: one JSON object per line changes paths, routers; its end means: kill what is left in the namespaces, report
 
 Whoever started it may die by SIGKILL: the pipe closes, and nothing of theirs lives on. Started with the command line
 that `command_line` makes and the descriptors inherited.
