@@ -34,11 +34,15 @@ class Behaviour:
         self._penalty_s = min(self.penalty_s(now) + PENALTY_S, MAX_PENALTIES * PENALTY_S)
         self.failed_at = now
 
-    def measured(self, now: float, *, block_s: float, excess_s: float) -> None:
-        """A step took so long per block, and so much longer than expected besides its blocks."""
+    def measured(self, now: float, *, block_s: float, surprise_s: float) -> None:
+        """A step took so long per block, and so much longer than all that was expected, the excess included.
+
+        Args:
+            surprise_s: this server's share of that; less than 0 where the step was quicker.
+        """
         known = self.block_s(now)
         self._block_s = block_s if known is None else (1 - SMOOTHING) * known + SMOOTHING * block_s
-        self._excess_s = (1 - SMOOTHING) * self.excess_s(now) + SMOOTHING * max(0.0, excess_s)
+        self._excess_s = max(0.0, self.excess_s(now) + SMOOTHING * surprise_s)
         self._measured_at = now
 
     def penalty_s(self, now: float) -> float:

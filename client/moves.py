@@ -89,10 +89,9 @@ class Moves:
         """Until when servers wanted a session moved that was on its way already."""
         self._num_tries = 0
 
-    @property
-    def is_moving(self) -> bool:
-        """Whether some server may have frozen the session, to send it to another; that has a deadline of its own."""
-        return bool(self._running)
+    def is_moving(self, *hops: HopStream) -> bool:
+        """Whether the server of one of these may have frozen the session, to send it to another."""
+        return any(hop in self._running for hop in hops)
 
     def start(self, hop: HopStream, within_s: float = MOVE_TIMEOUT_S) -> None:
         """Have a hop's part of the session moved to another server, unless that is under way; nobody waits for it.

@@ -347,8 +347,9 @@ class Peers:
     def measured(self, timings: Sequence[HopTiming]) -> None:
         """A step of one token per row took so long on its hops.
 
-        What it took beyond the ways and visits that were expected is shared by them all: who is to blame shows over
-        many routes. Ways that nobody has measured count as long ones.
+        What it took beyond all that was expected is shared by them all, what it took less as well, so that over several
+        routes it is found with whom the time goes: least mean squares, normalised (Widrow and Hoff's rule). Ways that
+        nobody has measured count as long ones.
         """
         router = (
             self._table() if self._router is None else self._router[0]
@@ -356,12 +357,12 @@ class Peers:
         hops = [Hop(peer_id=timing.peer_id, blocks=timing.blocks) for timing in timings]
         if not hops or not all(router.knows(hop.peer_id) for hop in hops):
             return
-        expected_s = router.ways_s(hops) + VISIT_S * len(hops)
-        excess_s = (sum(timing.overhead_s for timing in timings) - expected_s) / len(hops)
         now = time.monotonic()
-        for timing in timings:
-            block_s = timing.compute_s / len(timing.blocks)
-            self._behaviour[timing.peer_id].measured(now, block_s=block_s, excess_s=excess_s)
+        seen = [self._behaviour[timing.peer_id] for timing in timings]
+        expected_s = router.ways_s(hops) + sum(VISIT_S + known.excess_s(now) for known in seen)
+        surprise_s = (sum(timing.overhead_s for timing in timings) - expected_s) / len(hops)
+        for timing, known in zip(timings, seen, strict=True):
+            known.measured(now, block_s=timing.compute_s / len(timing.blocks), surprise_s=surprise_s)
 
     def failed(self, peer_id: str, error: Exception) -> None:
         """This peer failed; it becomes costly for a while, longer when it failed before."""

@@ -25,6 +25,10 @@ class StepShape:
         """Tokens in the rows that have new ones, when the step is done; the other rows don't matter for its end."""
         return sum(base + count for base, count in zip(self.base, self.num_tokens, strict=True) if count)
 
+    def count(self, lengths: Sequence[int]) -> int:
+        """Tokens in the rows that have new ones, of rows of these lengths."""
+        return sum(length for length, count in zip(lengths, self.num_tokens, strict=True) if count)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
@@ -62,21 +66,24 @@ def progress_of(result: ProbeResult, step: StepShape) -> Progress:
     return Progress(received=count(result.received), produced=count(result.produced))
 
 
-def find_stuck(hops: Sequence[Progress], expected: int) -> tuple[int, bool]:
+def find_stuck(hops: Sequence[Progress], expected: int, fed: Sequence[int | None]) -> tuple[int, bool]:
     """Who holds the step up.
 
     Args:
         hops: along the route.
         expected: tokens that each should have received.
+        fed: for each hop that the client feeds, the tokens that it has for it; None where the hop before does.
 
     Returns:
-        Index of a hop, and whether it is the hop itself; if not, it has done its work but the next one, or the client,
-        does not get it. Index -1: the first hop doesn't get what the client sends.
+        Index of a hop, and whether it is the hop itself, or what comes from it does not reach us; if not, it is the way
+        to the next one.
     """
     for index, hop in enumerate(hops):
         if hop.received > hop.produced:
             return index, True
-    for index, hop in enumerate(hops):
+    for index, (hop, here) in enumerate(zip(hops, fed, strict=True)):
         if hop.received < expected:
-            return index - 1, False
-    return len(hops) - 1, False
+            if here is None:
+                return index - 1, False
+            return (index if here > hop.received else index - 1), True
+    return len(hops) - 1, True

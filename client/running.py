@@ -7,6 +7,7 @@ Knows nothing of streams; servers are known by their link.
 """
 
 from collections.abc import Mapping
+from math import inf
 
 import torch
 
@@ -44,6 +45,7 @@ class RunningStep:
         self._answers: dict[int, tuple[tuple[HopTrace, ...], float]] = {}
         self._num_received: dict[int, int] = {}
         self._progress: dict[int, Progress] = {}
+        self._stands_since = inf
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +119,11 @@ class RunningStep:
     def progress(self, link: int) -> Progress:
         """The furthest that a server has said it is."""
         return self._progress.get(link, Progress())
+
+    def may_stand_still(self, now: float, limit_s: float) -> bool:
+        """Whether it may go on to stand still for a hop that moves: for so long in all, whoever moves how often."""
+        self._stands_since = min(self._stands_since, now)
+        return now < self._stands_since + limit_s
 
     # -- afterwards ---------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.deadlines import Pace, Patience, Watch
 from swarm.client.hop_stream import HopStream
 from swarm.client.hops import Hops
-from swarm.client.moves import Moves
+from swarm.client.moves import MOVE_TIMEOUT_S, Moves
 from swarm.client.peers import Peers
 from swarm.client.progress import StepShape, find_stuck
 from swarm.client.rerouting import Rerouting
@@ -441,14 +441,20 @@ class RemoteSession:
             self._end_step(PeerBusy(reason, peer_id=hop.hop.peer_id, retry_after_s=expected_s))
 
     def _lose_stuck(self, step: RunningStep, now: float) -> None:
-        """All servers live, yet the step does not advance: replace one of them, or the way between two."""
+        """All servers live, yet the step does not advance: replace one of them, or the way between two.
+
+        A hop that moves is frozen while it travels, and gets its time; how long that takes has a limit of its own.
+        """
         step.watch.heard(now)
         hops = [self._hops[link] for link in self.machine.hops]
-        index, is_hop = find_stuck([step.progress(hop.link) for hop in hops], step.shape.expected)
-        culprit = hops[max(index, 0)]
-        epoch, target = culprit.forward
-        if not is_hop and 0 <= index < len(hops) - 1 and target is not None:
-            self._link_down(culprit.link, epoch, LinkFault.UNREACHABLE)
+        fed = [step.shape.count(lengths) if lengths is not None else None for lengths in self.machine.fed]
+        index, is_hop = find_stuck([step.progress(hop.link) for hop in hops], step.shape.expected, fed)
+        culprit = hops[index]
+        involved = hops[index : index + 1 if is_hop else index + 2]
+        if self.moves.is_moving(*involved) and step.may_stand_still(now, MOVE_TIMEOUT_S):
+            return
+        if not is_hop:
+            self._link_down(culprit.link, culprit.forward[0], LinkFault.UNREACHABLE)
             return
         reason = f"gets no further, {now - step.started:.1f} s after the step began"
         self.on_failure(culprit, PeerTimeout(reason, peer_id=culprit.hop.peer_id))

@@ -210,6 +210,11 @@ class Session:
         return {part.link: part.hop for part in self._parts if part.hop is not None}
 
     @property
+    def fed(self) -> tuple[tuple[int, ...] | None, ...]:
+        """For each of `hops` the tokens of each row that are here for it; None where the hop before feeds it."""
+        return tuple(None if part.feed is None else part.feed.lengths for part in self._parts if part.hop is not None)
+
+    @property
     def num_pushes(self) -> int:
         """Hops that are fed by the hop before them."""
         return sum(part.feed is None for part in self._parts)

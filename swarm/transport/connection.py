@@ -68,7 +68,8 @@ class Connection(asyncio.Protocol):
         limits: timeouts and sizes.
         peer_id: the authenticated peer; empty until its ticket is seen.
 
-    `account` is who is charged for what the peer does: itself, unless the owner says otherwise.
+    `account` is who is charged for what the peer does: itself, unless the owner says otherwise. `via` is the relay of a
+    connection that we made through one.
     """
 
     is_ours = True
@@ -79,6 +80,7 @@ class Connection(asyncio.Protocol):
         self.peer_id = peer_id
         self.account = peer_id
         self.carrier = carrier
+        self.via: str | None = None
         self.made_at = time.monotonic()
         self.num_refused = 0
         self.is_closed = False

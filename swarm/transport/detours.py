@@ -38,8 +38,11 @@ class Detours:
         make_protocol: Callable[[bytes], asyncio.Protocol],
         *,
         timeout_s: float,
-    ) -> None:
+    ) -> str:
         """Connect to a peer through one of its relays; `make_protocol` is told the ticket for HELLO.
+
+        Returns:
+            The relay.
 
         Raises:
             PeerUnreachable: none of them knows it. PeerTimeout: one took too long. PeerBusy: one of them, or the peer,
@@ -53,7 +56,7 @@ class Detours:
                 await stream.close()
                 raise
 
-        await self._through_any(peer_id, relays, through, timeout_s)
+        return await self._through_any(peer_id, relays, through, timeout_s)
 
     async def call_back(self, peer_id: str, relays: Sequence[str], *, timeout_s: float) -> None:
         """Have a peer connect to us directly.
@@ -70,15 +73,16 @@ class Detours:
 
     async def _through_any(
         self, peer_id: str, relays: Sequence[str], through: Callable[[Stream], Awaitable[None]], timeout_s: float
-    ) -> None:
-        """Do it with the first relay that works, each of which may take its share of the time."""
+    ) -> str:
+        """Do it with the first relay that works, which is returned; each may take its share of the time."""
         failures: dict[str, SwarmError] = {}
         for relay_id in self._in_order(relays):
             share_s = timeout_s / len(relays)
             try:
                 async with asyncio.timeout(share_s):
                     await through(await self._reached(relay_id, share_s))
-                    return self._failures.succeeded(relay_id)
+                    self._failures.succeeded(relay_id)
+                    return relay_id
             except TimeoutError:
                 self._failures.failed(relay_id, self._now)
                 failures[relay_id] = PeerTimeout(f"not within {share_s:g} s")

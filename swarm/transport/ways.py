@@ -237,8 +237,9 @@ class Ways:
 
         winner: Connection | None = None
         try:
-            await self._detours.dial(peer_id, self._relays_of(peer_id), make_protocol, timeout_s=timeout_s)
+            via = await self._detours.dial(peer_id, self._relays_of(peer_id), make_protocol, timeout_s=timeout_s)
             winner = made[-1]
+            winner.via = via
         finally:
             for connection in made:
                 if connection is not winner:

@@ -41,7 +41,7 @@ def test_measured_speed_is_believed_for_a_while():
     """Then what the server announces counts again."""
     seen = Behaviour()
     assert seen.block_s(0.0) is None
-    seen.measured(10.0, block_s=0.01, excess_s=0.0)
+    seen.measured(10.0, block_s=0.01, surprise_s=0.0)
     assert seen.block_s(10.0 + MEASURED_S) == 0.01
     assert seen.block_s(11.0 + MEASURED_S) is None
 
@@ -49,9 +49,9 @@ def test_measured_speed_is_believed_for_a_while():
 def test_excess_fades_and_is_never_negative():
     """A server that was quicker than expected once is not believed to be so."""
     seen = Behaviour()
-    seen.measured(0.0, block_s=0.01, excess_s=-5.0)
+    seen.measured(0.0, block_s=0.01, surprise_s=-5.0)
     assert seen.excess_s(0.0) == 0.0
-    seen.measured(0.0, block_s=0.01, excess_s=1.0)
+    seen.measured(0.0, block_s=0.01, surprise_s=1.0)
     first = seen.excess_s(0.0)
     assert 0.0 < first < 1.0
     assert seen.excess_s(EXCESS_HALF_LIFE_S) == pytest.approx(first / 2)
@@ -62,6 +62,6 @@ def test_what_was_seen_fades_until_nothing_counts():
     seen = Behaviour()
     assert seen.has_faded(0.0)
     seen.failed(0.0)
-    seen.measured(0.0, block_s=0.01, excess_s=1.0)
+    seen.measured(0.0, block_s=0.01, surprise_s=1.0)
     assert not seen.has_faded(61.0)
     assert seen.has_faded(3600.0)

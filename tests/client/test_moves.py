@@ -1,8 +1,10 @@
 """Sessions that move to another server in the middle: between handlers and a real client, on made-up devices."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -228,6 +230,88 @@ async def test_a_server_that_dies_while_a_session_travels_costs_a_replay_at_most
         draining.cancel()
         await session.close()
         await eventually(lambda: not chain.executors[1].pages and not chain.executors[4].pages, "freed pages")
+
+
+class Frozen:
+    """A session whose second server has frozen it, and a step that waits for it; `go` lets it travel."""
+
+    def __init__(self, swarm: Swarm, monkeypatch: pytest.MonkeyPatch, **config):
+        self.swarm, self.session, self.row = swarm, swarm.session(**config), tokens(30)
+        self.frozen, self.go = asyncio.Event(), asyncio.Event()
+        executor = swarm.chain.executors[1]
+        self._layout = executor.layout
+        monkeypatch.setattr(executor, "layout", self._wait)
+
+    async def __aenter__(self) -> "Frozen":
+        await self.session.step(self.row, positions=[0], num_tokens=[30], num_outputs=[1])
+        self.draining = asyncio.create_task(self.swarm.chain.handlers[1].drain(DRAIN_S))
+        await self.frozen.wait()
+        new = tokens(1, 1)
+        self.row = torch.cat([self.row, new])
+        self.step = asyncio.create_task(self.session.step(new, positions=[30], num_tokens=[1]))
+        await eventually(lambda: self.swarm.chain.executors[0].num_tokens_run == 31, "the first server's part")
+        self.session._hops.probe(time.monotonic())
+        await eventually(lambda: not any(hop.probe_sent_at for hop in self.session._hops), "answers")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.draining.cancel()
+        await self.session.close()
+
+    def is_stuck(self, now: float) -> None:
+        """The step has stood still for too long."""
+        self.session._lose_stuck(self.session._step, now)
+        self.session._wake()
+
+    async def _wait(self, blocks: BlockRange):
+        self.frozen.set()
+        await self.go.wait()
+        return await self._layout(blocks)
+
+
+async def test_a_step_waits_for_a_session_that_travels(nodes, monkeypatch):
+    """Nobody runs it then, which is no sign that its server is stuck."""
+    async with chain_of(nodes, 6) as chain, Frozen(Swarm(chain), monkeypatch) as it:
+        for _ in range(3):
+            it.is_stuck(time.monotonic())
+        it.go.set()
+        assert torch.equal(await it.step, expected(it.row)[-1:])
+        assert it.session.moves.num_moves == 1 and it.session.machine.num_replays == 0
+        assert it.swarm.peers.failures == []
+
+
+async def test_a_server_that_freezes_a_session_and_goes_no_further_is_replaced(nodes, monkeypatch):
+    """However often it asks for moves: one step waits so long for them, and no longer."""
+    monkeypatch.setattr(client_session, "MOVE_TIMEOUT_S", 5.0)
+    async with chain_of(nodes, 6) as chain, Frozen(Swarm(chain), monkeypatch) as it:
+        now = time.monotonic()
+        it.is_stuck(now)
+        it.is_stuck(now + 4.9)
+        assert it.swarm.peers.failures == []
+        it.is_stuck(now + 5.1)  # perhaps it is the way from the first to it
+        assert it.swarm.peers.failures == []
+        await eventually(lambda: it.session.machine.fed[1] == (31,), "what the first has for it")
+        it.is_stuck(now + 5.2)
+        assert torch.equal(await it.step, expected(it.row)[-1:])
+        assert it.swarm.peers.failures == [chain.peer_id(1)] and it.session.machine.num_replays == 1
+
+
+async def test_another_server_is_no_less_watched_while_a_session_travels(nodes, monkeypatch):
+    """All are asked how far they are as ever, and waiting does not keep the loop busy."""
+    waits, wait = list[float](), RemoteSession._woken
+
+    async def woken(session, timeout_s):
+        waits.append(timeout_s)
+        await wait(session, timeout_s)
+
+    async with chain_of(nodes, 6) as chain:
+        monkeypatch.setattr(RemoteSession, "_woken", woken)
+        async with Frozen(Swarm(chain), monkeypatch, late_s=0.05, probe_timeout_s=30.0) as it:
+            num_probes = it.session._hops._num_probes
+            await eventually(lambda: it.session._hops._num_probes > num_probes + 2, "questions")
+            assert not any(before <= 0 and after <= 0 for before, after in pairwise(waits))
+            it.go.set()
+            await it.step
 
 
 async def test_a_closed_session_takes_its_move_along(nodes):

@@ -58,11 +58,14 @@ class SlowRegistry:
         return [list(self.records) if shard == 0 else [] for shard in shards]
 
 
+BLOCKS = BlockRange(0, 2)
+
+
 def record(peer_id: str, **fields) -> ServerRecord:
     usual = {
         "peer_id": peer_id,
         "model": "0" * 64,
-        "blocks": BlockRange(0, 2),
+        "blocks": BLOCKS,
         "state": ServerState.ONLINE,
         "decode_tps": 100.0,
         "load": 0.0,
@@ -76,10 +79,10 @@ def record(peer_id: str, **fields) -> ServerRecord:
     return ServerRecord(**{**usual, **fields})
 
 
-def timing(peer_id: str, *, compute_s: float, overhead_s: float) -> HopTiming:
+def timing(peer_id: str, *, compute_s: float, overhead_s: float, blocks: BlockRange = BLOCKS) -> HopTiming:
     return HopTiming(
         peer_id=peer_id,
-        blocks=BlockRange(0, 2),
+        blocks=blocks,
         num_tokens=1,
         round_trip_s=compute_s + overhead_s,
         compute_s=compute_s,
@@ -156,6 +159,20 @@ async def test_a_server_that_claims_no_time_but_takes_it_is_found_out_too(peers,
         peers.measured([timing("liar", compute_s=0.0, overhead_s=3.0)])
     now += 2.0
     assert await chosen(peers) == "honest"
+
+
+async def test_the_honest_hops_of_a_chain_are_cleared_by_other_chains(peers, monkeypatch):
+    """Only totals are known: the time is the liar's, since chains without it are quick and all with it are slow."""
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: 1000.0)
+    first, second = BlockRange(0, 1), BlockRange(1, 2)
+    await read(peers, *(record(name, blocks=first) for name in "ab"), *(record(name, blocks=second) for name in "lc"))
+    overhead_s = {"a": 0.01, "b": 0.01, "c": 0.01, "l": 3.0}
+    for chain in ["al"] * 10 + ["bc", "ac", "bl", "al"] * 60:
+        share_s = sum(overhead_s[name] for name in chain) / 2
+        blocks = dict(zip(chain, (first, second), strict=True))
+        peers.measured([timing(name, compute_s=0.0, overhead_s=share_s, blocks=blocks[name]) for name in chain])
+    excess_s = {name: peers._behaviour[name].excess_s(1000.0) for name in "abcl"}
+    assert excess_s["l"] > 1.0 and all(excess_s[name] < 0.1 * excess_s["l"] for name in "abc"), excess_s
 
 
 async def test_a_failed_server_is_avoided_for_a_while(peers, monkeypatch):

@@ -43,11 +43,30 @@ def test_another_number_of_rows_is_misbehaviour():
         ([(8, 4), (4, 4), (4, 4)], (0, True)),
         ([(10, 10), (7, 7), (7, 7)], (0, False)),
         ([(10, 10), (10, 10), (9, 9)], (1, False)),
-        ([(9, 9), (9, 9), (9, 9)], (-1, False)),
-        ([(10, 10), (10, 10), (10, 10)], (2, False)),
+        ([(9, 9), (9, 9), (9, 9)], (0, True)),
+        ([(10, 10), (10, 10), (10, 10)], (2, True)),
         ([(7, 7), (7, 2), (0, 0)], (1, True)),
     ],
 )
 def test_the_first_that_has_work_is_slow_else_the_way_that_carries_nothing(hops, culprit):
     """Of 10 tokens; a hop behind which work piles up holds up those before it, too."""
-    assert find_stuck([Progress(received=a, produced=b) for a, b in hops], 10) == culprit
+    assert find_stuck(progress(hops), 10, [10, None, None]) == culprit
+
+
+@pytest.mark.parametrize(
+    ("hops", "fed", "culprit"),
+    [
+        ([(10, 10), (7, 7), (7, 7)], [10, 10, None], 1),
+        ([(10, 10), (7, 7), (7, 7)], [10, 8, None], 1),
+        ([(10, 10), (7, 7), (7, 7)], [10, 7, None], 0),
+        ([(10, 10), (10, 10), (7, 7)], [10, None, 10], 2),
+        ([(10, 10), (10, 10), (7, 7)], [10, 10, 7], 1),
+    ],
+)
+def test_where_the_client_stands_between_two_it_knows_which_of_them_it_is(hops, fed, culprit):
+    """Who does not take what is there for it, else who has not sent it."""
+    assert find_stuck(progress(hops), 10, fed) == (culprit, True)
+
+
+def progress(hops) -> list[Progress]:
+    return [Progress(received=received, produced=produced) for received, produced in hops]

@@ -93,20 +93,21 @@ def test_a_server_that_nobody_can_connect_to_is_reached_through_others(hosts: Ho
 
 def test_a_session_goes_on_when_the_relay_that_carries_it_is_killed(hosts: Hosts, local_model):
     """Through the other one: the bootstrap peer, which carries it, is stopped between two steps."""
-    with closing(hosts.connect()) as service, service.open_session(batch_size=1, max_length=8) as session:
+    with closing(hosts.connect()) as service:
         bootstrap = hosts.address.split("/")[-1]
         hidden = next(it for it in wait_for_records(service) if it.is_relayed)
         assert bootstrap in hidden.relays
         service._loop.run(only_through(service, hidden.peer_id, bootstrap))
-        inputs = embed(local_model, [1, 2, 3, 4])
-        session.step(inputs[:3], positions=[0], num_tokens=[3])
-        hosts.bootstrap.signal(signal.SIGSTOP)
-        try:
-            service._loop.run(only_through(service, hidden.peer_id, *hidden.relays))
-            outputs = session.step(inputs[3:], positions=[3], num_tokens=[1])
-        finally:
-            hosts.bootstrap.signal(signal.SIGCONT)
-        assert session.num_replays == 1 and carriers(service)[hidden.peer_id] == {"relay"}
+        with service.open_session(batch_size=1, max_length=8) as session:
+            inputs = embed(local_model, [1, 2, 3, 4])
+            session.step(inputs[:3], positions=[0], num_tokens=[3])
+            hosts.bootstrap.signal(signal.SIGSTOP)
+            try:
+                service._node.relays.learn(hidden.peer_id, hidden.relays)
+                outputs = session.step(inputs[3:], positions=[3], num_tokens=[1])
+            finally:
+                hosts.bootstrap.signal(signal.SIGCONT)
+            assert session.num_replays == 1 and carriers(service)[hidden.peer_id] == {"relay"}
     assert_right(local_model, outputs)
 
 
@@ -117,12 +118,13 @@ def wait_for_records(service: SwarmService) -> Sequence[ServerRecord]:
     return records
 
 
-async def only_through(service: SwarmService, peer_id: str, *relays: str) -> None:
-    """Have a client know these relays of a peer only; connections that it has are closed."""
-    service._node.relays.learn(peer_id, relays)
-    for connection in list(service._transport._by_peer.get(peer_id, ())):
-        if len(relays) == 1:
+async def only_through(service: SwarmService, peer_id: str, relay: str) -> None:
+    """Have a client reach a peer through this relay alone, whatever it reads or has begun meanwhile."""
+    while {it.via for it in service._transport._by_peer.get(peer_id, ())} != {relay}:
+        for connection in list(service._transport._by_peer.get(peer_id, ())):
             connection.close(PeerDisconnected("another way is tried"))
+        service._node.relays.learn(peer_id, [relay])
+        await service._transport._ways.connect(peer_id, "relay", 10)
 
 
 def test_a_server_whose_ports_are_forwarded_announces_the_address_that_others_see(hosts: Hosts, local_model):
