@@ -177,7 +177,8 @@ class Transport:
             carrier: "direct", "p2p", "relay", or whichever works, direct ones first.
 
         Raises:
-            PeerUnreachable, PeerTimeout, PeerBusy: no connection. ProtocolMismatch: the peer speaks another version.
+            PeerUnreachable, PeerTimeout, PeerBusy: no connection. RelaysBusy: none for now. ProtocolMismatch: the peer
+            speaks another version.
         """
         try:
             async with asyncio.timeout(timeout_s):

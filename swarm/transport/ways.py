@@ -12,7 +12,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
-from swarm.errors import InvalidRequest, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable, SwarmError
+from swarm.errors import (
+    InvalidRequest,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    PeerUnreachable,
+    RelaysBusy,
+    SwarmError,
+)
 from swarm.network import Node
 from swarm.network.tasks import TaskSet
 from swarm.protocol import OFFER_SERVICE, RELAY_SERVICE
@@ -129,6 +137,8 @@ class Ways:
                     return direct
         try:
             return await self.dial(peer_id, "relay", timeout_s)
+        except RelaysBusy:
+            raise
         except PeerUnreachable:
             self._owner.node.relays.forget(peer_id)  # perhaps it has others now, or none
             raise

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable
+from swarm.errors import (
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    PeerUnreachable,
+    RelaysBusy,
+)
 from swarm.network import Node, NodeConfig
 from swarm.network.daemon import claim_port
 from swarm.network.relay_book import RelayBook
@@ -29,6 +37,7 @@ from swarm.protocol import (
     Reserve,
     Reserved,
 )
+from swarm.rates import Rate, Rates
 from swarm.transport import EndOfStream, Stream, Transport
 from swarm.transport.connection import Connection
 from swarm.transport.dial_back import DIALS, DialBackDesk, ask_around
@@ -233,19 +242,40 @@ async def test_a_relay_that_refuses_is_no_reason_not_to_try_another(swarm: Simpl
     assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
 
 
-async def test_a_peer_without_room_is_busy_not_lost(swarm: SimpleNamespace):
-    """Whoever looks after others must not take it for dead."""
+async def test_relays_without_room_say_nothing_of_the_peer_behind_them(swarm: SimpleNamespace):
+    """Another one is tried; where all are busy there is no way for now, and the peer's relays are not forgotten."""
     await held(swarm)
 
     async def full(stream: Stream) -> None:
         await stream.receive()
         raise PeerBusy("no room", retry_after_s=7.0)
 
-    for relay in swarm.relays:
-        relay.serve(RELAY_SERVICE, full)
-    with pytest.raises(PeerBusy, match="no room") as caught:
+    swarm.relays[0].serve(RELAY_SERVICE, full)
+    while swarm.relays[1].peer_id not in swarm.reservations.relays:
+        await changed(swarm.reservations)
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    for connection in list(swarm.dialler._by_peer[swarm.target.peer_id]):
+        connection.close(PeerDisconnected("another one is made"))
+    swarm.relays[1].serve(RELAY_SERVICE, full)
+    with pytest.raises(RelaysBusy, match="no room") as caught:
         await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=5)
-    assert caught.value.retry_after_s == 7.0
+    assert caught.value.retry_after_s == 7.0 and caught.value.peer_id == swarm.target.peer_id
+    assert swarm.dialler.node.relays.of(swarm.target.peer_id)
+
+
+async def test_a_peer_that_may_not_be_asked_to_connect_is_reached_through_its_relay(swarm: SimpleNamespace):
+    """It was asked too often: that must not keep anybody away from it."""
+    await held(swarm)
+    asking = swarm.relays[1]
+    swarm.target._circuits._call_backs = Rates(Rate(burst=0, per_s=1e-9))
+    for connection in list(asking._by_peer.get(swarm.target.peer_id, ())):
+        connection.close(PeerDisconnected("nobody needs it"))
+    learn([asking.node], swarm.target.peer_id, (swarm.relays[0].peer_id,))
+    asking.is_reachable = True
+    try:
+        assert await echoed(asking, swarm.target.peer_id) == "relay"
+    finally:
+        asking.is_reachable = False
 
 
 async def test_a_relay_that_takes_too_long_says_nothing_of_the_peer_behind_it(swarm: SimpleNamespace):
