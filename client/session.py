@@ -246,7 +246,7 @@ class RemoteSession:
             self.on_failure(hop, PeerTimeout(reason, peer_id=hop.hop.peer_id))
         if silent:
             return  # nobody else is to blame before they are replaced
-        if is_opening or self.moves.is_moving:  # both have deadlines of their own
+        if is_opening:
             step.watch.asked(now)
             step.watch.advanced(now)
         elif step.watch.is_stuck(now):

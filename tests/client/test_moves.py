@@ -18,7 +18,6 @@ from swarm.client.session import RemoteSession, SessionConfig
 from swarm.errors import PeerMisbehaved
 from swarm.network import Node, NodeConfig
 from swarm.server import handler, session_moves
-from swarm.server.moving import MoveDesk
 from swarm.server.relief import RETRY_S
 from swarm.server.session_moves import SessionMoves
 from swarm.types import BlockRange
@@ -429,42 +428,3 @@ async def test_where_nobody_says_that_the_session_has_come_it_is_replayed(nodes,
         assert session.machine.num_replays == 1 and session.moves.num_moves == 0
         await session.close()
         await eventually(lambda: chain.pages == 0, "freed pages")
-
-
-async def test_a_session_that_stands_still_because_it_moves_is_not_stuck(nodes, monkeypatch):
-    """However long it travels, the step waits, looking no more often than usual, and nobody is replaced."""
-    now, held, released = 1000.0, asyncio.Event(), asyncio.Event()
-    receive = MoveDesk._receive_parts
-
-    async def receive_late(own, *args):
-        held.set()
-        await released.wait()
-        await receive(own, *args)
-
-    monkeypatch.setattr(MoveDesk, "_receive_parts", receive_late)
-    monkeypatch.setattr(client_session, "time", SimpleNamespace(monotonic=lambda: now))
-    async with chain_of(nodes, 6) as chain:
-        swarm = Swarm(chain)
-        session = swarm.session(step_timeout_s=120.0)
-        row = tokens(30)
-        await session.step(row, positions=[0], num_tokens=[30], num_outputs=[1])
-        draining = asyncio.create_task(swarm.drain(1))
-        await held.wait()
-        new = tokens(1, 1)
-        running = asyncio.create_task(session.step(new, positions=[30], num_tokens=[1]))
-        await eventually(lambda: session._waiter is not None, "a step that waits")
-        silent, looks = session._hops.silent, list[float]()
-        session._hops.silent = lambda now: looks.append(now) or silent(now)  # type: ignore[func-returns-value]
-        for num in (1, 2, 3):
-            now += 120.0
-            session._wake()
-            await eventually(lambda num=num: len(looks) >= num, "a look")
-            for _ in range(50):
-                await asyncio.sleep(0)
-        assert len(looks) == 3 and session.machine.num_replays == 0
-        released.set()
-        row = torch.cat([row, new])
-        assert torch.equal(await running, expected(row)[-1:])
-        await draining
-        assert session.machine.num_replays == 0 and session.moves.num_moves == 1 and swarm.peers.failures == []
-        await session.close()
