@@ -54,6 +54,8 @@ class Reach:
         self._config = config
         self._standing: Standing | None = None
         """What is known of ourselves; None where nobody is asked."""
+        self._is_settled = True
+        """Whether we present ourselves as that."""
         self._own: tuple[str, ...] = ()
         """Addresses of this machine, for neighbours ..."""
         self._source = ""
@@ -198,14 +200,16 @@ class Reach:
             await self._due_or_stirred(known)
             try:
                 if await self._has_moved():
-                    await self._settle(known)
+                    self._is_settled = False
                     known.hint(_now())
                 if _now() >= known.due_at and known.heard(await self._ask(), _now()):
+                    self._is_settled = False
+                if not self._is_settled:
                     await self._settle(known)
+                    self._is_settled = True
                     self._on_change()
             except PeerError as error:
-                logger.warning("can't present ourselves otherwise: %s", error)
-                known.hint(_now())
+                logger.warning("can't say how we are reached, trying again: %s", error)
 
     async def _due_or_stirred(self, known: Standing) -> None:
         self._stirred.clear()

@@ -114,8 +114,12 @@ class Node:
             PeerTimeout: the daemon does not answer.
         """
         assert isinstance(self._underlay, Libp2p), "members of a private swarm announce what they were told to"
+        known, num_restarts = await self.known_addresses(), self.num_restarts
         await self._dht.take_part(is_hidden=is_hidden)
         await self._underlay.present(announce, is_hidden=is_hidden)
+        if self.num_restarts > num_restarts and not self._initial_peers:  # else nobody is left whom we could ask
+            peers = [PeerAddress.parse(address) for address in random.sample(known, min(8, len(known)))]
+            await self._dht.join(peers, timeout_s=5.0)
 
     @property
     def is_private(self) -> bool:

@@ -88,10 +88,11 @@ class Standing:
 
     def came(self, host: str, now: float) -> bool:
         """Somebody has connected to us from this address; whether something is known now that was not."""
-        if not self._is_outside(host):
-            return False
         if not self.is_reachable:
-            self.hint(now)  # one of two ports is open
+            if _is_public(host):
+                self.hint(now)  # one of two ports is open
+            return False
+        if not self._is_outside(host):
             return False
         self.due_at = max(self.due_at, now + self._spread(PERIOD_S))
         return self._confirmed(self.host)

@@ -136,12 +136,15 @@ class Ways:
                 if direct is not None:
                     return direct
         try:
-            return await self.dial(peer_id, "relay", timeout_s)
+            connection = await self.dial(peer_id, "relay", timeout_s)
         except RelaysBusy:
             raise
         except PeerUnreachable:
             self._owner.node.relays.forget(peer_id)  # perhaps it has others now, or none
             raise
+        if carrier == "auto" and not self._owner.is_reachable:
+            self._probe(peer_id, "direct")  # it may be a neighbour: the next stream need not pass the relay
+        return connection
 
     async def _learn_of(self, peer_id: str, timeout_s: float) -> None:
         """Look a peer up, so that we need not find out by waiting in vain that nobody can connect to it."""

@@ -184,6 +184,15 @@ async def test_a_node_that_becomes_hidden_leaves_the_tables_of_others_and_comes_
         assert await ask_echo(c, b.peer_id) == c.peer_id
 
 
+async def test_the_first_node_of_a_swarm_stays_in_it_when_it_is_hidden():
+    """It was told of no others, but it knows them by then."""
+    async with await start() as a, await start(*a.addresses) as b:
+        await until(lambda: a.knows(b.peer_id))
+        await a.present(is_hidden=True)
+        assert await a.dht_store("key", a.peer_id, b"of a", time.time() + 60)
+        assert await b.dht_get("key") == {a.peer_id: b"of a"}
+
+
 async def test_addresses_that_are_announced_can_change():
     """Nothing happens where they are what they were; others are told of them, streams that were open end."""
     async with await start() as a, await start(*a.addresses) as b:
