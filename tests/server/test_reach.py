@@ -207,8 +207,9 @@ async def test_a_server_whose_machine_is_at_another_address_asks_again(
         assert len(asked.times) == 1
         asked.verdict = Verdict(is_reachable=True, host="127.0.0.9", num_answers=3)
         sources[0] = "192.168.7.2"
-        await asyncio.wait_for(changed.wait(), 30)
-        assert [address.split("/")[2] for address in reach.node.addresses] == ["127.0.0.9", "127.0.0.1"]
+        while {address.split("/")[2] for address in reach.node.addresses} != {"127.0.0.9", "127.0.0.1"}:
+            changed.clear()
+            await asyncio.wait_for(changed.wait(), 30)
 
 
 async def test_who_is_shown_that_it_can_be_reached_need_not_be_told(bootstrap: SimpleNamespace):

@@ -577,13 +577,16 @@ async def test_a_peer_learns_that_it_cannot_be_reached(swarm: SimpleNamespace, f
 
 async def test_who_connects_to_us_and_falls_silent_is_told_to_whom_it_concerns(swarm: SimpleNamespace):
     """From which address it came; a peer that says goodbye is not silent."""
-    reached, heard = swarm.relays[0], list[str]()
+    (reached, other), heard = swarm.relays, list[str]()
+    reached.serve("echo", echo)
     reached.on_reached, reached.on_silence = heard.append, lambda: heard.append("silence")
     for error in (PeerDisconnected("goodbye"), PeerTimeout("silent for 4.1 s")):
-        connection = await swarm.relays[1]._ways.connect(reached.peer_id, "direct", 5.0)
-        (accepted,) = [it for it in reached._by_peer[swarm.relays[1].peer_id] if not it.is_ours]
+        assert await echoed(other, reached.peer_id) == "direct"
+        made = other.live(reached.peer_id, "direct")
+        (accepted,) = [it for it in reached._by_peer[other.peer_id] if not it.is_ours]
         accepted.close(error)
-        await connection.wait_gone()
+        assert made is not None
+        await made.wait_gone()
     assert heard == ["127.0.0.1", "127.0.0.1", "silence"]
 
 
