@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from random import Random
 
 PERIOD_S = 900.0
-"""How often some are asked while nothing speaks against what is known; less often while others connect to us."""
+"""How often some are asked while nothing speaks against what is known; while others connect to us, every ..."""
+MAX_UNASKED_S = 3600.0
+"""... so often: they show one port of two."""
 CONFIRM_S = 20.0
 """How soon they are asked again when something does. Each of them answers every 15 s."""
 NUM_LOST, NUM_FOUND = 2, 3
@@ -94,7 +96,7 @@ class Standing:
             return False
         if not self._is_outside(host):
             return False
-        self.due_at = max(self.due_at, now + self._spread(PERIOD_S))
+        self.due_at = max(self.due_at, min(now + self._spread(PERIOD_S), self._asked_at + MAX_UNASKED_S))
         return self._confirmed(self.host)
 
     def hint(self, now: float) -> None:

@@ -11,6 +11,7 @@ from swarm.transport.standing import (
     HOLD_S,
     JITTER,
     MAX_HOLD_S,
+    MAX_UNASKED_S,
     NUM_FOUND,
     NUM_LOST,
     PERIOD_S,
@@ -132,6 +133,15 @@ def test_who_connects_from_outside_proves_that_we_can_be_reached():
     assert known.due_at >= 110.0 + (1 - JITTER) * PERIOD_S
     known.heard(verdict(False), 120.0)
     assert known.is_reachable  # it was the first one again
+
+
+def test_others_are_asked_every_hour_however_many_connect():
+    """Who connects to one of our two ports says nothing of the other."""
+    known = standing(verdict(True))
+    for now in range(0, 7200, 60):
+        known.came(STRANGER, float(now))
+        assert known.due_at <= MAX_UNASKED_S
+    assert known.due_at == MAX_UNASKED_S
 
 
 def test_in_a_private_network_neighbours_are_the_world():
