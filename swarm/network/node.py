@@ -114,7 +114,10 @@ class Node:
             PeerTimeout: the daemon does not answer.
         """
         assert isinstance(self._underlay, Libp2p), "members of a private swarm announce what they were told to"
-        known, num_restarts = await self.known_addresses(), self.num_restarts
+        known: tuple[str, ...] = ()
+        num_restarts = self.num_restarts
+        with suppress(PeerTimeout):  # the daemon is being replaced
+            known = await self.known_addresses()
         await self._dht.take_part(is_hidden=is_hidden)
         await self._underlay.present(announce, is_hidden=is_hidden)
         if self.num_restarts > num_restarts and not self._initial_peers:  # else nobody is left whom we could ask
