@@ -46,7 +46,7 @@ class Fleet:
         spans = [span for span, _ in self.servers.values()]
         started = [(span, self._start(span)) for span in SPANS for _ in range(2 - spans.count(span))]
         for span, server in started:
-            server.wait_for("^ONLINE", 60)
+            server.wait_for("^ONLINE", 180)
             self.servers[server.peer_id] = span, server
 
     def kill(self, peer_id: str) -> None:

@@ -20,7 +20,7 @@ from swarm.server.config import CacheSize
 from swarm.server.pages import PAGE_SIZE
 from tests.server.blocks.peft_adapters import change_tensors, save_adapter
 
-from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm
+from .conftest import HIDDEN, NUM_BLOCKS, PATIENT, LocalSwarm
 from .test_chain import At, remove
 
 pytestmark = [  # PEFT's own
@@ -101,7 +101,7 @@ def of_peft(tiny_llama: Path, directory: Path | None, row: int, **options) -> to
 def distributed(swarm: LocalSwarm, adapters: dict[str, Path] | None = None, **config):
     """A client with these adapters, none of which is active."""
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        swarm.model, initial_peers=[swarm.address], session_config=SessionConfig(**{"max_wait_s": 20.0, **config})
+        swarm.model, initial_peers=[swarm.address], session_config=SessionConfig(**{**PATIENT, **config})
     )
     for name, path in (adapters or {}).items():
         model.load_adapter(path, adapter_name=name)

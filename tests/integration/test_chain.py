@@ -12,7 +12,7 @@ from swarm.client.session import SessionConfig
 from swarm.errors import RouteNotFound
 from swarm.transport import stream as stream_module
 
-from .conftest import NUM_BLOCKS, LocalSwarm, closing
+from .conftest import NUM_BLOCKS, PATIENT, LocalSwarm, closing
 
 PROMPTS = torch.tensor([[5, 9, 44, 12, 7, 61], [0, 0, 3, 8, 1, 90]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -21,7 +21,7 @@ NEW_TOKENS = 12
 
 def distributed(swarm: LocalSwarm, **config):
     return AutoDistributedModelForCausalLM.from_pretrained(
-        swarm.model, initial_peers=[swarm.address], session_config=SessionConfig(**{"max_wait_s": 20.0, **config})
+        swarm.model, initial_peers=[swarm.address], session_config=SessionConfig(**{**PATIENT, **config})
     )
 
 

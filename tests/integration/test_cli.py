@@ -27,7 +27,7 @@ def test_a_server_prints_how_to_join_and_stops_within_five_seconds(tiny_llama):
     """Addresses, the join command and ONLINE are printed; SIGTERM ends it with status 0."""
     with start_server("0:6", model=str(tiny_llama)) as server:
         address = server.address()
-        server.wait_for("^ONLINE", 60)
+        server.wait_for("^ONLINE", 180)
         assert any(f"--initial-peers {address}" in line for line in server.lines)
         started = time.monotonic()
         server.signal(signal.SIGTERM)

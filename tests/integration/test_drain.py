@@ -198,7 +198,7 @@ def test_a_training_run_at_a_server_that_drains_goes_on_elsewhere(moment, make_s
 def test_a_second_signal_ends_a_server_that_drains(tiny_llama):
     """It waits for a session whose client says nothing; the operator need not."""
     with start_server("0:6", (), "--drain-timeout", "600", model=str(tiny_llama)) as server:
-        server.wait_for("^ONLINE", 60)
+        server.wait_for("^ONLINE", 180)
         checkpoint = resolve(str(tiny_llama))
         with closing(
             connect(checkpoint, num_blocks=6, hidden_size=HIDDEN, initial_peers=[server.address()])

@@ -10,7 +10,7 @@ from swarm import AutoDistributedModelForCausalLM
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, start_server
 from swarm.client.session import SessionConfig
 
-from .conftest import LocalSwarm
+from .conftest import PATIENT, LocalSwarm
 
 PROMPTS = torch.tensor([[5, 9, 44, 12, 7, 61], [0, 0, 3, 8, 1, 90]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -18,7 +18,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 
 def distributed(model, address: str, **config):
     return AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=[address], session_config=SessionConfig(max_wait_s=20.0, **config)
+        model, initial_peers=[address], session_config=SessionConfig(**{**PATIENT, **config})
     )
 
 
@@ -76,7 +76,7 @@ def test_a_server_process_lost_in_mid_answer_costs_no_token(tiny_llama, local_mo
             servers[name] = start_server(blocks, [address], *args, model=str(tiny_llama))
             processes.append(servers[name])
         for server in servers.values():
-            server.wait_for("^ONLINE", 60)
+            server.wait_for("^ONLINE", 180)
         expected = local_model.generate(PROMPTS[:1], attention_mask=MASK[:1], max_new_tokens=16, do_sample=False)
         with distributed(tiny_llama, address) as model, model.inference_session(max_length=64) as session:
 

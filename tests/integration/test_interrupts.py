@@ -93,7 +93,7 @@ def processes(tiny_llama) -> Iterator[tuple[list[PeerProcess], SwarmService]]:
         servers = [start_server(blocks, [address], *args, model=str(tiny_llama)) for blocks in ("0:3", "3:6")]
         running += servers
         for server in servers:
-            server.wait_for("^ONLINE", 60)
+            server.wait_for("^ONLINE", 180)
         service = connect(
             resolve(str(tiny_llama)),
             num_blocks=NUM_BLOCKS,

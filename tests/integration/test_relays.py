@@ -107,7 +107,7 @@ def test_a_session_goes_on_when_the_relay_that_carries_it_is_killed(hosts: Hosts
                 outputs = session.step(inputs[3:], positions=[3], num_tokens=[1])
             finally:
                 hosts.bootstrap.signal(signal.SIGCONT)
-            assert session.num_replays == 1 and carriers(service)[hidden.peer_id] == {"relay"}
+            assert session.num_replays >= 1 and carriers(service)[hidden.peer_id] == {"relay"}
     assert_right(local_model, outputs)
 
 

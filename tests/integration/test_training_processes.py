@@ -13,7 +13,7 @@ from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, st
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 NUM_STEPS = 8
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 ARGS = ("--threads", "1", "--kv-cache", "1024", "--device", "cpu")
 
 
