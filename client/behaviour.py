@@ -1,6 +1,6 @@
 """How one server behaved towards one client: failures, and what steps over it took, whatever it says of itself. Pure.
 
-failed ────► penalty_s   seconds that a visit costs more, fading
+failed ────► penalty_s   seconds that a visit costs more, fading; hindered: until then, since its relays are busy
 measured ──► block_s     what a block takes at present load, for a while
          └─► excess_s    what its visits take beyond all that was expected, fading
 """
@@ -10,6 +10,8 @@ PENALTY_S = 10.0
 PENALTY_HALF_LIFE_S = 20.0
 """... and how fast it fades."""
 MAX_PENALTIES = 32
+MAX_HINDERED_S = 30.0
+"""A relay's word counts no longer than this."""
 FADED_S = 1e-3
 """Less than this makes no difference."""
 SMOOTHING = 0.1
@@ -26,13 +28,18 @@ class Behaviour:
     def __init__(self) -> None:
         self.failed_at = float("-inf")
         self._penalty_s = 0.0
+        self._hindered_until = float("-inf")
         self._block_s = self._excess_s = 0.0
         self._measured_at = float("-inf")
 
     def failed(self, now: float) -> None:
         """It failed: it becomes costly for a while, longer when it failed before."""
-        self._penalty_s = min(self.penalty_s(now) + PENALTY_S, MAX_PENALTIES * PENALTY_S)
+        self._penalty_s = min(self._failures_s(now) + PENALTY_S, MAX_PENALTIES * PENALTY_S)
         self.failed_at = now
+
+    def hindered(self, now: float, seconds: float) -> None:
+        """There is no way to it for so long, which is not its fault: afterwards it is as it was."""
+        self._hindered_until = now + min(seconds, MAX_HINDERED_S)
 
     def measured(self, now: float, *, block_s: float, surprise_s: float) -> None:
         """A step took so long per block, and so much longer than all that was expected, the excess included.
@@ -46,8 +53,8 @@ class Behaviour:
         self._measured_at = now
 
     def penalty_s(self, now: float) -> float:
-        """What its failures add to the cost of a visit."""
-        return self._penalty_s and float(self._penalty_s * 0.5 ** ((now - self.failed_at) / PENALTY_HALF_LIFE_S))
+        """What its failures, and what hinders us, add to the cost of a visit."""
+        return self._failures_s(now) + (PENALTY_S if now < self._hindered_until else 0.0)
 
     def has_faded(self, now: float) -> bool:
         """Whether nothing of it counts any more."""
@@ -60,3 +67,6 @@ class Behaviour:
     def excess_s(self, now: float) -> float:
         """What its visits take beyond what was expected."""
         return self._excess_s and float(self._excess_s * 0.5 ** ((now - self._measured_at) / EXCESS_HALF_LIFE_S))
+
+    def _failures_s(self, now: float) -> float:
+        return self._penalty_s and float(self._penalty_s * 0.5 ** ((now - self.failed_at) / PENALTY_HALF_LIFE_S))

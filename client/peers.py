@@ -30,7 +30,7 @@ from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory
-from swarm.errors import PeerError, PeerUnreachable, RouteNotFound, SwarmError
+from swarm.errors import PeerError, PeerUnreachable, RelaysBusy, RouteNotFound, SwarmError
 from swarm.flow import EvenDraws
 from swarm.network.node import Node
 from swarm.pings import Pinger
@@ -368,7 +368,11 @@ class Peers:
             known.measured(now, block_s=timing.compute_s / len(timing.blocks), surprise_s=surprise_s)
 
     def failed(self, peer_id: str, error: Exception) -> None:
-        """This peer failed; it becomes costly for a while, longer when it failed before."""
+        """This peer failed; it becomes costly for a while, longer when it failed before. Busy relays are no fault."""
+        if isinstance(error, RelaysBusy):
+            self._behaviour[peer_id].hindered(time.monotonic(), error.retry_after_s)
+            logger.info("no way to server %s for now: %s", self.name_of(peer_id), error)
+            return
         self._behaviour[peer_id].failed(time.monotonic())
         level = logging.INFO if isinstance(error, PeerError) else logging.WARNING
         logger.log(level, "server %s failed: %s", self.name_of(peer_id), error)

@@ -10,7 +10,7 @@ Knows nothing of records, of costs, and of how servers are asked.
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
-from swarm.errors import PeerDisconnected, PeerError, PeerUnreachable, RouteNotFound
+from swarm.errors import PeerDisconnected, PeerError, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.routing import Route
 from swarm.session import Hop
 from swarm.types import name_ranges
@@ -62,4 +62,4 @@ async def over_present(
 
 
 def _is_gone(error: PeerError) -> bool:
-    return isinstance(error, PeerUnreachable | PeerDisconnected)
+    return isinstance(error, PeerUnreachable | PeerDisconnected) and not isinstance(error, RelaysBusy)

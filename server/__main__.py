@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "always", "never"),
         default="auto",
         help="be reached through other peers, which carry connections but can't read them; auto: if peers that are"
-        " asked at the start can't connect to us",
+        " asked now and then can't connect to us",
     )
     add_relay_rate(parser)
     add("--public-name", default="", metavar="NAME", help="name shown to others, at most 32 bytes")

@@ -72,7 +72,7 @@ class ServerConfig:
     announce: tuple[str, ...] = ()
     """Addresses to announce in place of those found."""
     relay: RelayMode = "auto"
-    """Whether to be reached through other peers: auto asks some at start whether they can connect to us."""
+    """Whether to be reached through other peers: auto asks some now and then whether they can connect to us."""
     relayed_bytes_per_s: float = BYTES_PER_S
     """What may be carried to and from peers that nobody can connect to; 0 carries nothing."""
     credentials: Credentials | None = None

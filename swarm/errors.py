@@ -15,6 +15,7 @@ SwarmError
 │       └── InvitationRevoked   ours was taken back
 ├── PeerError           theirs: try another peer; `.peer_id` says whom to blame
 │   ├── PeerUnreachable     no connection could be made
+│   │   └── RelaysBusy          its relays have no room for now, which says nothing of the peer itself
 │   ├── PeerDisconnected    the connection broke
 │   ├── PeerTimeout         nothing came before the deadline
 │   ├── PeerBusy            refused for now; `.retry_after_s` says when to come back
@@ -93,6 +94,14 @@ class PeerError(SwarmError):
 
 class PeerUnreachable(PeerError):
     """No connection to the peer could be made."""
+
+
+class RelaysBusy(PeerUnreachable):
+    """The relays of a peer refused for now. `retry_after_s` is when the first of them says that it has room."""
+
+    def __init__(self, message: str, *, peer_id: str | None = None, retry_after_s: float = 1.0):
+        super().__init__(message, peer_id=peer_id)
+        self.retry_after_s = retry_after_s
 
 
 class PeerDisconnected(PeerError):

@@ -68,15 +68,20 @@ def listen_addresses(config: NodeConfig) -> tuple[tuple[str, ...], tuple[str, ..
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port {config.port} is not in 0..65535")
     port = claim_port(config.host, config.port)
-    announce = tuple(text if text.startswith("/") else _tcp_address(text, port) for text in config.announce)
+    announce = tuple(text if text.startswith("/") else tcp_address(text, port) for text in config.announce)
     for text in announce:
         try:
             Multiaddr(text)
         except (MultiaddrError, ValueError) as error:
             raise ConfigError(f"address to announce {text!r} is neither a host nor a multiaddr") from error
-    return (_tcp_address(config.host, port),), announce
+    return (tcp_address(config.host, port),), announce
 
 
-def _tcp_address(host: str, port: int) -> str:
+def tcp_address(host: str, port: int) -> str:
+    """The multiaddr of a host and a TCP port.
+
+    Raises:
+        ConfigError: there is no such host.
+    """
     address = resolve_host(host)
     return f"/ip{address.version}/{address}/tcp/{port}"

@@ -38,6 +38,7 @@ class DaemonSettings:
         identity_path: identity file in libp2p's format.
         listen: multiaddrs to listen on; empty for a client that accepts no connections.
         announce: multiaddrs to announce in place of those found.
+        is_hidden: whether nobody else can connect to it: then it is not asked where peers are.
         nat_port_map: ask the router for a port by UPnP or NAT-PMP.
         max_message_bytes: largest unary message.
     """
@@ -46,6 +47,7 @@ class DaemonSettings:
     identity_path: Path
     listen: tuple[str, ...]
     announce: tuple[str, ...] = ()
+    is_hidden: bool = False
     nat_port_map: bool = False
     max_message_bytes: int = 16 << 20
 
@@ -78,11 +80,8 @@ class DaemonSettings:
             "relayDiscovery": 0,
             "autoRelay": 0,
             "idleTimeout": "30s",
-            **(
-                {"hostAddrs": ",".join(self.listen), "dhtServer": 1}
-                if self.listen
-                else {"noListenAddrs": 1, "dhtClient": 1}
-            ),
+            **({"hostAddrs": ",".join(self.listen)} if self.listen else {"noListenAddrs": 1}),
+            **({"dhtServer": 1} if self.listen and not self.is_hidden else {"dhtClient": 1}),
         }
         if self.announce:
             options["announceAddrs"] = ",".join(self.announce)

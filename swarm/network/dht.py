@@ -10,12 +10,13 @@ whenever peers are missing. It knows nothing of processes or streams.
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError
+from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError, PeerTimeout
 from swarm.network.addresses import PeerAddress
 from swarm.network.dht_requests import check_size, store_in_portions
-from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, PeerID
+from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, P2PDaemonError, PeerID
 from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, keep_valid
 from swarm.network.underlay import Underlay
 
@@ -70,32 +71,30 @@ class Dht:
     @classmethod
     async def create(cls, underlay: Underlay, peer_id: str, *, client_mode: bool) -> "Dht":
         """A participant that knows nobody yet. A client stores nothing for others and is not asked."""
-        own_id = PeerID.from_base58(peer_id)
-        source = None if client_mode else own_id.to_bytes()  # of a client that was a full node before, others know that
-        node = await DHTNode.create(
-            p2p=CallerP2P(underlay, own_id),
-            node_id=DHTID.generate(source=source),  # else the same after a restart
-            wait_timeout=CALL_TIMEOUT_S,
-            cache_locally=False,
-            cache_nearest=0,
-            reuse_get_requests=False,
-            blacklist_time=1.0,
-            client_mode=client_mode,
-            record_validator=underlay.make_records(),
-        )
-        protocol = node.protocol
-        protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
-        protocol.cache = BoundedStorage(maxsize=MAX_KEYS)
-        validate = protocol.record_validator.validate
+        return cls(await _make_node(underlay, PeerID.from_base58(peer_id), is_hidden=client_mode), underlay)
 
-        def has_valid(key: bytes, values: Any) -> bool:  # hivemind lets one bad record hide all others of its key
-            if len(values) > MAX_SUBKEYS:
-                return False
-            keep_valid(key, values, validate)
-            return len(values) > 0
+    async def take_part(self, *, is_hidden: bool) -> None:
+        """Be asked by others from now on, or only ask them.
 
-        protocol._validate_dictionary = has_valid
-        return cls(node, underlay)
+        Who was asked before leaves the tables of others as soon as they ask again, which fails at once. What it has
+        stored for them, others have too.
+
+        Raises:
+            PeerTimeout: the daemon does not answer; all is as it was, but nobody can ask us.
+        """
+        old = self._node.protocol
+        if old.client_mode == is_hidden:
+            return
+        with suppress(P2PDaemonError):  # it is told when it is back
+            await old.remove_p2p_handlers(old.p2p)
+        try:
+            node = await _make_node(self._underlay, self._node.peer_id, is_hidden=is_hidden)
+        except P2PDaemonError as error:
+            raise PeerTimeout(f"the libp2p daemon does not serve the DHT: {error}") from error
+        for node_id, peer_id in old.routing_table.uid_to_peer_id.items():
+            node.protocol.routing_table.add_or_update_node(node_id, peer_id)
+        self.close()
+        self._node = node  # what is under way ends on the old one
 
     async def join(self, peers: Sequence[PeerAddress], *, timeout_s: float, strict: bool = False) -> dict[str, str]:
         """Connect to `peers`, make them and us known to each other, and look around.
@@ -201,3 +200,31 @@ class Dht:
         except DHTValidationError as error:
             raise ConfigError(f"peer {peer.text} refuses us: {error}") from error
         return "" if answer is not None else "connected, but it is no DHT node"
+
+
+async def _make_node(underlay: Underlay, own_id: Any, *, is_hidden: bool) -> Any:
+    """hivemind's part, knowing nobody. One that is hidden stores nothing for others, and has a place nobody knows."""
+    node = await DHTNode.create(
+        p2p=CallerP2P(underlay, own_id),
+        node_id=DHTID.generate(source=None if is_hidden else own_id.to_bytes()),  # else the same after a restart
+        wait_timeout=CALL_TIMEOUT_S,
+        cache_locally=False,
+        cache_nearest=0,
+        reuse_get_requests=False,
+        blacklist_time=1.0,
+        client_mode=is_hidden,
+        record_validator=underlay.make_records(),
+    )
+    protocol = node.protocol
+    protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
+    protocol.cache = BoundedStorage(maxsize=MAX_KEYS)
+    validate = protocol.record_validator.validate
+
+    def has_valid(key: bytes, values: Any) -> bool:  # hivemind lets one bad record hide all others of its key
+        if len(values) > MAX_SUBKEYS:
+            return False
+        keep_valid(key, values, validate)
+        return len(values) > 0
+
+    protocol._validate_dictionary = has_valid
+    return node

@@ -2,18 +2,20 @@
 
 Libp2p.start ──► Daemon (p2pd) ◄── DaemonControl ◄── calls and raw streams of the node
                     ^                    ^
-                    └─── supervise: replaces a daemon that died, hangs, or has grown too large ───┘
+                    └─── supervise: replaces a daemon that died, hangs, is too large, or outdated ──┘
 """
 
 import asyncio
 import logging
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swarm.errors import ConfigError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
 from swarm.network.addresses import PeerAddress
-from swarm.network.config import NodeConfig, listen_addresses
+from swarm.network.config import NodeConfig, listen_addresses, tcp_address
 from swarm.network.control import DaemonControl
 from swarm.network.daemon import Daemon, DaemonSettings, make_directory
 from swarm.network.hive import P2PDaemonError, PeerID
@@ -68,11 +70,13 @@ class Libp2p:
             listen_path=self.settings.listen_path,
             max_message_bytes=MAX_UNARY_BYTES,
         )
-        self.endpoints: tuple[str, ...] = ()
+        self.listening: tuple[str, ...] = ()
+        """Full addresses on which it listens, or that it announces in their place."""
         self._identity = identity
         self._startup_timeout_s = config.startup_timeout_s
         self._is_alone_on_purpose = not config.initial_peers
         self._daemon: Daemon | None = None
+        self._outdated, self._renewed = asyncio.Event(), asyncio.Event()
 
     async def start(self) -> None:
         """Start the daemon.
@@ -87,6 +91,11 @@ class Libp2p:
             await self._refresh_addresses()
         except P2PDaemonError as error:
             raise ConfigError(str(error)) from error
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """See Underlay."""
+        return () if self.settings.is_hidden else self.listening
 
     @property
     def is_up(self) -> bool:
@@ -119,6 +128,31 @@ class Libp2p:
 
     def on_expelled(self, listener: Expelled) -> None:
         """Nobody is."""
+
+    async def present(self, announce: Sequence[str], *, is_hidden: bool) -> None:
+        """Replace the daemon by one that announces other addresses; nothing is done where that is so already.
+
+        Streams through it end. Identity and port stay the same.
+
+        Args:
+            announce: hosts, in place of those found.
+            is_hidden: whether nobody can connect to us.
+
+        Raises:
+            PeerTimeout: the daemon does not answer.
+        """
+        port = int(self.settings.listen[0].split("/")[4])
+        addresses = tuple(tcp_address(host, port) for host in announce)
+        settings = replace(self.settings, announce=addresses, is_hidden=is_hidden)
+        if settings == self.settings:
+            try:
+                return await self._refresh_addresses()  # those of this machine may be others
+            except (P2PDaemonError, TimeoutError) as error:
+                raise PeerTimeout(f"the libp2p daemon does not say where it listens: {error}") from error
+        self.settings = settings
+        self._renewed.clear()
+        self._outdated.set()
+        await self._renewed.wait()
 
     async def close(self) -> None:
         """End the daemon, remove the sockets."""
@@ -186,15 +220,16 @@ class Libp2p:
     async def _refresh_addresses(self) -> None:
         _, addresses = await self.caller.identify()
         texts = sorted(map(str, addresses), key=lambda text: text.startswith(("/ip4/127.", "/ip6/::1/")))
-        self.endpoints = tuple(f"{text}/p2p/{self._identity.peer_id}" for text in texts)
+        self.listening = tuple(f"{text}/p2p/{self._identity.peer_id}" for text in texts)
 
     # --- the supervisor ---
 
     async def supervise(self, on_restart: Restarted) -> None:
-        """Replace the daemon when it dies, loses our connection, hangs, or takes too much memory."""
+        """Replace the daemon when it dies, loses our connection, hangs, takes too much memory, or is outdated."""
         while True:
             assert self._daemon is not None, "not started"
             ends = {
+                asyncio.ensure_future(self._outdated.wait()): "announces what is not so any more",
                 asyncio.ensure_future(self._daemon.wait()): "died",
                 asyncio.ensure_future(self.caller.lost.wait()): "dropped us",
                 asyncio.ensure_future(self._wait_until_hung()): "does not answer",
@@ -202,12 +237,19 @@ class Libp2p:
             }
             try:
                 done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                log.warning("the libp2p daemon %s; starting another", ends[done.pop()])
+                log.log(
+                    logging.INFO if self._outdated.is_set() else logging.WARNING,
+                    "the libp2p daemon %s; starting another",
+                    ends[done.pop()],
+                )
             finally:
                 for end in ends:
                     end.cancel()
+            self._outdated.clear()
             await self._restart()
             await on_restart()
+            if not self._outdated.is_set():
+                self._renewed.set()
 
     async def _wait_until_hung(self) -> None:
         """Returns when the daemon has not answered for HANG_TIMEOUT_S, or has had no peer for ISOLATION_TIMEOUT_S."""

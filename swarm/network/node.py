@@ -97,6 +97,34 @@ class Node:
         return self._underlay.endpoints
 
     @property
+    def listening(self) -> tuple[str, ...]:
+        """Full addresses at which neighbours find us even where nobody else can connect to us."""
+        return self._underlay.listening if isinstance(self._underlay, Libp2p) else self._underlay.endpoints
+
+    async def present(self, announce: Sequence[str] = (), *, is_hidden: bool = False) -> None:
+        """Announce other addresses from now on, or that nobody can connect to us; in open swarms.
+
+        Raw streams end; what else is connected stays. Who is hidden leaves the DHT's tables.
+
+        Args:
+            announce: hosts, in place of those found.
+            is_hidden: whether nobody can connect to us.
+
+        Raises:
+            PeerTimeout: the daemon does not answer.
+        """
+        assert isinstance(self._underlay, Libp2p), "members of a private swarm announce what they were told to"
+        known: tuple[str, ...] = ()
+        num_restarts = self.num_restarts
+        with suppress(PeerTimeout):  # the daemon is being replaced
+            known = await self.known_addresses()
+        await self._dht.take_part(is_hidden=is_hidden)
+        await self._underlay.present(announce, is_hidden=is_hidden)
+        if self.num_restarts > num_restarts and not self._initial_peers:  # else nobody is left whom we could ask
+            peers = [PeerAddress.parse(address) for address in random.sample(known, min(8, len(known)))]
+            await self._dht.join(peers, timeout_s=5.0)
+
+    @property
     def is_private(self) -> bool:
         """Whether this is a private swarm. There, raw streams are direct TLS connections, as quick as any other."""
         return self._underlay.is_private

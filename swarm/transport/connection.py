@@ -84,6 +84,8 @@ class Connection(asyncio.Protocol):
         self.made_at = time.monotonic()
         self.num_refused = 0
         self.is_closed = False
+        self.error: SwarmError | None = None
+        """Why it is over."""
         self.idle_since: float | None = None
         self._owner = owner
         self._limits = limits
@@ -442,6 +444,7 @@ class Connection(asyncio.Protocol):
         )
         if isinstance(blame, PeerError) and blame.peer_id is None:
             blame.peer_id = self.peer_id
+        self.error = blame
         if not self._greeted.done():
             self._greeted.set_exception(blame)
             self._greeted.exception()  # retrieved, in case that nobody waits

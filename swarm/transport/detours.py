@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from swarm.errors import PeerBusy, PeerTimeout, PeerUnreachable, SwarmError
+from swarm.errors import PeerBusy, PeerTimeout, PeerUnreachable, RelaysBusy, SwarmError
 from swarm.transport.circuits import Circuits
 from swarm.transport.reachability import Reachability
 from swarm.transport.stream import Stream
@@ -45,8 +45,8 @@ class Detours:
             The relay.
 
         Raises:
-            PeerUnreachable: none of them knows it. PeerTimeout: one took too long. PeerBusy: one of them, or the peer,
-            has no room.
+            PeerUnreachable: none of them knows it. PeerTimeout: one took too long. RelaysBusy: one has no room, and no
+            other one does it.
         """
 
         async def through(stream: Stream) -> None:
@@ -92,7 +92,7 @@ class Detours:
         text = f"no way to {peer_id} through its relays: {reasons}"
         busy = [error.retry_after_s for error in failures.values() if isinstance(error, PeerBusy)]
         if busy:
-            raise PeerBusy(text, peer_id=peer_id, retry_after_s=min(busy))
+            raise RelaysBusy(text, peer_id=peer_id, retry_after_s=min(busy))  # even if one says so of the peer
         if any(isinstance(error, PeerTimeout) for error in failures.values()):
             raise PeerTimeout(text, peer_id=peer_id)  # it may be there
         raise PeerUnreachable(text, peer_id=peer_id)

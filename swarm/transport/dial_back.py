@@ -15,13 +15,13 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerUnreachable, SwarmError
 from swarm.protocol import DIAL_BACK_SERVICE, DialBack, DialedBack
 from swarm.rates import Rate, Rates
 from swarm.transport.direct import reach
+from swarm.transport.standing import Verdict
 from swarm.transport.stream import Stream
 from swarm.transport.transport import Transport
 
@@ -35,21 +35,6 @@ MAX_DIALS = 16
 """Dials at a time."""
 DIALS = Rate(burst=4, per_s=1 / 15)
 """How often one peer may ask."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What others said of us.
-
-    Attributes:
-        is_reachable: whether most of them could connect to us.
-        host: the address under which most of them see us.
-        num_answers: how many could tell.
-    """
-
-    is_reachable: bool
-    host: str
-    num_answers: int
 
 
 async def ask_around(transport: Transport, control_port: int, peer_ids: Collection[str]) -> Verdict | None:

@@ -100,7 +100,7 @@ class OfferDesk:
     ) -> None:
         self._node = node
         self._listener = listener
-        self._announce_hosts = announce_hosts
+        self.announce_hosts = announce_hosts
         self._has_room = has_room
         self._version = version
         self._timeout_s = timeout_s
@@ -168,8 +168,8 @@ class OfferDesk:
 
     def _hosts(self, listener: DirectListener) -> tuple[str, ...]:
         """Where peers may try us: as configured, or the address we listen on, or the node's when that is any."""
-        if self._announce_hosts is not None:
-            return self._announce_hosts[:MAX_HOSTS]
+        if self.announce_hosts is not None:
+            return self.announce_hosts[:MAX_HOSTS]
         if not ipaddress.ip_address(listener.host).is_unspecified:
             return (listener.host,)
         hosts = [parts[2] for address in self._node.addresses if (parts := address.split("/"))[1] in ("ip4", "ip6")]

@@ -71,6 +71,7 @@ class RelayDesk:
         self.limits = limits
         self.num_bytes = 0
         """Carried since the start."""
+        self._is_open = True
         self._reservations: dict[str, Stream] = {}
         self._to: Counter[str] = Counter()
         """Circuits by target ..."""
@@ -89,6 +90,16 @@ class RelayDesk:
         """Connections that we carry."""
         return self._to.total()
 
+    async def close(self) -> None:
+        """Give all reservations up, and take none: nobody comes to us any more. What is carried goes on."""
+        self._is_open = False
+        for stream in list(self._reservations.values()):
+            await stream.abort(PeerUnreachable("nobody can connect to this relay any more"))
+
+    def open(self) -> None:
+        """Take reservations again."""
+        self._is_open = True
+
     async def serve(self, stream: Stream) -> None:
         """Hold a reservation, or carry a connection, for as long as the stream lasts.
 
@@ -105,6 +116,8 @@ class RelayDesk:
 
     async def _hold(self, stream: Stream) -> None:
         peer_id = stream.peer_id
+        if not self._is_open:
+            raise PeerUnreachable("nobody can connect to this relay at present")
         if peer_id not in self._reservations and self.num_reservations >= self.limits.max_reservations:
             raise PeerBusy(f"limit of {self.limits.max_reservations} peers that are relayed here", retry_after_s=60.0)
         self._reservations[peer_id] = stream

@@ -82,9 +82,13 @@ class Transport:
         """Whether others are known to be able to connect to us: then peers that can't be reached are asked to."""
         self.look_up: Callable[[str], Awaitable[object]] | None = None
         """Has `node.relays` learn of a peer of which nothing was heard."""
+        self.on_reached: Callable[[str], object] = lambda host: None
+        """Called with the address of whoever has connected to us directly ..."""
+        self.on_silence: Callable[[], object] = lambda: None
+        """... and when one of them was silent for so long that it was given up."""
         self._version = version
         self._listen = None if node.is_private else listen
-        self._announce_hosts = None if announce_hosts is None else tuple(str(resolve_host(h)) for h in announce_hosts)
+        self._announce_hosts = _resolved(announce_hosts)
         self._budget = Budget(self.limits.max_total_buffered_bytes)
         self._services: dict[str, Handler] = {}
         self._served: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
@@ -141,6 +145,10 @@ class Transport:
         if not self.node.is_private:
             self.serve(OFFER_SERVICE, self._desk.serve)
 
+    def announce(self, hosts: Sequence[str] | None) -> None:
+        """From now on have peers try us under these addresses; None for those of the node."""
+        self._desk.announce_hosts = _resolved(hosts)
+
     def serve(self, service: str, handler: Handler) -> None:
         """Call `handler(stream)` for each stream that a peer opens to `service`.
 
@@ -169,7 +177,8 @@ class Transport:
             carrier: "direct", "p2p", "relay", or whichever works, direct ones first.
 
         Raises:
-            PeerUnreachable, PeerTimeout, PeerBusy: no connection. ProtocolMismatch: the peer speaks another version.
+            PeerUnreachable, PeerTimeout, PeerBusy: no connection. RelaysBusy: none for now. ProtocolMismatch: the peer
+            speaks another version.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -358,6 +367,8 @@ class Transport:
             raise PeerBusy(f"limit of {self.limits.max_connections_per_peer} connections per peer", retry_after_s=5.0)
         self._add(connection)
         self._ways.came(connection.peer_id)
+        if (host := connection.remote_host) is not None:
+            self.on_reached(host)
 
     def on_opened(self, connection: Connection, stream: Stream) -> None:
         """A peer has opened a stream: check the limits, start the handler."""
@@ -391,6 +402,9 @@ class Transport:
             connections.remove(connection)
         if not connections:
             self._by_peer.pop(connection.peer_id, None)
+        is_reached = isinstance(connection, _Accepted) and connection.carrier == "direct" and connection.is_greeted
+        if is_reached and isinstance(connection.error, PeerTimeout):
+            self.on_silence()
 
     def _add(self, connection: Connection) -> None:
         self._connections.add(connection)
@@ -421,6 +435,10 @@ class Transport:
     @property
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _resolved(hosts: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if hosts is None else tuple(str(resolve_host(host)) for host in hosts)
 
 
 class _Accepted(Connection):

@@ -12,7 +12,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
-from swarm.errors import InvalidRequest, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable, SwarmError
+from swarm.errors import (
+    InvalidRequest,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    PeerUnreachable,
+    RelaysBusy,
+    SwarmError,
+)
 from swarm.network import Node
 from swarm.network.tasks import TaskSet
 from swarm.protocol import OFFER_SERVICE, RELAY_SERVICE
@@ -128,10 +136,15 @@ class Ways:
                 if direct is not None:
                     return direct
         try:
-            return await self.dial(peer_id, "relay", timeout_s)
+            connection = await self.dial(peer_id, "relay", timeout_s)
+        except RelaysBusy:
+            raise
         except PeerUnreachable:
             self._owner.node.relays.forget(peer_id)  # perhaps it has others now, or none
             raise
+        if carrier == "auto" and not self._owner.is_reachable:
+            self._probe(peer_id, "direct")  # it may be a neighbour: the next stream need not pass the relay
+        return connection
 
     async def _learn_of(self, peer_id: str, timeout_s: float) -> None:
         """Look a peer up, so that we need not find out by waiting in vain that nobody can connect to it."""

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from swarm.client.behaviour import (
     EXCESS_HALF_LIFE_S,
+    MAX_HINDERED_S,
     MAX_PENALTIES,
     MEASURED_S,
     PENALTY_HALF_LIFE_S,
@@ -24,6 +25,19 @@ def test_a_penalty_halves_with_time_and_grows_with_failures():
     seen.failed(100.0)
     assert seen.penalty_s(100.0) == 2 * PENALTY_S
     assert seen.penalty_s(1000.0) < 0.01 * PENALTY_S
+
+
+def test_what_hinders_us_is_no_fault_and_leaves_nothing_behind():
+    """However often that is; a failure meanwhile counts as much as ever. A relay's word has a limit."""
+    seen = Behaviour()
+    for _ in range(9):
+        seen.hindered(100.0, 7.0)
+    assert seen.penalty_s(106.9) == PENALTY_S and seen.penalty_s(107.0) == 0.0 and seen.has_faded(107.0)
+    seen.hindered(200.0, 1e9)
+    assert not seen.has_faded(200.0)
+    seen.failed(200.0)
+    assert seen.penalty_s(200.0) == 2 * PENALTY_S
+    assert seen.penalty_s(200.0 + MAX_HINDERED_S) < PENALTY_S
 
 
 @given(st.lists(st.floats(0.0, 1e4), max_size=100).map(sorted))

@@ -11,7 +11,7 @@ from swarm.client import peers as peers_module
 from swarm.client.peers import NUM_ACQUAINTANCES, NUM_PROMISING, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
-from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RouteNotFound
+from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.registry import ServerRecord
 from swarm.session import Hop
 from swarm.types import BlockRange, ServerState
@@ -184,6 +184,17 @@ async def test_a_failed_server_is_avoided_for_a_while(peers, monkeypatch):
     assert await chosen(peers) == "slow"
     now += 240.0
     peers._directory._refreshed_at = now
+    assert await chosen(peers) == "fast"
+
+
+async def test_a_server_whose_relays_are_busy_is_avoided_until_they_have_room(peers, monkeypatch):
+    """It is as good as before then: it has not failed."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    await read(peers, record("fast", decode_tps=1000.0), record("slow", decode_tps=100.0))
+    peers.failed("fast", RelaysBusy("no room", retry_after_s=7.0))
+    assert await chosen(peers) == "slow" and not peers._has_failed("fast")
+    now += 7.0
     assert await chosen(peers) == "fast"
 
 

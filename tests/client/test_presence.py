@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.client.presence import SLOW_S, over_present
-from swarm.errors import PeerTimeout, PeerUnreachable, RouteNotFound
+from swarm.errors import PeerTimeout, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.routing import VISIT_S, Offer, Router
 from swarm.types import BlockRange
 
@@ -72,6 +72,15 @@ async def test_blocks_of_which_all_servers_are_gone_are_missing():
     with pytest.raises(RouteNotFound, match="1:2 are gone") as caught:
         await over_present(swarm.find, swarm.ask)
     assert list(caught.value.missing) == [1] and set(swarm.asked) == {"p0", "p1", "p2", "p3"}
+
+
+def test_a_server_whose_relays_are_busy_is_not_gone():
+    """It is handed out where it is the only one, and not where another is there."""
+    busy = RelaysBusy("no room", retry_after_s=7.0)
+    alone = FakeSwarm([(0, None), (1, busy), (2, None)])
+    assert len(asyncio.run(over_present(alone.find, alone.ask))) == 3
+    swarm = FakeSwarm([(0, None), (1, busy), (2, None), (1, None)])
+    assert [hop.peer_id for hop in asyncio.run(over_present(swarm.find, swarm.ask))] == ["p0", "p3", "p2"]
 
 
 def test_asking_ends_in_time_however_many_are_silent():

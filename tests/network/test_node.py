@@ -11,13 +11,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import uvloop
 
-from swarm.errors import ConfigError, InvalidRequest, PeerTimeout, PeerUnreachable
+from swarm.errors import ConfigError, InvalidRequest, PeerError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
 from swarm.network import Node, NodeConfig, libp2p, node
+from swarm.network.hive import P2PDaemonError
+from swarm.network.libp2p import Libp2p
 
 NOBODY = Identity.generate().peer_id
 
@@ -108,6 +111,39 @@ async def test_a_stream_that_can_not_be_opened_says_why():
         await b.connect(a.addresses[0])
 
 
+async def test_a_peer_that_hangs_is_slow_not_gone():
+    """Its machine may be busy: who looks after others must not take it for lost."""
+    async with await start() as a, await start(*a.addresses) as b:
+        stop(a.daemon_pid)
+        try:
+            with pytest.raises(PeerTimeout):  # the daemon's deadline, which is in whole seconds, passes before ours
+                await b.open_stream(a.peer_id, "/test/new", 1.49)  # of those that it knows, it waits for no answer
+        finally:
+            os.kill(a.daemon_pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("says", "kind"),
+    [
+        ("failed to dial: context deadline exceeded", PeerTimeout),
+        ("dial tcp4 192.0.2.1:31337: i/o timeout", PeerTimeout),
+        ("dial tcp4 192.0.2.1:31337: connect: connection refused", PeerUnreachable),
+        ("protocols not supported: [/test/echo]", PeerUnreachable),
+    ],
+)
+async def test_what_the_daemon_says_of_a_peer_tells_silence_from_refusal(says: str, kind: type[PeerError]):
+    """One that does not answer may be asked again."""
+
+    async def fails(*_: object, **__: object) -> None:
+        raise P2PDaemonError(says)
+
+    underlay = Libp2p.__new__(Libp2p)
+    underlay.caller = SimpleNamespace(open_stream=fails)  # type: ignore[assignment]
+    with pytest.raises(PeerError, match="can't open /test/echo") as caught:
+        await underlay.open_stream(NOBODY, "/test/echo", asyncio.Protocol(), timeout_s=1.0)
+    assert type(caught.value) is kind and caught.value.peer_id == NOBODY
+
+
 async def test_an_identity_file_keeps_the_peer_id(tmp_path: Path):
     """The same file gives the same peer id and address again."""
     path = tmp_path / "identity.key"
@@ -124,6 +160,56 @@ async def test_announced_addresses_replace_those_found():
             "/ip4/203.0.113.7/tcp",
             "/ip4/198.51.100.1/tcp",
         }
+
+
+async def test_a_node_that_becomes_hidden_leaves_the_tables_of_others_and_comes_back():
+    """Under the same identity and port; it stores and finds meanwhile, but nobody asks it."""
+    async with await start() as a, await start(*a.addresses) as b, await start(*a.addresses) as c:
+        await b.add_stream_handler("/test/echo", echo)
+        before = b.addresses
+        assert await c.dht_store("key", c.peer_id, b"of c", time.time() + 60)
+        await until(lambda: a.knows(b.peer_id))
+        await b.present(is_hidden=True)
+        assert b.addresses == () and b.listening == before
+        await a.dht_get("anything")  # whoever asks it learns that it is gone
+        await until(lambda: not a.knows(b.peer_id))
+        assert await b.dht_store("key", b.peer_id, b"of b", time.time() + 60)
+        for node in (a, b, c):
+            assert await node.dht_get("key") == {c.peer_id: b"of c", b.peer_id: b"of b"}
+        assert not a.knows(b.peer_id)
+        assert await ask_echo(a, b.peer_id) == a.peer_id
+        await b.present()
+        assert b.addresses == before
+        await until(lambda: a.knows(b.peer_id))
+        assert await ask_echo(c, b.peer_id) == c.peer_id
+
+
+async def test_the_first_node_of_a_swarm_stays_in_it_when_it_is_hidden():
+    """It was told of no others, but it knows them by then."""
+    async with await start() as a, await start(*a.addresses) as b:
+        await until(lambda: a.knows(b.peer_id))
+        await a.present(is_hidden=True)
+        assert await a.dht_store("key", a.peer_id, b"of a", time.time() + 60)
+        assert await b.dht_get("key") == {a.peer_id: b"of a"}
+
+
+async def test_addresses_that_are_announced_can_change():
+    """Nothing happens where they are what they were; others are told of them, streams that were open end."""
+    async with await start() as a, await start(*a.addresses) as b:
+        await b.add_stream_handler("/test/echo", echo)
+        reader, writer = await a.open_stream(b.peer_id, "/test/echo", 5)
+        writer.write(b"hello")
+        assert (await reader.readline()).decode().strip() == a.peer_id
+        await b.present()
+        assert b.num_restarts == 0
+        port = b.addresses[0].split("/")[4]
+        await asyncio.gather(b.present(["127.0.0.2"]), b.present(["192.0.2.1", "127.0.0.1"]))
+        hosts = ("127.0.0.1", "192.0.2.1")
+        assert sorted(b.addresses) == [f"/ip4/{host}/tcp/{port}/p2p/{b.peer_id}" for host in hosts]
+        while await reader.read(100):
+            pass
+        writer.close()
+        assert await ask_echo(a, b.peer_id) == a.peer_id
 
 
 @pytest.mark.parametrize(

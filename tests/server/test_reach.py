@@ -1,5 +1,6 @@
-"""How a server finds out how it is reached; real peers on loopback (behind routers: tests/integration/test_relays)."""
+"""How a server finds out how it is reached; real peers on loopback (behind routers: tests/integration)."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ from swarm.protocol import DIAL_BACK_SERVICE, RELAY_SERVICE, Reserve
 from swarm.server import reach as reach_module
 from swarm.server.config import ServerConfig
 from swarm.server.reach import Reach
-from swarm.transport import Transport
-from swarm.transport.dial_back import Verdict
+from swarm.transport import Transport, standing
 from swarm.transport.public import help_others
+from swarm.transport.standing import Verdict
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -116,3 +117,111 @@ async def test_a_server_that_is_told_where_it_is_does_not_ask(
     monkeypatch.setattr(reach_module, "ask_around", ask)
     async with entered(helpful, **settings) as reach:
         assert not reach.is_relayed
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What others say, at once and without end."""
+    said = SimpleNamespace(verdict=Verdict(is_reachable=True, host="127.0.0.1", num_answers=3), times=[])
+
+    async def ask_around(*args: object) -> Verdict | None:
+        said.times.append(asyncio.get_running_loop().time())
+        return said.verdict
+
+    for name in ("CONFIRM_S", "HOLD_S"):
+        monkeypatch.setattr(standing, name, 0.01)
+    monkeypatch.setattr(reach_module, "ask_around", ask_around)
+    return said
+
+
+async def until(reach: Reach, changed: asyncio.Event, *, is_relayed: bool) -> None:
+    """Wait until it is so, and others are told."""
+    while reach.is_relayed is not is_relayed or bool(reach.relays) is not is_relayed:
+        changed.clear()
+        await asyncio.wait_for(changed.wait(), 30)
+
+
+async def test_a_server_that_is_reached_no_more_takes_relays_and_comes_back(
+    helpful: SimpleNamespace, asked: SimpleNamespace
+):
+    """It gives up those that it relays for, keeps its connections, and helps again when it can be reached again."""
+    changed = asyncio.Event()
+    async with entered(helpful) as reach:
+        reach.follow(tuple, changed.set)
+        reservation = await helpful.transport.open(reach.node.peer_id, RELAY_SERVICE, timeout_s=5)
+        await reservation.send(Reserve())
+        await reservation.receive(5)
+        kept, addresses = reservation._connection, reach.node.addresses
+        asked.verdict = Verdict(is_reachable=False, host="192.0.2.1", num_answers=3)
+        reach.transport.on_silence()
+        await until(reach, changed, is_relayed=True)
+        assert reach.relays == (helpful.node.peer_id,) and reach.node.addresses == ()
+        assert not reach.transport.is_reachable
+        with pytest.raises(PeerUnreachable, match="this relay any more"):
+            await reservation.receive(5)
+        refused = kept.open_stream(RELAY_SERVICE)
+        await refused.send(Reserve())
+        with pytest.raises(PeerUnreachable, match="at present"):
+            await refused.receive(5)
+        asked.verdict = Verdict(is_reachable=True, host="127.0.0.1", num_answers=3)
+        reach.transport.on_silence()
+        await until(reach, changed, is_relayed=False)
+        assert reach.node.addresses == addresses and reach.transport.is_reachable
+        again = kept.open_stream(RELAY_SERVICE)
+        await again.send(Reserve())
+        await again.receive(5)
+
+
+async def test_one_wrong_word_changes_nothing(helpful: SimpleNamespace, asked: SimpleNamespace):
+    """Those who are asked next say otherwise."""
+    changed = asyncio.Event()
+    async with entered(helpful) as reach:
+        reach.follow(tuple, changed.set)
+        right, num_asked, peer_ids = asked.verdict, len(asked.times), reach.node.connected_peers
+        again = asyncio.Event()
+
+        async def connected_peers() -> tuple[str, ...]:
+            if len(asked.times) > num_asked:
+                asked.verdict = right
+                again.set()
+            return await peer_ids()
+
+        reach.node.connected_peers = connected_peers  # type: ignore[method-assign]
+        asked.verdict = Verdict(is_reachable=False, host="192.0.2.1", num_answers=3)
+        reach.transport.on_silence()
+        await asyncio.wait_for(again.wait(), 30)
+        assert not reach.is_relayed and reach.transport.is_reachable and not changed.is_set()
+
+
+async def test_a_server_whose_machine_is_at_another_address_asks_again(
+    helpful: SimpleNamespace, asked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    """Its addresses are looked up anew; a machine without any address has not moved."""
+    sources, changed = ["192.168.1.2", "", "192.168.1.2"], asyncio.Event()
+    monkeypatch.setattr(reach_module, "source_address", lambda: sources.pop() if len(sources) > 1 else sources[0])
+    monkeypatch.setattr(reach_module, "LOOK_S", 0.01)
+    async with entered(helpful) as reach:
+        reach.follow(tuple, changed.set)
+        while len(sources) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert len(asked.times) == 1
+        asked.verdict = Verdict(is_reachable=True, host="127.0.0.9", num_answers=3)
+        sources[0] = "192.168.7.2"
+        while {address.split("/")[2] for address in reach.node.addresses} != {"127.0.0.9", "127.0.0.1"}:
+            changed.clear()
+            await asyncio.wait_for(changed.wait(), 30)
+
+
+async def test_who_is_shown_that_it_can_be_reached_need_not_be_told(bootstrap: SimpleNamespace):
+    """In a swarm whose peers can't tell, a stranger who connects proves it; then hidden peers are asked to connect."""
+    async with entered(bootstrap) as reach:
+        assert not reach.transport.is_reachable
+        reach.transport.on_reached("127.0.0.1")
+        assert not reach.transport.is_reachable
+        reach.transport.on_reached("8.8.8.8")
+        assert reach.transport.is_reachable
+
+
+def test_the_address_of_this_machine_is_found_without_sending_anything():
+    """Where it has a way to others; it may have none."""
+    assert reach_module.source_address() == "" or reach_module.source_address().count(".") == 3

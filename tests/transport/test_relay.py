@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable
+from swarm.errors import (
+    InvalidRequest,
+    PeerBusy,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    PeerUnreachable,
+    RelaysBusy,
+)
 from swarm.network import Node, NodeConfig
 from swarm.network.daemon import claim_port
 from swarm.network.relay_book import RelayBook
@@ -29,11 +37,14 @@ from swarm.protocol import (
     Reserve,
     Reserved,
 )
+from swarm.rates import Rate, Rates
 from swarm.transport import EndOfStream, Stream, Transport
-from swarm.transport.dial_back import DIALS, DialBackDesk, Verdict, ask_around
+from swarm.transport.connection import Connection
+from swarm.transport.dial_back import DIALS, DialBackDesk, ask_around
 from swarm.transport.reachability import Reachability
 from swarm.transport.relay import RelayDesk, RelayLimits
 from swarm.transport.reservations import PAUSE_S, Reservations
+from swarm.transport.standing import Verdict
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SECRET = b"what nobody else is to see" * 8
@@ -135,6 +146,44 @@ async def changed(reservations: Reservations) -> None:
     await asyncio.wait_for(event.wait(), 10)
 
 
+async def test_the_peer_behind_a_relay_may_be_silent_for_longer(swarm: SimpleNamespace):
+    """Its answers wait behind those of others there; the relay itself is given up as early as any peer."""
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    ends = [
+        swarm.dialler.live(swarm.target.peer_id, "relay"),
+        swarm.target.live(swarm.dialler.peer_id, "relay"),
+        swarm.target.live(swarm.reservations.relays[0], "direct"),
+    ]
+    assert [silence_s(end) for end in ends] == [20, 20, 4]
+
+
+def silence_s(connection: Connection) -> int:
+    """After how many seconds without a byte, counted as they pass, a peer is taken for dead."""
+    last = connection._mux._last_received
+    for second in range(60):
+        try:
+            connection._mux.tick(last + second + 0.5)
+        except PeerTimeout:
+            return second
+    return 60
+
+
+async def test_a_circuit_whose_handshake_is_cancelled_ends(swarm: SimpleNamespace):
+    """The target leaves while TLS is on its way: nothing is left that would go on carrying bytes."""
+    relay_id, target = swarm.reservations.relays[0], swarm.target
+    stream = await swarm.dialler.open(relay_id, RELAY_SERVICE, timeout_s=5)
+    await stream.send(OpenCircuit(peer_id=target.peer_id, is_call_back=False))
+    await stream.receive(5)  # the greeting, after which TLS would come
+    circuits = target._circuits
+    assert [task.get_name() for task in circuits._tasks._tasks] == [f"circuit through {relay_id}"]
+    pumps = list(circuits._tasks._tasks)
+    await target.stop_serving(CIRCUIT_SERVICE, PeerUnreachable("leaves"))
+    assert all(pump.cancelling() for pump in pumps)
+    await asyncio.wait(pumps)
+    with pytest.raises(PeerUnreachable, match="leaves"):
+        await stream.receive(5)
+
+
 async def test_whoever_waits_at_a_relayed_peer_that_leaves_learns_it(swarm: SimpleNamespace):
     """The answer will not come; and nobody is let through once the reservation is over."""
     async with await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=10) as stream:
@@ -167,13 +216,12 @@ async def test_who_can_be_reached_is_connected_to_in_place_of_a_relay(swarm: Sim
 
 
 async def test_neighbours_find_each_other_behind_a_relay(swarm: SimpleNamespace, nodes: list[Node]):
-    """The first connection passes the relay; over it they learn of a direct way, which later streams take."""
+    """The first stream passes the relay; over its connection they learn of a direct way, which all later ones take."""
     async with Transport(nodes[2], listen=("127.0.0.1", 0)) as neighbour:
         neighbour.serve("echo", echo)
         async with kept_reservations(neighbour, swarm.found):
             swarm.dialler._ways._reachability = Reachability()
             learn([swarm.dialler.node], neighbour.peer_id, tuple(swarm.found))
-            assert await echoed(swarm.dialler, neighbour.peer_id) == "relay"
             assert await echoed(swarm.dialler, neighbour.peer_id) == "relay"  # meanwhile it asks
             while (found := swarm.dialler.live(neighbour.peer_id, "direct")) is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -193,19 +241,40 @@ async def test_a_relay_that_refuses_is_no_reason_not_to_try_another(swarm: Simpl
     assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
 
 
-async def test_a_peer_without_room_is_busy_not_lost(swarm: SimpleNamespace):
-    """Whoever looks after others must not take it for dead."""
+async def test_relays_without_room_say_nothing_of_the_peer_behind_them(swarm: SimpleNamespace):
+    """Another one is tried; where all are busy there is no way for now, and the peer's relays are not forgotten."""
     await held(swarm)
 
     async def full(stream: Stream) -> None:
         await stream.receive()
         raise PeerBusy("no room", retry_after_s=7.0)
 
-    for relay in swarm.relays:
-        relay.serve(RELAY_SERVICE, full)
-    with pytest.raises(PeerBusy, match="no room") as caught:
+    swarm.relays[0].serve(RELAY_SERVICE, full)
+    while swarm.relays[1].peer_id not in swarm.reservations.relays:
+        await changed(swarm.reservations)
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    for connection in list(swarm.dialler._by_peer[swarm.target.peer_id]):
+        connection.close(PeerDisconnected("another one is made"))
+    swarm.relays[1].serve(RELAY_SERVICE, full)
+    with pytest.raises(RelaysBusy, match="no room") as caught:
         await swarm.dialler.open(swarm.target.peer_id, "echo", timeout_s=5)
-    assert caught.value.retry_after_s == 7.0
+    assert caught.value.retry_after_s == 7.0 and caught.value.peer_id == swarm.target.peer_id
+    assert swarm.dialler.node.relays.of(swarm.target.peer_id)
+
+
+async def test_a_peer_that_may_not_be_asked_to_connect_is_reached_through_its_relay(swarm: SimpleNamespace):
+    """It was asked too often: that must not keep anybody away from it."""
+    await held(swarm)
+    asking = swarm.relays[1]
+    swarm.target._circuits._call_backs = Rates(Rate(burst=0, per_s=1e-9))
+    for connection in list(asking._by_peer.get(swarm.target.peer_id, ())):
+        connection.close(PeerDisconnected("nobody needs it"))
+    learn([asking.node], swarm.target.peer_id, (swarm.relays[0].peer_id,))
+    asking.is_reachable = True
+    try:
+        assert await echoed(asking, swarm.target.peer_id) == "relay"
+    finally:
+        asking.is_reachable = False
 
 
 async def test_a_relay_that_takes_too_long_says_nothing_of_the_peer_behind_it(swarm: SimpleNamespace):
@@ -458,6 +527,24 @@ async def test_room_for_circuits_and_reservations_is_bounded(swarm: SimpleNamesp
         await stream.receive(5)
 
 
+async def test_a_relay_that_is_reached_no_more_carries_what_it_has(swarm: SimpleNamespace):
+    """Those who have reserved are told, and look for others; circuits go on."""
+    await held(swarm)
+    relay, desk = swarm.relays[0], swarm.desks[0]
+    learn([swarm.dialler.node], swarm.target.peer_id, (relay.peer_id,))
+    assert await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    swarm.found.remove(relay.peer_id)
+    telling = asyncio.ensure_future(changed(swarm.reservations))
+    await desk.close()
+    await telling
+    assert relay.peer_id not in swarm.reservations.relays and desk.num_reservations == 0
+    assert desk.num_circuits == 1 and await echoed(swarm.dialler, swarm.target.peer_id) == "relay"
+    stream = await swarm.dialler.open(relay.peer_id, RELAY_SERVICE, timeout_s=5)
+    await stream.send(Reserve())
+    with pytest.raises(PeerUnreachable, match="at present"):
+        await stream.receive(5)
+
+
 # -- whether others can connect to us -----------------------------------------------------------------------------
 
 
@@ -486,6 +573,21 @@ async def test_a_peer_learns_that_it_cannot_be_reached(swarm: SimpleNamespace, f
     )
     call = transport.call(swarm.relays[1].peer_id, DIAL_BACK_SERVICE, question, timeout_s=5, carrier="direct")
     assert await call == DialedBack(host="127.0.0.1", is_reachable=False)
+
+
+async def test_who_connects_to_us_and_falls_silent_is_told_to_whom_it_concerns(swarm: SimpleNamespace):
+    """From which address it came; a peer that says goodbye is not silent."""
+    (reached, other), heard = swarm.relays, list[str]()
+    reached.serve("echo", echo)
+    reached.on_reached, reached.on_silence = heard.append, lambda: heard.append("silence")
+    for error in (PeerDisconnected("goodbye"), PeerTimeout("silent for 4.1 s")):
+        assert await echoed(other, reached.peer_id) == "direct"
+        made = other.live(reached.peer_id, "direct")
+        (accepted,) = [it for it in reached._by_peer[other.peer_id] if not it.is_ours]
+        accepted.close(error)
+        assert made is not None
+        await made.wait_gone()
+    assert heard == ["127.0.0.1", "127.0.0.1", "silence"]
 
 
 async def test_who_cannot_tell_says_nothing(swarm: SimpleNamespace, nodes: list[Node]):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from swarm.network.relay_book import MAX_PEERS, RelayBook
 from swarm.protocol import DialedBack
-from swarm.transport.dial_back import Verdict, gateways, judge
+from swarm.transport.dial_back import gateways, judge
 from swarm.transport.relay import RelayLimits, Turns, Turnstile
+from swarm.transport.standing import Verdict
 
 
 @given(

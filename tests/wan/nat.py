@@ -20,11 +20,12 @@ class Nat:
     Args:
         inside: the host's own address.
         outside: the one that others see.
-        is_open: whether others may begin.
+        is_open: whether others may begin; may change, and who has begun goes on then.
     """
 
     def __init__(self, inside: bytes, outside: bytes, *, is_open: bool) -> None:
-        self._inside, self._outside, self._is_open = inside, outside, is_open
+        self.is_open = is_open
+        self._inside, self._outside = inside, outside
         self._ports: dict[_Flow, int] = {}
         self._hosts_ports: dict[tuple[int, bytes, int, int], int] = {}
         self._free = count(FIRST_PORT)
@@ -35,7 +36,7 @@ class Nat:
         if protocol not in _CHECKSUM_AT:
             return None
         port, peer_port = struct.unpack_from("!HH", packet, head)
-        outer = port if self._is_open else self._port(protocol, packet[16:20], peer_port, port)
+        outer = self._port(protocol, packet[16:20], peer_port, port)
         return _rewritten(packet, 12, self._outside, head, outer)
 
     def into(self, packet: bytes) -> bytes | None:
@@ -44,13 +45,13 @@ class Nat:
         if protocol not in _CHECKSUM_AT:
             return None
         peer_port, outer = struct.unpack_from("!HH", packet, head)
-        port = outer if self._is_open else self._hosts_ports.get((protocol, packet[12:16], peer_port, outer))
+        port = self._hosts_ports.get((protocol, packet[12:16], peer_port, outer), outer if self.is_open else None)
         return None if port is None else _rewritten(packet, 16, self._inside, head + 2, port)
 
     def _port(self, protocol: int, peer: bytes, peer_port: int, port: int) -> int:
         flow = protocol, peer, peer_port, port
         if flow not in self._ports:
-            self._ports[flow] = outer = next(self._free)
+            self._ports[flow] = outer = port if self.is_open else next(self._free)
             self._hosts_ports[protocol, peer, peer_port, outer] = port
         return self._ports[flow]
 

@@ -1,7 +1,7 @@
 """The process that carries packets between the namespaces of a `Wan`; also their warden.
 
     TUN of host a ─read─► Network.send ... Network.arrivals ─write─► TUN of host b
-    stdin: one JSON object per line changes paths; its end means: kill what is left in the namespaces, report, exit
+    stdin: one JSON object per line changes paths, routers; its end means: kill what is left in the namespaces, report
 
 Whoever started it may die by SIGKILL: the pipe closes, and nothing of theirs lives on. Started with the command line
 that `command_line` makes and the descriptors inherited.
@@ -126,15 +126,18 @@ class Pump:
         data = os.read(fd, MAX_PACKET_BYTES)
         *lines, self._commands = (self._commands + data).split(b"\n")
         for line in lines:
-            command = json.loads(line)
-            path = Path(**command["path"])
-            if command["pair"] is None:
-                self._network.set_default(path)
-            else:
-                a, b = command["pair"]
-                self._network.set_path(a, b, path)
+            self._obey(json.loads(line))
             print("done", flush=True)
         return bool(data)
+
+    def _obey(self, command: dict[str, Any]) -> None:
+        if "nat" in command:
+            self._nats[command["nat"]].is_open = command["is_open"]
+        elif command["pair"] is None:
+            self._network.set_default(Path(**command["path"]))
+        else:
+            a, b = command["pair"]
+            self._network.set_path(a, b, Path(**command["path"]))
 
 
 def command_line(settings: Settings) -> list[str]:

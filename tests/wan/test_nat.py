@@ -80,6 +80,19 @@ def test_who_was_not_written_to_comes_in_only_where_it_is_open(port: int, peer_p
         assert (nat.into(make_packet(STRANGER, peer_port, OUTSIDE, outer, protocol, b"")) is not None) is is_open
 
 
+@given(ports, ports, ports, st.sampled_from([TCP, UDP]))
+def test_who_has_begun_goes_on_when_a_router_is_closed(port: int, peer_port: int, other: int, protocol: int):
+    """As where a port is forwarded no longer: the router knows the flows that there were, whoever began them."""
+    nat = Nat(HOST, OUTSIDE, is_open=True)
+    coming = make_packet(PEER, peer_port, OUTSIDE, port, protocol, b"")
+    assert nat.into(coming) is not None
+    sent = nat.out(make_packet(HOST, port, PEER, peer_port, protocol, b""))
+    nat.is_open = False
+    assert nat.out(make_packet(HOST, port, PEER, peer_port, protocol, b"")) == sent
+    assert nat.into(coming) is not None
+    assert nat.into(make_packet(STRANGER, other, OUTSIDE, port, protocol, b"")) is None
+
+
 def test_connections_pass_a_router_outwards_only_unless_it_is_open():
     """With the kernel's TCP: hosts behind either kind reach a third, which reaches the one that is open."""
     try:

@@ -133,6 +133,10 @@ class Wan:
         """Change the ways between all hosts to this delay and nothing else."""
         self._command({"pair": None, "path": asdict(Path(delay_s=delay_s))})
 
+    def set_nat(self, host: int, kind: Literal["closed", "open"]) -> None:
+        """Change a router: once closed it lets in those who have begun before, and no others."""
+        self._command({"nat": host, "is_open": kind == "open"})
+
     def _start_pump(self) -> None:
         settings = Settings(
             tun_fds=[namespace.tun_fd for namespace in self._namespaces],
