@@ -16,7 +16,9 @@ quarter dies at once and the others come and go; and 1,000 of which nine in ten 
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ LOST = 0.25
 HOUR_S = 3600.0
 ORACLE_S = 30.0
 """For one swarm's fewest moves; a bound of them is what is known then."""
-LOSSES = ((80, 24), (80, 40), (32, 16))
+LOSSES = {"80/24": (80, 24), "80/40": (80, 40), "32/16": (32, 16)}
 """Blocks and servers of the swarms that lose a quarter."""
 
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--swarms", type=int, default=100, help="random swarms to compare with the optimum")
     parser.add_argument("--optima", type=int, default=8, help="small swarms to solve by programming")
     parser.add_argument("--losses", type=int, default=40, help="swarms of each size that lose a quarter")
+    parser.add_argument("--sizes", nargs="+", choices=LOSSES, default=list(LOSSES), help="of those: blocks/servers")
     parser.add_argument("--oracles", type=int, default=12, help="of these, swarms to find the fewest moves for")
     parser.add_argument("--servers", type=int, default=10_000, help="of the large swarm that loses a quarter")
     parser.add_argument("--uneven", type=int, default=1_000, help="servers of the one that loses most of one block")
@@ -55,7 +58,7 @@ def main() -> None:
     if "quality" in args.parts:
         details["quality"] = report_quality(args.swarms, args.optima, args.seed, targets)
     if "loss" in args.parts:
-        details["losses"] = report_losses(args.losses, args.oracles, args.seed, targets)
+        details["losses"] = report_losses(args.sizes, args.losses, args.oracles, args.seed, targets)
     if "scale" in args.parts:
         details["scale"] = an_hour(args.servers, "a quarter died", lose_a_quarter, args.seed)
         details["uneven"] = an_hour(args.uneven, "90 % of a block died", lose_a_block, args.seed)
@@ -83,10 +86,10 @@ def report_quality(num_swarms: int, num_optima: int, seed: int, targets: dict[st
 
 
 def report_losses(
-    num_swarms: int, num_oracles: int, seed: int, targets: dict[str, dict[str, Any]]
+    sizes: Sequence[str], num_swarms: int, num_oracles: int, seed: int, targets: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Swarms of three sizes that lose a quarter, by both rules; of the first ones also what an oracle would do."""
-    rows = [row for size in LOSSES for row in lose(*size, num_swarms, num_oracles, seed)]
+    """Swarms of some sizes that lose a quarter, by both rules; of the first ones also what an oracle would do."""
+    rows = [row for size in sizes for row in lose(*LOSSES[size], num_swarms, num_oracles, seed)]
     print(f"{'a quarter lost':>16}{'blocks':>8}{'servers':>8}{'gaps':>6}{'filled s: median':>18}{'worst':>8}"
           f"{'never':>7}{'moves/survivor':>23}{'for gaps':>10}{'of bound':>10}")  # fmt: skip
     for row in rows:
@@ -173,16 +176,9 @@ def lose(num_blocks: int, num_servers: int, num_swarms: int, num_oracles: int, s
     rows = []
     makers: dict[str, Callable[[], SwarmRule | PetalsRule]] = {"swarm": SwarmRule, "petals": PetalsRule}
     for name, make in makers.items():
-        runs = [
-            _lose_once(
-                make(),
-                num_blocks,
-                num_servers,
-                [seed, num_blocks, num_servers, i],
-                asks_oracle=name == "swarm" and i < num_oracles,
-            )
-            for i in range(num_swarms)
-        ]
+        run = partial(_lose_once, make, num_blocks, num_servers, num_oracles if name == "swarm" else 0, seed)
+        with ProcessPoolExecutor() as pool:
+            runs = list(pool.map(run, range(num_swarms)))
         moves = [run["moves"] for run in runs]
         filled = [run["filled_s"] for run in runs if run["had_gap"] and run["filled_s"] is not None]
         rows.append({
@@ -210,14 +206,19 @@ def _beside_oracle(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _lose_once(
-    rule: SwarmRule | PetalsRule, num_blocks: int, num_servers: int, seed: list[int], *, asks_oracle: bool
+    make: Callable[[], SwarmRule | PetalsRule],
+    num_blocks: int,
+    num_servers: int,
+    num_oracles: int,
+    seed: int,
+    index: int,
 ) -> dict[str, Any]:
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, num_blocks, num_servers, index])
     longest = 24 if num_blocks == 80 else 12
     machines = make_machines(generator, num_servers, num_blocks, longest=longest, load_s=LOAD_S)
     lost = [machine.name for machine in machines[: round(LOST * num_servers)]]
     generator.shuffle(machines)  # who dies is not who came first
-    world = World(num_blocks, rule, generator)
+    world = World(num_blocks, make(), generator)
     for machine in machines:
         world.join(machine, load_s=0.0)
     world.run(600.0)
@@ -228,7 +229,7 @@ def _lose_once(
     covered_at = world.covered_since
     truth, num_survivors = world.truth, num_servers - len(lost)
     oracle = None
-    if asks_oracle:
+    if index < num_oracles:
         oracle = fewest_moves(
             [it.blocks for it in left],
             [it.capacity_tps for it in left],
