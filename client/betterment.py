@@ -9,7 +9,8 @@ to come earn what the move costs several times over. It must be seen at several 
 waits: when a new server has joined, a thousand clients see it at once, and whoever goes there makes it slower. So
 clients go like a TCP window opens: few in the first half minute, twice as many in the next. Records show every 20 s
 what that does to the server, and who has not gone yet thinks again. At last, a session that has moved stays for
-minutes, and never goes back: what was wrong about a server once is not tried twice.
+minutes, and never goes back: what was wrong about a server once is not tried twice. One whose moves fail tries ever
+more seldom, and all sessions of its client ask for more before they try.
 """
 
 from collections.abc import Mapping
@@ -37,30 +38,45 @@ NUM_DOUBLINGS = 4
 SETTLE_S = 300.0
 """A session that has moved stays for so long."""
 RETRY_S = 60.0
-"""So long it stays when a move has failed."""
+"""So long it stays when a move has failed, twice as long after the next one, and so on ..."""
+MAX_RETRY_S = 3600.0
+"""... up to this, until one succeeds."""
 MOVE_S = 0.5
 """What a move costs a session beside the bytes: the last words of one server, the first of the other."""
 TOKEN_BLOCK_S = 4096 * 8 / 100e6
 """Before any move was measured: 8 heads of 128 keys and values in 16 bits, at 100 Mbit/s."""
 SMOOTHING = 0.3
 """Weight of the newest move."""
+MIN_CHANCE = 0.05
+"""However many tries have failed, one in so many is taken to succeed: else nobody would ever find out otherwise."""
 
 
 class MoveCosts:
-    """How long sessions stand still when they move, by what earlier moves took."""
+    """What moves cost the sessions of one client, by what became of earlier ones."""
 
     def __init__(self) -> None:
         self._token_block_s = TOKEN_BLOCK_S
+        self._chance = 1.0
+        """That a try succeeds."""
 
     def measured(self, hop: Hop, num_tokens: int, seconds: float) -> None:
         """A hop of a session with so many tokens has moved, and the session stood still for so long."""
         known = self._token_block_s
         found = max(0.0, seconds - MOVE_S) / max(1, num_tokens * len(hop.blocks))
         self._token_block_s = (1 - SMOOTHING) * known + SMOOTHING * found
+        self._chance += SMOOTHING * (1.0 - self._chance)
+
+    def failed(self) -> None:
+        """A try has come to nothing: it is taken to have cost what a move does."""
+        self._chance = max(MIN_CHANCE, (1 - SMOOTHING) * self._chance)
 
     def expected_s(self, hop: Hop, num_tokens: int) -> float:
         """How long a session with so many tokens will stand still."""
         return MOVE_S + self._token_block_s * num_tokens * len(hop.blocks)
+
+    def price_s(self, hop: Hop, num_tokens: int) -> float:
+        """The same, with all tries that it takes until one succeeds."""
+        return self.expected_s(hop, num_tokens) / self._chance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +108,8 @@ class Betterment:
         self._version: int | None = None
         self._due = 0.0
         self._stays_until = float("-inf")
+        self._num_failures = 0
+        """Since it moved last."""
         self._ruled_out: set[str] = set()
 
     def look(self, now: float, outlook: Outlook, decoding: Decoding) -> Prospect | None:
@@ -119,13 +137,15 @@ class Betterment:
 
     def moved(self, now: float, left: str | None = None) -> None:
         """The session has moved: away from `left` for this, or because a server wanted it."""
+        self._num_failures = 0
         self._rest(now + SETTLE_S)
         if left is not None:
             self._ruled_out.add(left)
 
     def failed(self, now: float, target: str) -> None:
-        """The server did not take it; the session is where it was."""
-        self._rest(now + RETRY_S)
+        """The server did not take it; the session is where it was, and rests the longer the more often that happens."""
+        self._rest(now + min(MAX_RETRY_S, RETRY_S * 2.0 ** min(self._num_failures, 32)))
+        self._num_failures += 1
         self._ruled_out.add(target)
 
     def _rest(self, until: float) -> None:
@@ -142,8 +162,9 @@ class Betterment:
         if gain_s < max(GAIN_FLOOR_S, GAIN_SHARE * sum(decoding.hop_s.values())):
             return False
         num_steps = min(decoding.num_steps, decoding.num_left)
-        cost_s = decoding.costs.expected_s(prospect.hop, decoding.num_tokens)
-        return cost_s <= MAX_STILL_S and gain_s * num_steps >= PAYBACK * cost_s
+        still_s = decoding.costs.expected_s(prospect.hop, decoding.num_tokens)
+        price_s = decoding.costs.price_s(prospect.hop, decoding.num_tokens)
+        return still_s <= MAX_STILL_S and gain_s * num_steps >= PAYBACK * price_s
 
     def _wait_s(self) -> float:
         """A time at random, later ones exponentially more likely."""

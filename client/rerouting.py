@@ -112,4 +112,5 @@ class Rerouting:
             self._num_moves = self._moves.num_moves
             self._betterment.moved(time.monotonic(), left=choice.hop.peer_id)
         elif has_moved is not None:
+            self._peers.move_costs.failed()
             self._betterment.failed(time.monotonic(), choice.target.peer_id)

@@ -63,6 +63,8 @@ class BlockFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens per second in a prompt."""
     num_blocks: Annotated[int, msgspec.Meta(ge=1)]
     """Blocks that were run one after the other when this was measured."""
+    measured_tps: dict[int, _Rate] = {}
+    """`decode_tps` as it was measured, if use has changed it since (`swarm.server.speeds`)."""
 
     @property
     def single_tps(self) -> float:

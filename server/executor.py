@@ -236,7 +236,7 @@ class Executor:
         Raises:
             SwarmError: it has work, or has failed.
         """
-        return await self._ask(lambda: take_image(session, self.span))
+        return await self._ask(lambda: self._charged(session, lambda: take_image(session, self.span)))
 
     async def put_image(self, session: CachedSession, image: CacheImage) -> None:
         """Let a session that did nothing yet go on from an image.
@@ -246,7 +246,15 @@ class Executor:
         """
         if session.is_closed or session.held_back:
             raise PeerBusy("the session is over" if session.is_closed else "the session has work")
-        await self._ask(lambda: put_image(session, image, self.span, self._memory.host))
+        await self._ask(lambda: self._charged(session, lambda: put_image(session, image, self.span, self._memory.host)))
+
+    def _charged(self, session: CachedSession, command: Callable[[], T]) -> T:
+        """Do this, and charge the session's client for the time that it takes."""
+        started = time.monotonic()
+        try:
+            return command()
+        finally:
+            self._scheduler.used(session.client, time.monotonic() - started)
 
     def _layout(self, blocks: BlockRange) -> Layout:
         if self.span.stateful:

@@ -35,7 +35,7 @@ MAX_RANK = 4
 """One that could fill a gap lets at most so many others go first that would do it better ..."""
 RANK_S = 1.0
 """... for so long each."""
-MAX_YIELDS = 2
+MAX_YIELDS = 8
 """How often one that could gain something leaves it to others that would gain more; they may be none that move."""
 MAX_DOUBT = 0.05
 """While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""

@@ -89,7 +89,7 @@ class MoveDesk:
         self._arriving_of: Counter[str] = Counter()
         """Bytes of each client's sessions."""
         self._promised_pages = 0
-        """Of sessions that come, or have come and not run yet: they have no pages of the cache until they do."""
+        """Of sessions that come, or have come lately and not run yet: they have no pages of the cache until they do."""
 
     async def give(self, session: Movable, message: HandOver, client: str) -> None:
         """Give a session to the one that its client has opened elsewhere; it is frozen when this returns.

@@ -135,7 +135,8 @@ class Placing:
             return
         before, self.facts = self.facts, self._speeds.corrected(self.facts, plain, time.monotonic())
         if self.facts is not before:
-            logger.info("full batches give %.0f tokens/s, not %.0f", self.facts.batch_tps, before.batch_tps)
+            rates = (self.facts.single_tps, self.facts.batch_tps, before.single_tps, before.batch_tps)
+            logger.info("one row gives %.0f tokens/s and full batches %.0f, not %.0f and %.0f", *rates)
             self._store.remember(self.facts)
 
     async def keep_moving(self) -> None:

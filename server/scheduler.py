@@ -217,8 +217,12 @@ class Scheduler:
             self.worked(client, seconds / len(batch.brought), now)
 
     def worked(self, client: str, seconds: float, now: float) -> None:
-        """The server has loaded an adapter for a client, for so long: as much service as prompts have in that time."""
+        """The server has loaded an adapter for a client, for so long: that is service, and delays the next one."""
         self.debts.worked(client, seconds, now)
+        self.used(client, seconds)
+
+    def used(self, client: str, seconds: float) -> None:
+        """Something was done for a client beside its batches, for so long: as much service as prompts have then."""
         if self.costs.is_measured:
             per_token = self.costs.seconds(0, self.token_budget) / self.token_budget
             self.counters.charge(client, W_PROMPT * seconds / max(per_token, 1e-9))

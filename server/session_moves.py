@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 FIRST_URGE_S = 2.0
 """A session whose client found nobody while the server drains is asked again so long after the last time; then after
 twice as long each time, up to RETRY_S. Clients put up with that: `swarm.client.moves.MAX_ASKED`, `ASKED_PER_S`."""
+PROMISE_S = 10.0
+"""So long pages are kept for a session that has come and takes no step: a client could keep all others out by that."""
 
 
 class SessionMoves:
@@ -65,6 +67,7 @@ class SessionMoves:
         self._urges_at, self._pause_s = -inf, FIRST_URGE_S
         self._promised_pages = 0
         self._timer: asyncio.TimerHandle | None = None
+        """Ends a session that has gone, or what was promised to one that has come."""
         self._has_arrived = False
 
     def ask(self, within_s: float) -> None:
@@ -99,7 +102,10 @@ class SessionMoves:
             self._answer(message, for_the_client(error))
         else:
             self.is_gone = True
+            self.use_room()
             self._answer(message)
+            if self._timer is not None:
+                self._timer.cancel()
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._limits.gone_timeout_s, self._on_end)
         finally:
@@ -123,11 +129,12 @@ class SessionMoves:
         finally:
             self._arriving = None
         self._has_arrived = True
+        self._timer = asyncio.get_running_loop().call_later(PROMISE_S, self.use_room)
         self.stays_until = time.monotonic() + SETTLE_S
         self._control.tell(self._session.taken)
 
     def use_room(self) -> None:
-        """The session has work, so that it gets pages like any other: none need be kept for it."""
+        """The session has work, or has been idle: it gets pages like any other, and none are kept for it."""
         if self._promised_pages:
             self._desk.release(self._promised_pages)
             self._promised_pages = 0

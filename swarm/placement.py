@@ -26,8 +26,10 @@ FLOOR = 1e-3
 """Part of the mean share that a block without servers is taken to have, to tell one gap from two."""
 MAX_MEDIANS = 16.0
 """Nobody's capacity counts for more than so many times the median, whatever it claims."""
-NUM_TRIALS = 3
-"""Spans that look best by a quick estimate, of which the best by exact shares is taken."""
+NUM_TRIALS = 6
+"""Spans that look best by a quick estimate, of which the best by exact shares is taken ..."""
+SPACING = 0.2
+"""... and that are by this part of their length apart, where there are enough: neighbours are much alike."""
 HYSTERESIS = 0.25
 """A move must gain this part of the server's own capacity, spread over the model ..."""
 SMALL_GAIN = 0.1
@@ -315,8 +317,15 @@ def _promising(
     gains = _gains(survey.shares + survey.floor_tps, length, capacity_tps)
     if earning is not None:
         gains = gains * np.maximum(earning, 1e-3)  # a gap counts even where it takes long to load
-    order = np.argsort(-np.round(gains / max(gains.max(), np.finfo(float).tiny), 9), kind="stable")
-    return [BlockRange(int(start), int(start) + length) for start in order[:NUM_TRIALS]]
+    order: list[int] = np.argsort(-np.round(gains / max(gains.max(), np.finfo(float).tiny), 9), kind="stable").tolist()
+    apart: list[int] = []
+    for start in order:
+        if all(abs(start - other) >= SPACING * length for other in apart):
+            apart.append(start)
+        if len(apart) == NUM_TRIALS:
+            break
+    others = [start for start in order[: 2 * NUM_TRIALS] if start not in apart]
+    return [BlockRange(start, start + length) for start in [*apart, *others][:NUM_TRIALS]]
 
 
 def _gains(levels: Floats, length: int, capacity_tps: float) -> Floats:

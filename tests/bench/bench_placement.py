@@ -7,7 +7,8 @@ linear programming), over what no placement can exceed: all capacity, shared out
 over the best placement that mixed-integer programming finds, as in Helix.
 Loss: a quarter of the servers dies at once; an hour is simulated, event by event. How long until every block is served
 again, beyond loading (180 s for everybody), and how often do survivors move? Rules were tuned on swarms of seed 0, so
-results are those of other seeds.
+results are those of other seeds. For some of the swarms also how few moves would do, if somebody knew everything and
+told each server where to go at once: the fewest for the same throughput, by mixed-integer programming.
 Scale: 10,000 servers over 126 blocks in clusters like the world's, of different size, speed and bandwidth, of which a
 quarter dies at once and the others come and go; and 1,000 of which nine in ten of those die that hold one block.
 """
@@ -15,12 +16,14 @@ quarter dies at once and the others come and go; and 1,000 of which nine in ten 
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 from common import judged, print_report
-from flow import best_placement, max_flow
+from flow import best_placement, fewest_moves, max_flow
 
 from swarm.placement import Holding, Survey, choose_span, decide_move
 from tests.bench import petals_rule
@@ -32,7 +35,9 @@ PARTS = ("quality", "loss", "scale")
 LOAD_S = 180.0
 LOST = 0.25
 HOUR_S = 3600.0
-LOSSES = ((80, 24), (80, 40), (32, 16))
+ORACLE_S = 30.0
+"""For one swarm's fewest moves; a bound of them is what is known then."""
+LOSSES = {"80/24": (80, 24), "80/40": (80, 40), "32/16": (32, 16)}
 """Blocks and servers of the swarms that lose a quarter."""
 
 
@@ -41,6 +46,8 @@ def main() -> None:
     parser.add_argument("--swarms", type=int, default=100, help="random swarms to compare with the optimum")
     parser.add_argument("--optima", type=int, default=8, help="small swarms to solve by programming")
     parser.add_argument("--losses", type=int, default=40, help="swarms of each size that lose a quarter")
+    parser.add_argument("--sizes", nargs="+", choices=LOSSES, default=list(LOSSES), help="of those: blocks/servers")
+    parser.add_argument("--oracles", type=int, default=12, help="of these, swarms to find the fewest moves for")
     parser.add_argument("--servers", type=int, default=10_000, help="of the large swarm that loses a quarter")
     parser.add_argument("--uneven", type=int, default=1_000, help="servers of the one that loses most of one block")
     parser.add_argument("--seed", type=int, default=1, help="rules were tuned with 0")
@@ -51,7 +58,7 @@ def main() -> None:
     if "quality" in args.parts:
         details["quality"] = report_quality(args.swarms, args.optima, args.seed, targets)
     if "loss" in args.parts:
-        details["losses"] = report_losses(args.losses, args.seed, targets)
+        details["losses"] = report_losses(args.sizes, args.losses, args.oracles, args.seed, targets)
     if "scale" in args.parts:
         details["scale"] = an_hour(args.servers, "a quarter died", lose_a_quarter, args.seed)
         details["uneven"] = an_hour(args.uneven, "90 % of a block died", lose_a_block, args.seed)
@@ -78,9 +85,11 @@ def report_quality(num_swarms: int, num_optima: int, seed: int, targets: dict[st
     return found
 
 
-def report_losses(num_swarms: int, seed: int, targets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Swarms of three sizes that lose a quarter, by both rules."""
-    rows = [row for size in LOSSES for row in lose(*size, num_swarms, seed)]
+def report_losses(
+    sizes: Sequence[str], num_swarms: int, num_oracles: int, seed: int, targets: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Swarms of some sizes that lose a quarter, by both rules; of the first ones also what an oracle would do."""
+    rows = [row for size in sizes for row in lose(*LOSSES[size], num_swarms, num_oracles, seed)]
     print(f"{'a quarter lost':>16}{'blocks':>8}{'servers':>8}{'gaps':>6}{'filled s: median':>18}{'worst':>8}"
           f"{'never':>7}{'moves/survivor':>23}{'for gaps':>10}{'of bound':>10}")  # fmt: skip
     for row in rows:
@@ -88,6 +97,9 @@ def report_losses(num_swarms: int, seed: int, targets: dict[str, dict[str, Any]]
         print(f"{row['rule']:>16}{row['blocks']:8}{row['servers']:8}{row['gaps']:6}{row['filled_s']:18}"
               f"{row['worst_s']:8}{row['never']:7}{moves:>23}{row['gap_moves']:>10}{row['kept']:10}")  # fmt: skip
     mine = [row for row in rows if row["rule"] == "swarm"]
+    for row in mine if num_oracles else ():
+        print(f"{row['blocks']} blocks, {row['servers']} servers, the first {num_oracles} swarms: "
+              f"{row['oracle_of']} moves/survivor, an oracle needs {row['oracle']} for the same")  # fmt: skip
     targets["worst_fill_beyond_loading_s"] = judged(max(row["worst_s"] for row in mine), "<=", PERIOD_S)
     targets["gaps_never_filled"] = judged(sum(row["never"] for row in mine), "==", 0)
     targets["moves_per_survivor"] = judged(max(row["moves"] for row in mine), "<=", 0.15)
@@ -156,7 +168,7 @@ def arrange_petals(machines: list[Machine], num_blocks: int, generator: np.rando
     return list(holdings.values())
 
 
-def lose(num_blocks: int, num_servers: int, num_swarms: int, seed: int) -> list[dict[str, Any]]:
+def lose(num_blocks: int, num_servers: int, num_swarms: int, num_oracles: int, seed: int) -> list[dict[str, Any]]:
     """What follows when a quarter of a swarm dies at once, by both rules; each dies in swarms of its own.
 
     `moves_within` is half of the 95 % interval of the mean; Petals' rule does not say what a move is for.
@@ -164,9 +176,9 @@ def lose(num_blocks: int, num_servers: int, num_swarms: int, seed: int) -> list[
     rows = []
     makers: dict[str, Callable[[], SwarmRule | PetalsRule]] = {"swarm": SwarmRule, "petals": PetalsRule}
     for name, make in makers.items():
-        runs = [
-            _lose_once(make(), num_blocks, num_servers, [seed, num_blocks, num_servers, i]) for i in range(num_swarms)
-        ]
+        run = partial(_lose_once, make, num_blocks, num_servers, num_oracles if name == "swarm" else 0, seed)
+        with ProcessPoolExecutor() as pool:
+            runs = list(pool.map(run, range(num_swarms)))
         moves = [run["moves"] for run in runs]
         filled = [run["filled_s"] for run in runs if run["had_gap"] and run["filled_s"] is not None]
         rows.append({
@@ -181,31 +193,56 @@ def lose(num_blocks: int, num_servers: int, num_swarms: int, seed: int) -> list[
             "moves_within": round(1.96 * statistics.stdev(moves) / math.sqrt(num_swarms), 3),
             "gap_moves": round(statistics.mean(run["gap_moves"] for run in runs), 3) if name == "swarm" else "-",
             "kept": round(statistics.mean(run["kept"] for run in runs), 3),
+            **_beside_oracle(runs),
         })  # fmt: skip
     return rows
 
 
-def _lose_once(rule: SwarmRule | PetalsRule, num_blocks: int, num_servers: int, seed: list[int]) -> dict[str, Any]:
-    generator = np.random.default_rng(seed)
+def _beside_oracle(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Moves per survivor of those runs for which an oracle was asked, and the fewest that do."""
+    asked = [run for run in runs if run["oracle"] is not None]
+    names = {"oracle_of": "moves", "oracle": "oracle"} if asked else {}
+    return {name: round(statistics.mean(run[key] for run in asked), 3) for name, key in names.items()}
+
+
+def _lose_once(
+    make: Callable[[], SwarmRule | PetalsRule],
+    num_blocks: int,
+    num_servers: int,
+    num_oracles: int,
+    seed: int,
+    index: int,
+) -> dict[str, Any]:
+    generator = np.random.default_rng([seed, num_blocks, num_servers, index])
     longest = 24 if num_blocks == 80 else 12
     machines = make_machines(generator, num_servers, num_blocks, longest=longest, load_s=LOAD_S)
     lost = [machine.name for machine in machines[: round(LOST * num_servers)]]
     generator.shuffle(machines)  # who dies is not who came first
-    world = World(num_blocks, rule, generator)
+    world = World(num_blocks, make(), generator)
     for machine in machines:
         world.join(machine, load_s=0.0)
     world.run(600.0)
     began, num_before, num_gaps_before = world.now, world.num_moves, world.num_gap_moves
     world.kill(lost)
-    had_gap = world.num_missing > 0
+    had_gap, left = world.num_missing > 0, [host.holding for host in world.living]
     world.run(began + HOUR_S)
     covered_at = world.covered_since
     truth, num_survivors = world.truth, num_servers - len(lost)
+    oracle = None
+    if index < num_oracles:
+        oracle = fewest_moves(
+            [it.blocks for it in left],
+            [it.capacity_tps for it in left],
+            num_blocks,
+            least_tps=truth.throughput_tps * (1 - 1e-3),
+            time_limit_s=ORACLE_S,
+        )
     return {
         "had_gap": had_gap,
         "filled_s": None if covered_at is None or not had_gap else covered_at - began - LOAD_S,
         "moves": (world.num_moves - num_before) / num_survivors,
         "gap_moves": (world.num_gap_moves - num_gaps_before) / num_survivors,
+        "oracle": None if oracle is None else oracle / num_survivors,
         "kept": truth.throughput_tps / (sum(it.capacity_tps for it in truth.holdings) / num_blocks),
     }
 

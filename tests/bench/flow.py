@@ -2,14 +2,17 @@
 
     max_flow(spans, capacities)     tokens/s through all blocks, for spans that are given
     best_placement(lengths, ...)    an upper bound of it over all placements, and the best placement found, by MILP
+    fewest_moves(spans, ...)        how many servers must move, at least, to reach some throughput, by the same
 
 Independent of `swarm.placement`: it is what placements are judged by.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import coo_array
 
 from swarm.types import BlockRange
@@ -38,40 +41,77 @@ def max_flow(spans: Sequence[BlockRange], capacities: Sequence[float], num_block
 def best_placement(
     lengths: Sequence[int], capacities: Sequence[float], num_blocks: int, *, time_limit_s: float
 ) -> tuple[float, float]:
-    """The throughput of the best placement that is found in time, and what no placement can exceed.
-
-    One binary variable per server and first block, as in Helix (ASPLOS 2025).
-    """
-    starts = [(server, at) for server, length in enumerate(lengths) for at in range(num_blocks - length + 1)]
-    index = {pair: column for column, pair in enumerate(starts)}
-    num_servers = len(lengths)
-    flow = len(starts) + np.arange(num_servers * num_blocks).reshape(num_servers, num_blocks)
-    total = len(starts) + num_servers * num_blocks + 1
-    entries: list[tuple[int, int, float]] = []
-    low: list[float] = []
-    high: list[float] = []
-
-    def add(terms: list[tuple[int, float]], at_least: float, at_most: float) -> None:
-        entries.extend((len(low), column, value) for column, value in terms)
-        low.append(at_least)
-        high.append(at_most)
-
-    for server, (length, capacity) in enumerate(zip(lengths, capacities, strict=True)):
-        add([(index[server, at], 1.0) for at in range(num_blocks - length + 1)], 1, 1)
-        add([(int(column), 1.0) for column in flow[server]], -np.inf, capacity)
-        for block in range(num_blocks):
-            covering = range(max(0, block - length + 1), min(num_blocks - length, block) + 1)
-            add([(int(flow[server, block]), 1.0), *((index[server, at], -capacity) for at in covering)], -np.inf, 0)
-    for block in range(num_blocks):
-        add([(int(flow[server, block]), 1.0) for server in range(num_servers)] + [(total - 1, -1.0)], 0, 0)
-    rows, cols, values = zip(*entries, strict=True)
-    upper = np.r_[np.ones(len(starts)), np.full(total - len(starts), np.inf)]
-    result = milp(
-        np.r_[np.zeros(total - 1), -1.0],
-        constraints=LinearConstraint(coo_array((values, (rows, cols)), shape=(len(low), total)).tocsr(), low, high),
-        integrality=np.r_[np.ones(len(starts)), np.zeros(total - len(starts))],
-        bounds=Bounds(0, upper),
-        options={"time_limit": time_limit_s, "mip_rel_gap": 0.005},
-    )
+    """The throughput of the best placement that is found in time, and what no placement can exceed."""
+    program = _Program(lengths, capacities, num_blocks)
+    gain = np.zeros(program.num_columns)
+    gain[program.throughput] = -1.0
+    result = program.solve(gain, 0.0, time_limit_s, gap=0.005)
     found = float(-result.fun) if result.x is not None else 0.0
     return found, min(float(-result.mip_dual_bound), sum(capacities) / num_blocks)
+
+
+def fewest_moves(
+    spans: Sequence[BlockRange], capacities: Sequence[float], num_blocks: int, *, least_tps: float, time_limit_s: float
+) -> int:
+    """How many of these servers must take other blocks for such a throughput: at least so many, if time runs out."""
+    program = _Program([len(span) for span in spans], capacities, num_blocks, enough_tps=least_tps)
+    cost = np.zeros(program.num_columns)
+    for (server, start), column in program.starts.items():
+        cost[column] = start != spans[server].start
+    result = program.solve(cost, least_tps, time_limit_s, gap=0.0)
+    return math.ceil(result.mip_dual_bound - 1e-6)
+
+
+class _Program:
+    """Where servers go and what flows: one binary variable per server and first block, as in Helix (ASPLOS 2025).
+
+    Args:
+        lengths: how many blocks each server holds.
+        capacities: what each gives, in block tokens/s.
+        num_blocks: of the model.
+        enough_tps: more than this has to flow through no block.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], capacities: Sequence[float], num_blocks: int, *, enough_tps: float = math.inf
+    ):
+        pairs = [(server, at) for server, length in enumerate(lengths) for at in range(num_blocks - length + 1)]
+        self.starts = {pair: column for column, pair in enumerate(pairs)}
+        num_servers = len(lengths)
+        flow = len(pairs) + np.arange(num_servers * num_blocks).reshape(num_servers, num_blocks)
+        self.throughput = len(pairs) + num_servers * num_blocks
+        self.num_columns = self.throughput + 1
+        self._entries: list[tuple[int, int, float]] = []
+        self._low: list[float] = []
+        self._high: list[float] = []
+        for server, (length, capacity) in enumerate(zip(lengths, capacities, strict=True)):
+            self._add([(self.starts[server, at], 1.0) for at in range(num_blocks - length + 1)], 1, 1)
+            self._add([(int(column), 1.0) for column in flow[server]], -np.inf, capacity)
+            for block in range(num_blocks):
+                covering = range(max(0, block - length + 1), min(num_blocks - length, block) + 1)
+                held = [(self.starts[server, at], -min(capacity, enough_tps)) for at in covering]
+                self._add([(int(flow[server, block]), 1.0), *held], -np.inf, 0)
+        for block in range(num_blocks):
+            passing = [(int(flow[server, block]), 1.0) for server in range(num_servers)]
+            self._add([*passing, (self.throughput, -1.0)], 0, 0)
+
+    def solve(self, cost: NDArray[np.float64], least_tps: float, time_limit_s: float, *, gap: float) -> OptimizeResult:
+        """The cheapest placement with at least such a throughput."""
+        rows, columns, values = zip(*self._entries, strict=True)
+        matrix = coo_array((values, (rows, columns)), shape=(len(self._low), self.num_columns)).tocsr()
+        num_starts = len(self.starts)
+        is_binary = np.arange(self.num_columns) < num_starts
+        lower = np.zeros(self.num_columns)
+        lower[self.throughput] = least_tps
+        return milp(
+            cost,
+            constraints=LinearConstraint(matrix, self._low, self._high),
+            integrality=is_binary.astype(int),
+            bounds=Bounds(lower, np.where(is_binary, 1.0, np.inf)),
+            options={"time_limit": time_limit_s, "mip_rel_gap": gap},
+        )
+
+    def _add(self, terms: list[tuple[int, float]], at_least: float, at_most: float) -> None:
+        self._entries.extend((len(self._low), column, value) for column, value in terms)
+        self._low.append(at_least)
+        self._high.append(at_most)

@@ -78,6 +78,8 @@ class Host:
         self.record: ServerRecord | None = None
         self.suspects: dict[str, float] = {}
         self.patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
+        self.found: tuple[tuple[Holding, ...], Move | None] | None = None
+        """What it decided last, and the swarm that this was for: most looks see the same one again."""
         self.take(blocks)
 
     def take(self, blocks: BlockRange) -> None:
@@ -323,8 +325,11 @@ class SwarmRule:
         world.at(world.generator.uniform(0.0, 2 * CHECK_S), check)
 
     def _find(self, world: World, host: Host) -> Move | None:
-        reload_s = [host.machine.load_s] * world.num_blocks
-        return decide_move(world.seen_by(host), host.holding, reload_s=reload_s, num_sessions=8)
+        survey = world.seen_by(host)
+        if host.found is None or host.found[0] != survey.holdings:
+            reload_s = [host.machine.load_s] * world.num_blocks
+            host.found = survey.holdings, decide_move(survey, host.holding, reload_s=reload_s, num_sessions=8)
+        return host.found[1]
 
     def _decide(self, world: World, host: Host, *, gaps_only: bool) -> None:
         move = self._find(world, host)

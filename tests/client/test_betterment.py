@@ -11,9 +11,12 @@ from swarm.client.betterment import (
     DOUBLING_S,
     GAIN_FLOOR_S,
     GAIN_SHARE,
+    MAX_RETRY_S,
     MAX_STILL_S,
+    MIN_CHANCE,
     NUM_DOUBLINGS,
     NUM_LOOKS,
+    PAYBACK,
     RETRY_S,
     SETTLE_S,
     Betterment,
@@ -46,8 +49,24 @@ class User:
         self.costs = MoveCosts()
         self.moves: list[tuple[float, str]] = []
 
+    def least_steps_s(self) -> float:
+        """What all steps to come must save for a move."""
+        return PAYBACK * self.costs.price_s(self.hop, self.num_tokens)
+
     def look(self, steps_s: dict[str, float], *, measured_s: float | None = None, is_new: bool = True) -> str | None:
         """See what a step takes with each server; go where that leads, and say where."""
+        choice = self.choose(steps_s, measured_s=measured_s, is_new=is_new)
+        if choice is None:
+            return None
+        left, self.hop = self.hop, choice.target
+        self.betterment.moved(self.now, left=left.peer_id)
+        self.moves.append((self.now, self.hop.peer_id))
+        return self.hop.peer_id
+
+    def choose(
+        self, steps_s: dict[str, float], *, measured_s: float | None = None, is_new: bool = True
+    ) -> Prospect | None:
+        """See what a step takes with each server, and say where that leads."""
         self.now, self.version = self.now + LOOK_S, self.version + is_new
         present_s = steps_s[self.hop.peer_id]
         prospects = [
@@ -56,7 +75,7 @@ class User:
             if peer_id != self.hop.peer_id
         ]
         measured_s = present_s if measured_s is None else measured_s
-        choice = self.betterment.look(
+        return self.betterment.look(
             self.now,
             Outlook(version=self.version, predicted_s=present_s, prospects=tuple(prospects)),
             Decoding(
@@ -67,12 +86,6 @@ class User:
                 costs=self.costs,
             ),
         )
-        if choice is None:
-            return None
-        left, self.hop = self.hop, choice.target
-        self.betterment.moved(self.now, left=left.peer_id)
-        self.moves.append((self.now, self.hop.peer_id))
-        return self.hop.peer_id
 
 
 @given(st.integers(0, 1 << 30), st.lists(st.tuples(SHARE, SHARE, SHARE), min_size=60, max_size=60))
@@ -157,6 +170,67 @@ def test_who_did_not_take_a_session_is_not_asked_again():
         pass
     [(moved_at, where)] = user.moves
     assert where == "spare" and moved_at >= RETRY_S + NUM_LOOKS * LOOK_S
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 12))
+def test_a_session_whose_moves_fail_tries_ever_more_seldom(seed, num_failures):
+    """Each rest is at least twice the one before, up to an hour, though a new server is there each time."""
+    user, tries = User(seed), []
+    for number in range(num_failures + 1):
+        while (where := user.choose({"old": USUAL_S, f"new-{number}": 0.01})) is None:
+            pass
+        tries.append(user.now)
+        user.costs.failed()
+        user.betterment.failed(user.now, where.target.peer_id)
+    for number in range(num_failures):
+        rest_s = min(MAX_RETRY_S, RETRY_S * 2**number)
+        longest_s = rest_s + (NUM_LOOKS + 2) * LOOK_S + NUM_DOUBLINGS * DOUBLING_S
+        assert rest_s <= tries[number + 1] - tries[number] <= longest_s
+
+
+def test_a_session_that_has_moved_at_last_is_as_ready_as_before():
+    """Failures before a move that succeeded are forgotten."""
+    user = User()
+    for number in range(8):
+        user.betterment.failed(user.now, f"gone-{number}")
+    user.betterment.moved(user.now)
+    user.now += MAX_RETRY_S
+    user.betterment.failed(user.now, "gone")
+    failed_at = user.now
+    while user.look({"old": USUAL_S, "new": 0.01}) is None:
+        pass
+    assert user.now - failed_at <= RETRY_S + (NUM_LOOKS + 2) * LOOK_S + NUM_DOUBLINGS * DOUBLING_S
+
+
+def test_failed_moves_of_one_session_make_those_of_others_dearer():
+    """A gain that just pays, while moves succeed, is not worth several tries; a large one is, at any time."""
+    least = User().least_steps_s()
+    for num_failures, moves in ((0, True), (1, False)):
+        user = User(num_steps=math.ceil(least / (USUAL_S / 2)) + 1)
+        for _ in range(num_failures):
+            user.costs.failed()
+        assert any(user.look({"old": USUAL_S, "new": USUAL_S / 2}) for _ in range(30)) == moves
+    user = User()
+    for _ in range(1000):
+        user.costs.failed()
+    assert any(user.look({"old": USUAL_S, "new": USUAL_S / 2}) for _ in range(30))
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 10_000), st.integers(1, 80))
+def test_a_move_is_priced_by_the_tries_that_it_takes(has_moved, num_tokens, num_blocks):
+    """A failure raises the price and a move lowers it; it stays within bounds, and the time to stand still is another
+    matter."""
+    costs, hop = MoveCosts(), Hop(peer_id="p", blocks=BlockRange(0, num_blocks))
+    for is_good in has_moved:
+        before, still_s = costs.price_s(hop, num_tokens), costs.expected_s(hop, num_tokens)
+        if is_good:
+            costs.measured(hop, num_tokens, still_s)
+            assert costs.price_s(hop, num_tokens) <= before * (1 + 1e-9)
+        else:
+            costs.failed()
+            assert costs.price_s(hop, num_tokens) >= before
+        assert costs.expected_s(hop, num_tokens) == pytest.approx(still_s)
+        assert still_s * (1 - 1e-9) <= costs.price_s(hop, num_tokens) <= still_s / MIN_CHANCE * (1 + 1e-9)
 
 
 def test_a_session_that_a_server_sent_away_stays_for_minutes():

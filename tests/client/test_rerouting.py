@@ -133,7 +133,7 @@ async def test_nobody_looks_for_an_idle_session(nodes):  # noqa: F811
 
 
 async def test_a_server_without_room_costs_nothing(nodes, monkeypatch):  # noqa: F811
-    """It refuses, the old server goes on, and it isn't asked again."""
+    """It refuses, the old server goes on, it isn't asked again, and that moves fail is learnt."""
     monkeypatch.setattr(betterment, "RETRY_S", 0.0)
     async with chain_of(nodes, 6) as chain:
         swarm = Swarm(chain)
@@ -146,6 +146,8 @@ async def test_a_server_without_room_costs_nothing(nodes, monkeypatch):  # noqa:
         assert swarm.on(session) == [0, 1, 2] and session.moves._num_tries == 1
         assert session.moves.num_moves == session.machine.num_replays == 0
         assert chain.executors[1].num_tokens_run == len(talk.row)
+        costs, hop = swarm.peers.move_costs, session.route[1]
+        assert costs.price_s(hop, 1000) > costs.expected_s(hop, 1000)  # the next one must earn more
         await session.close()
         await eventually(lambda: chain.pages == 0, "freed pages")
 

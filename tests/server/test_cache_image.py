@@ -122,6 +122,9 @@ async def goes_on_with_the_same_bits(source: BlockSpan, target: BlockSpan, own: 
         return [torch.randn(count, source.hidden_size, generator=generator) for count in counts]
 
     async with running(source) as old, running(target) as new:
+        charged: list[str] = []
+        for executor in (old, new):
+            executor._scheduler.used = lambda client, seconds: charged.append(client)
         listeners = [Listener(), Listener()]
         session = old.open(own, 2, client="a", listener=listeners[0])
         old.submit(session, work_of(rows(37, 9), 0))
@@ -133,6 +136,7 @@ async def goes_on_with_the_same_bits(source: BlockSpan, target: BlockSpan, own: 
         assert image.lengths == (39, 39) and image.num_pages < 6, "beams share pages"
         heir = new.open(own, 2, client="a", listener=listeners[1])
         await new.put_image(heir, image)
+        assert charged == ["a", "a"], "its client pays for the device's time at both"
         for step, order in ((3, (1, 0)), (4, (1, 1)), (5, None)):
             more = rows(1, 1) if step < 5 else rows(20, 3)
             for executor, it in ((old, session), (new, heir)):

@@ -249,6 +249,23 @@ async def test_room_is_promised_to_those_that_have_come_until_they_run(nodes: li
         assert not chain.handlers[1]._moves._promised_pages
 
 
+async def test_room_is_not_kept_for_long_for_a_session_that_takes_no_steps(nodes: list[Node], monkeypatch):
+    """Else one client could keep all sessions of others out, by some that come and do nothing."""
+    monkeypatch.setattr(session_moves_module, "PROMISE_S", 0.05)
+    async with chain_of(nodes, 2) as chain:
+        state, body = await state_of(chain, tokens(30))
+        new, desk = await chain.open(1, is_last=True), chain.handlers[1]._moves
+        stream = await state_stream(chain, new)
+        await stream.send(state)
+        await stream.send(StatePart(offset=0), body)
+        assert isinstance((await stream.receive(10))[0], StateTaken)
+        await eventually(lambda: not desk._promised_pages, "the end of the promise")
+        assert chain.handlers[1].num_sessions == 1
+        await new.stream.close()
+        await eventually(lambda: not chain.handlers[1].num_sessions, "the end of the session")
+        assert desk._promised_pages == 0
+
+
 async def test_a_session_that_ends_while_it_is_filled_leaves_nothing(nodes: list[Node]):
     """Whoever sent the state is told, and what had come is forgotten."""
     async with chain_of(nodes, 2) as chain:

@@ -244,6 +244,20 @@ def test_a_prompt_next_to_decoding_prolongs_it_by_no_more_than_the_stall():
     assert stalled <= 2 * usual
 
 
+def test_what_is_done_for_a_client_beside_batches_counts_as_service():
+    """While another waits: whose sessions were moved for a second comes after it."""
+    engine = Engine(1024, token_budget=64, seconds=lambda rows, tokens: 0.01 + 0.001 * tokens)
+    engine.prompt(engine.open("first"), 64)
+    engine.run()
+    moved, other = engine.open("moved"), engine.open("other")
+    engine.prompt(other, 3 * 64, first=500)
+    engine.scheduler.used("moved", 1.0)
+    engine.prompt(moved, 64, first=100)
+    assert [rows_of(engine.turn(), moved) for _ in range(3)] == [[], [], []]
+    engine.run()
+    assert not moved.jobs and not other.jobs
+
+
 def test_a_step_without_pages_waits_and_runs_when_pages_are_freed():
     """Nothing runs while the pool is full and nobody can be moved; closing another session lets the step run."""
     engine = Engine(2, host_bytes=0)
