@@ -15,8 +15,9 @@ from typing import Any
 from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError
 from swarm.network.addresses import PeerAddress
 from swarm.network.dht_requests import check_size, store_in_portions
-from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, PeerID
+from swarm.network.hive import DHTID, P2P, DHTProtocol, DHTValidationError, PeerID
 from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, keep_valid
+from swarm.network.store_search import StoreSearchNode
 from swarm.network.underlay import Underlay
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Dht:
         """A participant that knows nobody yet. A client stores nothing for others and is not asked."""
         own_id = PeerID.from_base58(peer_id)
         source = None if client_mode else own_id.to_bytes()  # of a client that was a full node before, others know that
-        node = await DHTNode.create(
+        node = await StoreSearchNode.create(
             p2p=CallerP2P(underlay, own_id),
             node_id=DHTID.generate(source=source),  # else the same after a restart
             wait_timeout=CALL_TIMEOUT_S,
