@@ -5,9 +5,10 @@ tells a peer that a name is served with other content than its own; the other li
 adds an entry of its own to both, spread over shards so that no key grows with the swarm.
 """
 
+import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 from zlib import crc32
 
@@ -61,27 +62,34 @@ async def list_models(node: Node, limit: int) -> list[ModelEntry]:
     return [max(claim, key=lambda entry: (claim[entry], repr(entry))) for claim in models[:limit]]
 
 
-async def lookup_name(node: Node, name: str) -> frozenset[ModelEntry]:
-    """The different models that are served under a name; malformed entries are left out."""
-    shards = await node.dht_get_many([_key(name, shard) for shard in range(NUM_SHARDS)])
-    values = [value for shard in shards.values() for value in shard.values()]
-    return frozenset(entry for entry in _decode_all(values[:MAX_ENTRIES]) if entry.name == name)
-
-
 async def refuse_other_content(node: Node, name: str, digest: str) -> None:
     """Check that a name means to us what it means to the swarm.
 
-    Entries are claims of strangers, so other content is no objection once anybody serves ours, too.
+    Entries are claims of strangers, so other content is no objection once anybody serves ours, too. So one shard will
+    do, where there are many servers; which one is random, lest all ask the same nodes.
 
     Raises:
         CheckpointMismatch: when the swarm serves this name with other content only.
+        PeerTimeout: when the search does not end in time.
     """
-    others = {entry.digest for entry in await lookup_name(node, name)}
-    if others and digest not in others:
+    first, *rest = random.sample(range(NUM_SHARDS), NUM_SHARDS)
+    others: set[str] = set()
+    for shards in ([first], rest):
+        others |= {entry.digest for entry in await _lookup_name(node, name, shards)}
+        if digest in others:
+            return
+    if others:
         raise CheckpointMismatch(
             f"the swarm serves {name} with other content ({min(others)[:12]}, ours is {digest[:12]}):"
             " use the same checkpoint and revision"
         )
+
+
+async def _lookup_name(node: Node, name: str, shards: Sequence[int]) -> list[ModelEntry]:
+    """What these shards say is served under a name; malformed entries are left out."""
+    found = await node.dht_get_many([_key(name, shard) for shard in shards])
+    values = [value for shard in found.values() for value in shard.values()]
+    return [entry for entry in _decode_all(values[:MAX_ENTRIES]) if entry.name == name]
 
 
 def _decode_all(values: Iterable[bytes]) -> Iterator[ModelEntry]:

@@ -16,8 +16,9 @@ from typing import Any
 from swarm.errors import AccessDenied, ConfigError, InvalidRequest, PeerError, PeerTimeout
 from swarm.network.addresses import PeerAddress
 from swarm.network.dht_requests import check_size, store_in_portions
-from swarm.network.hive import DHTID, P2P, DHTNode, DHTProtocol, DHTValidationError, P2PDaemonError, PeerID
+from swarm.network.hive import DHTID, P2P, DHTProtocol, DHTValidationError, P2PDaemonError, PeerID
 from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, keep_valid
+from swarm.network.store_search import StoreSearchNode
 from swarm.network.underlay import Underlay
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ class Dht:
 
 async def _make_node(underlay: Underlay, own_id: Any, *, is_hidden: bool) -> Any:
     """hivemind's part, knowing nobody. One that is hidden stores nothing for others, and has a place nobody knows."""
-    node = await DHTNode.create(
+    node = await StoreSearchNode.create(
         p2p=CallerP2P(underlay, own_id),
         node_id=DHTID.generate(source=None if is_hidden else own_id.to_bytes()),  # else the same after a restart
         wait_timeout=CALL_TIMEOUT_S,

@@ -147,16 +147,21 @@ def tell_routes() -> None:
 
     async def told_route(peers: Peers, *args: Any, **kwargs: Any) -> tuple[Hop, ...]:
         hops = await route(peers, *args, **kwargs)
-        tell("route", at=time.monotonic(), peers=[hop.peer_id for hop in hops])
+        tell_hops(hops)
         return hops
 
     async def told_replica(peers: Peers, *args: Any, **kwargs: Any) -> Hop:
         hop = await replica(peers, *args, **kwargs)
-        tell("route", at=time.monotonic(), peers=[hop.peer_id])
+        tell_hops([hop])
         return hop
 
     Peers.route = told_route  # type: ignore[method-assign]
     Peers.replica = told_replica  # type: ignore[method-assign]
+
+
+def tell_hops(hops: Iterable[Hop]) -> None:
+    """Tell where a session goes from now on."""
+    tell("route", at=time.monotonic(), hops=[[hop.peer_id, str(hop.blocks)] for hop in hops])
 
 
 def tell(kind: str, **fields: Any) -> None:

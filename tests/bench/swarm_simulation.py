@@ -5,8 +5,10 @@
                                   └── announced, drained, loaded ◄───────────────┘
 
 The decisions are the real ones: `swarm.placement`, `swarm.leases.wins`, the neighbours and doubts of `server.scout`,
-with the waits of `server.mover`. Simulated are the clock, the network (a record or claim is seen after some time; the
-dead are silent, and their records stay until they expire), loading and draining. Every server sees all records.
+with the waits of `server.mover`: a server decides when it has looked, after it has waited for those that are silent,
+and looks once more when it has the right to move. Simulated are the clock, the network (each question to the DHT takes
+its time; the dead are silent, and their records stay until they expire), unloading, loading and draining. Every server
+sees all records, as they are now.
 """
 
 import heapq
@@ -35,16 +37,18 @@ from swarm.server.mover import (
     time_to_drain,
     yields,
 )
-from swarm.server.scout import doubtful
+from swarm.server.scout import LOOK_TIMEOUT_S, MAX_DOUBTS, doubtful
 from swarm.types import BlockRange, ServerState
 from tests.bench import petals_rule
 
 PERIOD_S = 20.0
 """Of announcements."""
-SEEN_S = (0.05, 1.0)
-"""After how long others see a record or a claim: uniform."""
+DHT_S = (0.05, 1.0)
+"""How long it takes to read from the DHT, or to store there: uniform."""
 SILENT_S = 3.0
 """How long a server waits for an answer that does not come."""
+UNLOAD_S = 1.0
+"""How long it takes to let go of blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,8 @@ class Host:
         self.machine, self.phase_s = machine, phase_s
         self.state = ServerState.JOINING
         self.died_at = float("inf")
-        self.is_moving = False
+        self.is_busy = False
+        """Whether it looks at the others, is about to move, or moves: one thing at a time."""
         self.num_yields = 0
         self.record: ServerRecord | None = None
         self.suspects: dict[str, float] = {}
@@ -170,8 +175,8 @@ class World:
         fills_gap: bool = False,
         on_left: Callable[[], None] = lambda: None,
     ) -> None:
-        """A server drains, leaves for other blocks, loads and serves them."""
-        host.is_moving = True
+        """A server drains, lets go of its blocks, leaves for others, loads and serves them."""
+        host.is_busy = True
         self.num_moves += 1
         self.num_gap_moves += fills_gap
         if host.state is ServerState.ONLINE:
@@ -187,7 +192,7 @@ class World:
                 on_left()
                 self.at(host.machine.load_s, lambda: self._serves(host))
 
-        self.at(drain_s, leave)
+        self.at(drain_s + UNLOAD_S, leave)
 
     @property
     def living(self) -> list[Host]:
@@ -247,7 +252,7 @@ class World:
     def _serves(self, host: Host) -> None:
         if host.died_at <= self.now:
             return
-        host.state, host.is_moving = ServerState.ONLINE, False
+        host.state, host.is_busy = ServerState.ONLINE, False
         self._count(host.blocks, 1)
         self._changed()
 
@@ -291,36 +296,73 @@ class SwarmRule:
     def _look(self, world: World, host: Host, until: float) -> None:
         if host.died_at <= world.now or world.now > until:
             return
-        wait_s = LOOK_S
-        if host.state is ServerState.ONLINE and not host.is_moving:
-            wait_s += self._ask_around(world, host)
+
+        def looked() -> None:
+            host.is_busy = False
             if world.seen_by(host).num_missing:
                 self._decide(world, host, gaps_only=True)
-        world.at(wait_s, lambda: self._look(world, host, until))
+            world.at(LOOK_S, lambda: self._look(world, host, until))
 
-    def _ask_around(self, world: World, host: Host) -> float:
-        """As `Scout.look`; how long it took."""
+        if host.state is ServerState.ONLINE and not host.is_busy:
+            self._ask_around(world, host, looked)
+        else:
+            world.at(LOOK_S, lambda: self._look(world, host, until))
+
+    def _ask_around(self, world: World, host: Host, then: Callable[[], None], *, again: bool = False) -> None:
+        """As `Scout.look`: one round of questions after the other, in all LOOK_TIMEOUT_S at most.
+
+        Args:
+            then: what to do when it knows who answers.
+            again: whether the silent are asked once more.
+        """
+        host.is_busy = True
         asked: set[str] = set()
-        took_s = 0.0
-        asking = neighbours(host.blocks, world.records(host), host.machine.place, world.generator)
-        while asking:
+        ends_at = world.now + LOOK_TIMEOUT_S
+
+        def ask(asking: list[ServerRecord]) -> None:
             silent = [record for record in asking if world.hosts[record.peer_id].died_at <= world.now]
+            took_s = SILENT_S if silent else 0.0
+            if not asking or world.now + took_s > ends_at:
+                world.at(0.0 if not asking else ends_at - world.now, finish)
+            else:
+                world.at(took_s, lambda: hear(asking, silent))
+
+        def hear(asking: list[ServerRecord], silent: list[ServerRecord]) -> None:
             host.suspects.update({record.peer_id: record.expires_at for record in silent})
-            took_s += SILENT_S if silent else 0.0
-            asked |= {record.peer_id for record in asking}
-            gone = [it for it in world.hosts.values() if it.state is ServerState.OFFLINE and world.suspects(host, it)]
+            asked.update(record.peer_id for record in asking)
             records = world.records(host)
             late = {record.peer_id for record in records if record.is_late(world.now)}
-            asking = doubtful(records, [_record(it, world.now) for it in gone], late, asked)
-        return took_s
+            ask(doubtful(records, self._silent(world, host), late, asked))
+
+        def finish() -> None:
+            if host.died_at > world.now:
+                then()
+
+        def begin() -> None:
+            asking = neighbours(host.blocks, world.records(host), host.machine.place, world.generator)
+            ask(asking + (self._silent(world, host)[:MAX_DOUBTS] if again else []))
+
+        world.at(world.generator.uniform(*DHT_S), begin)
+
+    def _silent(self, world: World, host: Host) -> list[ServerRecord]:
+        """Those that it takes for dead, by what they said last."""
+        gone = [it for it in world.hosts.values() if it.state is ServerState.OFFLINE and world.suspects(host, it)]
+        return [_record(it, world.now) for it in gone]
 
     def _check_later(self, world: World, host: Host) -> None:
         def check() -> None:
             if host.died_at <= world.now:
                 return
-            if host.state is ServerState.ONLINE and not host.is_moving:
-                self._decide(world, host, gaps_only=False)
+            if host.state is ServerState.ONLINE and not host.is_busy:
+                if self._watches:
+                    self._ask_around(world, host, decide)
+                else:
+                    decide()
             self._check_later(world, host)
+
+        def decide() -> None:
+            host.is_busy = False
+            self._decide(world, host, gaps_only=False)
 
         world.at(world.generator.uniform(0.0, 2 * CHECK_S), check)
 
@@ -342,30 +384,37 @@ class SwarmRule:
             host.num_yields += 1
             return
         host.num_yields = 0
-        host.is_moving = True  # one thing at a time
+        host.is_busy = True
         delay_s = delay(move, num_better, world.generator)
-        lease_s = host.machine.load_s + DRAIN_S + LEASE_MARGIN_S
-        own = Claim(
-            peer_id=host.machine.name,
-            leaves=host.blocks,
-            takes=move.blocks,
-            expires_at=world.now + delay_s + lease_s,
-        )
-        patience = host.patience[move.fills_gap]
-        world.at(delay_s, lambda: self._claim(world, host, own, patience))
+        read_s = world.generator.uniform(*DHT_S)
+        world.at(delay_s + read_s, lambda: self._claim(world, host, move, host.patience[move.fills_gap]))
 
-    def _claim(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
+    def _claim(self, world: World, host: Host, move: Move, patience: Patience) -> None:
+        """It has waited and read who else would move: as `LeaseDesk.acquire` from there."""
+        lease_s = host.machine.load_s + DRAIN_S + LEASE_MARGIN_S
+        own = Claim(peer_id=host.machine.name, leaves=host.blocks, takes=move.blocks, expires_at=world.now + lease_s)
         if not self._wins(world, own, patience, is_settled=False):
-            host.is_moving = False
+            host.is_busy = False
             return
-        seen_s = world.generator.uniform(*SEEN_S)
-        world.claims[own.peer_id] = own, world.now + seen_s
-        world.at(SETTLE_S + seen_s / 2, lambda: self._settle(world, host, own, patience))
+        store_s, read_s = world.generator.uniform(*DHT_S, size=2)
+        world.claims[own.peer_id] = own, world.now + store_s
+        world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, own, patience))
 
     def _settle(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
-        host.is_moving = False
-        again = self._find(world, host) if host.died_at > world.now else None
-        if again is None or again.blocks != own.takes or not self._wins(world, own, patience, is_settled=True):
+        """It may move, or not; if so it looks once more, closely. The claim of one that has died stays till its end."""
+        if host.died_at <= world.now:
+            return
+        if self._wins(world, own, patience, is_settled=True):
+            self._ask_around(world, host, lambda: self._move(world, host, own), again=True)
+        else:
+            host.is_busy = False
+            world.claims.pop(own.peer_id)
+
+    def _move(self, world: World, host: Host, own: Claim) -> None:
+        """It knows what there is to know: it moves if it would decide the same again."""
+        again = self._find(world, host)
+        if again is None or again.blocks != own.takes:
+            host.is_busy = False
             world.claims.pop(own.peer_id)
             return
 
@@ -377,7 +426,7 @@ class SwarmRule:
             world.move(host, own.takes, drain_s=drain_s, fills_gap=again.fills_gap, on_left=release)
         else:
             world.move(host, own.takes, drain_s=drain_s)
-            world.at(drain_s + host.machine.load_s, release)
+            world.at(drain_s + UNLOAD_S + host.machine.load_s, release)
 
     def _wins(self, world: World, own: Claim, patience: Patience, *, is_settled: bool) -> bool:
         claims = patience.respected(own, world.claims_seen(), world.now)
@@ -401,9 +450,9 @@ class PetalsRule:
             if host.died_at <= world.now:
                 return
             holdings = world.seen().holdings
-            is_due = host.state is ServerState.ONLINE and not host.is_moving
+            is_due = host.state is ServerState.ONLINE and not host.is_busy
             if is_due and petals_rule.should_move(holdings, host.machine.name, world.num_blocks, world.generator):
-                host.is_moving = True
+                host.is_busy = True
                 world.at(world.generator.uniform(0.0, 10.0), lambda: self._move(world, host))
             self._check_later(world, host)
 

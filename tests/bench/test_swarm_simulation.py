@@ -7,7 +7,7 @@ from swarm.placement import Holding
 from swarm.types import BlockRange, ServerState
 from tests.bench import large_swarm, petals_rule
 from tests.bench.large_swarm import an_hour, lose_a_quarter
-from tests.bench.swarm_simulation import PERIOD_S, Host, Machine, PetalsRule, SwarmRule, World
+from tests.bench.swarm_simulation import PERIOD_S, UNLOAD_S, Host, Machine, PetalsRule, SwarmRule, World
 
 LOAD_S = 30.0
 
@@ -54,7 +54,7 @@ def test_a_server_that_drains_serves_nobody_and_comes_back_elsewhere():
     host = world.hosts["p0"]
     world.move(host, BlockRange(8, 12), drain_s=10.0)
     assert host.state is ServerState.DRAINING and world.num_missing == 4
-    world.run(world.now + 10.0 + LOAD_S)
+    world.run(world.now + 10.0 + UNLOAD_S + LOAD_S)
     assert host.state is ServerState.ONLINE and host.blocks == BlockRange(8, 12)
 
 

@@ -4,10 +4,12 @@ import asyncio
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.catalog import NUM_SHARDS, ModelEntry, announce_model, list_models
+from swarm.catalog import NUM_SHARDS, ModelEntry, announce_model, list_models, refuse_other_content
+from swarm.errors import CheckpointMismatch
 from swarm.identity import Identity
 
 
@@ -17,12 +19,14 @@ class FakeNode:
     def __init__(self) -> None:
         self.peer_id = Identity.generate().peer_id
         self.stored: dict[str, dict[str, bytes]] = {}
+        self.num_read = 0
 
     async def dht_store(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         self.stored.setdefault(key, {})[subkey] = value
         return True
 
     async def dht_get_many(self, keys: list[str]) -> dict[str, dict[str, bytes]]:
+        self.num_read += len(keys)
         return {key: self.stored.get(key, {}) for key in keys}
 
 
@@ -66,3 +70,29 @@ def test_one_liar_does_not_rename_or_resize_a_model() -> None:
     """What most servers of a digest say of it counts."""
     honest = [msgspec.msgpack.encode(entry(1))] * 3
     assert listed([msgspec.msgpack.encode(entry(1, name="evil", num_blocks=4000)), *honest]) == [entry(1)]
+
+
+def named(*digests: int) -> Any:
+    """A node that finds so many servers of these contents under one name in every shard."""
+    node: Any = FakeNode()
+    values = {f"peer-{digest}": msgspec.msgpack.encode(entry(digest, name="same")) for digest in digests}
+    node.stored = {f"swarm/names/v1/same/{shard}": values for shard in range(NUM_SHARDS)}
+    return node
+
+
+def test_a_name_with_our_content_among_others_is_found_in_one_shard() -> None:
+    """In a large swarm, where each of them has some of all; there a shard is large."""
+    node = named(1, 2)
+    asyncio.run(refuse_other_content(node, "same", entry(1).digest))
+    assert node.num_read == 1
+
+
+def test_a_name_with_other_content_only_is_refused() -> None:
+    """After all shards were asked: a single server of ours would do, wherever it is."""
+    node = named(2)
+    with pytest.raises(CheckpointMismatch, match="with other content"):
+        asyncio.run(refuse_other_content(node, "same", entry(1).digest))
+    assert node.num_read == NUM_SHARDS
+    node.stored["swarm/names/v1/same/7"] = {"ours": msgspec.msgpack.encode(entry(1, name="same"))}
+    asyncio.run(refuse_other_content(node, "same", entry(1).digest))
+    asyncio.run(refuse_other_content(named(), "same", entry(1).digest))
