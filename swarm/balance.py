@@ -102,9 +102,10 @@ def balanced_chances(holders: Holders, capacities: Floats) -> Floats:
     shares = shares_of(holders.first, holders.last, capacities, len(holders.starts) - 1)
     flow = holders.to_pairs(AIM * np.minimum(shares, max(shares.min(), EVEN * shares.mean())))
     capacity = capacities[holders.servers]
-    hops = np.exp(-HOP_COST) * capacity / holders.to_pairs(holders.per_block(capacity))
+    hops: Floats = np.exp(-HOP_COST) * capacity / holders.to_pairs(holders.per_block(capacity))
     prices = before = np.zeros(len(capacities))
-    best, lowest, age = hops, np.inf, 1.0
+    best: Floats = hops
+    lowest, age = np.inf, 1.0
     for _ in range(MAX_ROUNDS):
         next_age = (1 + np.sqrt(1 + 4 * age**2)) / 2
         ahead = np.maximum(prices + (age - 1) / next_age * (prices - before), 0.0)
