@@ -42,8 +42,8 @@ CLAIM_S = 90.0
 MAX_LEASE_S = 1800.0
 PATIENCE_S = MAX_LEASE_S
 """So long after a peer's claims have first kept us from a gain, further ones don't; no move takes longer ..."""
-GAP_PATIENCE_S = 30.0
-"""... or, for a gap, so long: who fills it gives its claim back when it has left its blocks ..."""
+GAP_PATIENCE_S = 10.0
+"""... or, for a gap, so long: by then records tell what a mover leaves and takes, whether it has loaded or not ..."""
 FORGET_S = 3600.0
 """... until it has kept us from nothing for so long."""
 _FORMAT = 1

@@ -221,7 +221,7 @@ def test_patience_ends_with_one_peer_and_not_with_others():
 
 
 async def test_a_gap_is_not_left_open_for_a_claim_that_leads_to_nothing(monkeypatch):
-    """Half a minute after it was met first, a peer that claims again and again is not waited for any more."""
+    """Ten seconds after it was met first, a peer that claims again and again is not waited for any more."""
     now = time.time()
     monkeypatch.setattr(leases_module.time, "time", lambda: now)
     liar, honest = desks(2)
