@@ -122,15 +122,11 @@ class Scout:
         late, silent = sample.count(Standing.LATE), [standing for _, standing in known].count(Standing.SILENT)
         return late / max(1, len(sample)) + silent / max(1, len(known))
 
-    async def look(self, *, max_age_s: float = REFRESH_S) -> None:
-        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt; ends soon.
-
-        Args:
-            max_age_s: how old records may be.
-        """
+    async def look(self) -> None:
+        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt; ends soon."""
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
-                await self._read(max_age_s)
+                await self._read(REFRESH_S)
                 await self._ask_around(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
         except (SwarmError, TimeoutError) as error:
             logger.info("could not look at the other servers: %s", error or type(error).__name__)
