@@ -59,6 +59,7 @@ class Node:
             PeerAddress.parse(text, is_private=underlay.is_private) for text in _initial_peers(config)
         )
         self._tasks = TaskSet()
+        self._presenting = asyncio.Lock()
         self._dht: Dht
 
     @classmethod
@@ -114,15 +115,16 @@ class Node:
             PeerTimeout: the daemon does not answer.
         """
         assert isinstance(self._underlay, Libp2p), "members of a private swarm announce what they were told to"
-        known: tuple[str, ...] = ()
-        num_restarts = self.num_restarts
-        with suppress(PeerTimeout):  # the daemon is being replaced
-            known = await self.known_addresses()
-        await self._dht.take_part(is_hidden=is_hidden)
-        await self._underlay.present(announce, is_hidden=is_hidden)
-        if self.num_restarts > num_restarts and not self._initial_peers:  # else nobody is left whom we could ask
-            peers = [PeerAddress.parse(address) for address in random.sample(known, min(8, len(known)))]
-            await self._dht.join(peers, timeout_s=5.0)
+        async with self._presenting:
+            known: tuple[str, ...] = ()
+            num_restarts = self.num_restarts
+            with suppress(PeerTimeout):  # the daemon is being replaced
+                known = await self.known_addresses()
+            await self._dht.take_part(is_hidden=is_hidden)
+            await self._underlay.present(announce, is_hidden=is_hidden)
+            if self.num_restarts > num_restarts and not self._initial_peers:  # else nobody is left whom we could ask
+                peers = [PeerAddress.parse(address) for address in random.sample(known, min(8, len(known)))]
+                await self._dht.join(peers, timeout_s=5.0)
 
     @property
     def is_private(self) -> bool:

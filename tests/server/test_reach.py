@@ -222,6 +222,6 @@ async def test_who_is_shown_that_it_can_be_reached_need_not_be_told(bootstrap: S
         assert reach.transport.is_reachable
 
 
-def test_the_address_of_this_machine_is_found_without_sending_anything():
+async def test_the_address_of_this_machine_is_found_without_sending_anything():
     """Where it has a way to others; it may have none."""
     assert reach_module.source_address() == "" or reach_module.source_address().count(".") == 3
