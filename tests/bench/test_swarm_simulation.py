@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from swarm.placement import Holding
+from swarm.server.mover import GAP_DRAIN_S
 from swarm.types import BlockRange, ServerState
 from tests.bench import large_swarm, petals_rule
 from tests.bench.large_swarm import an_hour, lose_a_quarter
@@ -30,7 +31,7 @@ def test_a_gap_is_filled_once_and_within_a_period(seed):
     assert world.num_missing
     world.run(world.now + PERIOD_S)
     assert world.num_moves == 1
-    world.run(world.now + LOAD_S)
+    world.run(world.now + GAP_DRAIN_S + UNLOAD_S + LOAD_S)
     assert world.num_missing == 0
     world.run(3600.0)
     assert world.num_moves <= 2 and world.num_missing == 0
