@@ -26,33 +26,28 @@ from swarm.client.behaviour import Behaviour
 from swarm.client.betterment import MoveCosts
 from swarm.client.presence import over_present
 from swarm.client.prospects import Outlook, Seen, look_ahead
+from swarm.client.route_table import LARGE, RouteTable, said_s
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
-from swarm.coordinates import Place
 from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory
 from swarm.errors import PeerError, PeerUnreachable, RelaysBusy, RouteNotFound, SwarmError
 from swarm.flow import EvenDraws
 from swarm.network.node import Node
 from swarm.pings import Pinger
-from swarm.registry import Registry, ServerRecord, peer_tag
-from swarm.route_map import Location
-from swarm.routing import VISIT_S, Need, Offer, Route, Router, free_tps
+from swarm.registry import Registry, ServerRecord
+from swarm.routing import VISIT_S, Need, Route, Router
 from swarm.session import Hop
 from swarm.transport import Transport
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BLOCK_S = 0.005
-"""Seconds per block and token of a server that announced no speed."""
 PUSH_RETRY_S = 600.0
 """Two servers that could not reach each other are given another try after so long."""
 REFRESH_S = 15.0
 """Age at which the records are read again, in the background."""
 NEWS_S = 0.5
 """Records that are younger are not read again; who looks for a server that may just have come waits so long."""
-ROUTER_S = 1.0
-"""A table of routes is used for so long."""
 ROOM_TOKENS = 64
 """Tokens beyond those of a session for which a server should have room when the session comes to it."""
 BATCH_TOKENS = 1024
@@ -93,10 +88,8 @@ class Peers:
         self._no_push: dict[tuple[str, str], float] = {}
         self._who_has = WhoHas()
         self._reader: asyncio.Task[None] | None = None
-        self._router: tuple[Router, int, float] | None = None
+        self._table = RouteTable(self._directory, self._behaviour, self._pinger)
         self._all_read_at = float("-inf")
-        self._by_id: dict[str, ServerRecord] = {}
-        """The servers of that table."""
 
     @property
     def records(self) -> tuple[ServerRecord, ...]:
@@ -105,7 +98,7 @@ class Peers:
 
     def name_of(self, peer_id: str) -> str:
         """The public name of a server, or the end of its identity."""
-        named = (record.public_name for record in self._directory.records if record.peer_id == peer_id)
+        named = (seen.record.public_name for seen in self._directory.seen if seen.record.peer_id == peer_id)
         return next(named, "") or f"…{peer_id[-8:]}"
 
     async def refresh(self, *, max_age_s: float = REFRESH_S, everything: bool = False) -> None:
@@ -150,7 +143,7 @@ class Peers:
         count = min(NUM_ACQUAINTANCES - min(len(used), NUM_ACQUAINTANCES // 2), len(others))
         chosen = self._generator.choice(len(others), count, replace=False) if count else ()
         await self._ping([*used[: NUM_ACQUAINTANCES - count], *(others[index] for index in chosen)])
-        self._router = None
+        self._table.expire()
 
     async def _ping(self, records: Sequence[ServerRecord]) -> dict[str, PeerError]:
         """Measure the ways to these; who does not answer has failed."""
@@ -222,7 +215,8 @@ class Peers:
     ) -> Hop:
         """The best of some servers that have these blocks, for all of them; raises RouteNotFound if they are gone."""
         now = time.monotonic()
-        router = Router([replace(self._offer(record, now), blocks=blocks) for record in records], self._place)
+        offers = [replace(self._table.offer(record, now), blocks=blocks) for record in records]
+        router = Router(offers, self._table.place)
         need = Need(kv_tokens=num_tokens + ROOM_TOKENS)
         (hop,) = await over_present(
             lambda silent: router.fastest(blocks, need=need, penalties={**self._penalties(adapters), **silent}),
@@ -234,7 +228,7 @@ class Peers:
         """Other servers that have all of these blocks."""
         return [it for it in self._directory.online if it.blocks.covers(blocks) and it.peer_id not in without]
 
-    def outlook(
+    async def outlook(
         self, chain: Sequence[Hop], *, num_tokens: int = 0, adapters: AdapterNeeds | None = None
     ) -> Outlook | None:
         """What a live session's chain is expected to take, and others with one other server; None if it is not known.
@@ -243,14 +237,15 @@ class Peers:
             chain: all of the session's hops.
             num_tokens, adapters: as in `route`.
         """
+        table = await self._table.fresh()
         outlook = look_ahead(
-            self._table(),
+            table.router,
             chain,
-            version=self._directory.version,
+            version=table.version,
             need=Need(kv_tokens=num_tokens + ROOM_TOKENS),
             penalties=self._penalties(adapters),
-            seen=self._seen(),
-            format_of=self._format_of,
+            seen=self._seen(table.records),
+            format_of=lambda peer_id: _format_of(table.records.get(peer_id)),
             without_push=self.pairs_without_push,
         )
         if outlook is not None:
@@ -258,18 +253,13 @@ class Peers:
             self._promising |= {it.target.peer_id for it in best}
         return outlook
 
-    def _format_of(self, peer_id: str) -> tuple[str, str] | None:
-        """How a server computes: nobody's answer shall change for the sake of speed."""
-        record = self._by_id.get(peer_id)
-        return None if record is None else (record.dtype, record.quantization)
-
-    def _seen(self) -> dict[str, Seen]:
+    def _seen(self, records: Mapping[str, ServerRecord]) -> dict[str, Seen]:
         """How those servers that were measured lately compare with what they say."""
         now, found = time.monotonic(), {}
         for peer_id, known in self._behaviour.items():
-            record, block_s = self._by_id.get(peer_id), known.block_s(now)
+            record, block_s = records.get(peer_id), known.block_s(now)
             if record is not None and block_s is not None:
-                found[peer_id] = Seen(slowness=block_s / _said_s(record), excess_s=known.excess_s(now))
+                found[peer_id] = Seen(slowness=block_s / said_s(record), excess_s=known.excess_s(now))
         return found
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
@@ -278,6 +268,10 @@ class Peers:
         Raises:
             as `route`.
         """
+        table = await self._table.fresh()
+        if len(table.router) >= LARGE:
+            with suppress(RouteNotFound):
+                await asyncio.to_thread(table.router.balance, blocks, num_tokens=BATCH_TOKENS)
         return await self._find(
             lambda router, silent: router.spread(
                 blocks, self._draws, num_tokens=BATCH_TOKENS, penalties={**self._penalties(None), **silent}
@@ -290,13 +284,14 @@ class Peers:
             await self.refresh()
         self.keep_fresh()
 
-        def find_now(silent: Costs) -> Route:
-            return find(self._table(), silent)
+        async def over_those_present(silent: dict[str, float]) -> tuple[Hop, ...]:
+            table = await self._table.fresh()
+            return await over_present(lambda silent: find(table.router, silent), self._ask, silent)
 
         silent: dict[str, float] = {}
         before = {record.peer_id: record.expires_at for record in self._directory.records}
         try:
-            hops = await over_present(find_now, self._ask, silent)
+            hops = await over_those_present(silent)
             if not any(self._has_failed(hop.peer_id) for hop in hops):
                 return hops
         except RouteNotFound:
@@ -306,11 +301,11 @@ class Peers:
             await refuse_other_content(self._node, self.model_name, self.model)
         renewed = {it.peer_id for it in self._directory.records if it.expires_at != before.get(it.peer_id)}
         still = {peer_id: cost_s for peer_id, cost_s in silent.items() if peer_id not in renewed}
-        return await over_present(find_now, self._ask, still)
+        return await over_those_present(still)
 
     async def _read_everything(self, max_age_s: float) -> None:
         """Read all records, unless that was done within `max_age_s`; in a large swarm not again before it has paid."""
-        now, num_bytes = time.monotonic(), len(self._directory.records) * COPY_BYTES * NUM_COPIES
+        now, num_bytes = time.monotonic(), len(self._directory.seen) * COPY_BYTES * NUM_COPIES
         pays_s = num_bytes / READ_BYTES_PER_S / 4
         is_due = now - self._all_read_at >= pays_s
         await self.refresh(max_age_s=max_age_s, everything=is_due)
@@ -354,9 +349,9 @@ class Peers:
         routes it is found with whom the time goes: least mean squares, normalised (Widrow and Hoff's rule). Ways that
         nobody has measured count as long ones.
         """
-        router = (
-            self._table() if self._router is None else self._router[0]
-        )  # an old one will do: it is asked every step
+        if self._table.latest is None:
+            return
+        router = self._table.latest.router  # however old: it is asked every step
         hops = [Hop(peer_id=timing.peer_id, blocks=timing.blocks) for timing in timings]
         if not hops or not all(router.knows(hop.peer_id) for hop in hops):
             return
@@ -406,42 +401,7 @@ class Peers:
                 penalties[record.peer_id] = penalties.get(record.peer_id, 0.0) + adapters.load_s(record)
         return penalties
 
-    def _table(self) -> Router:
-        """The table of routes, made anew when there is news or it is old."""
-        now, version = time.monotonic(), self._directory.version
-        if self._router is None or self._router[1] != version or now - self._router[2] > ROUTER_S:
-            self._by_id = {record.peer_id: record for record in self._directory.online}
-            router = Router([self._offer(record, now) for record in self._by_id.values()], self._place)
-            self._router = router, version, now
-        return self._router[0]
 
-    @property
-    def _place(self) -> Place | None:
-        """Where we are; None before anything was measured."""
-        return self._pinger.place if self._pinger is not None and self._pinger.place.error < 1.0 else None
-
-    def _offer(self, record: ServerRecord, now: float) -> Offer:
-        seen = self._behaviour.get(record.peer_id)
-        block_s = None if seen is None else seen.block_s(now)
-        capacity_tps = record.prefill_tps or record.batch_tps or record.decode_tps
-        return Offer(
-            peer_id=record.peer_id,
-            blocks=record.blocks,
-            block_s=_said_s(record) if block_s is None else block_s,
-            visit_s=VISIT_S + record.queue_s + (0.0 if seen is None else seen.excess_s(now)),
-            free_tps=free_tps(capacity_tps, record.load),
-            location=Location(
-                place=record.place if record.place is not None and record.place.error < 1.0 else None,
-                tag=peer_tag(record.peer_id),
-                pings=[(ping.tag, ping.rtt_s) for ping in record.pings],
-                client_rtt_s=None if self._pinger is None else self._pinger.rtt_s(record.peer_id),
-            ),
-            kv_free_tokens=record.kv_free_tokens,
-            is_relayed=record.is_relayed,
-        )
-
-
-def _said_s(record: ServerRecord) -> float:
-    """Seconds per block and token at present load, by what a server says."""
-    idle_s = 1.0 / record.decode_tps if record.decode_tps > 0 else DEFAULT_BLOCK_S
-    return idle_s * (1.0 + record.load)
+def _format_of(record: ServerRecord | None) -> tuple[str, str] | None:
+    """How a server computes: nobody's answer shall change for the sake of speed."""
+    return None if record is None else (record.dtype, record.quantization)

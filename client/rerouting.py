@@ -89,7 +89,7 @@ class Rerouting:
             self._num_moves = self._moves.num_moves
             self._betterment.moved(time.monotonic())
         lengths = self._machine.lengths
-        outlook = self._peers.outlook(chain, num_tokens=sum(lengths), adapters=self._adapters)
+        outlook = await self._peers.outlook(chain, num_tokens=sum(lengths), adapters=self._adapters)
         if outlook is None:
             return
         decoding = Decoding(

@@ -3,10 +3,10 @@
     refresh ─due shards─► Registry.lookup_shards ─► records
 
 A small swarm is read whole each time. In a large one each refresh reads as many shards as a budget of bytes allows, the
-oldest first. `records` leaves out what has expired meanwhile: that is a fresh sample of the swarm, to use servers by.
-`seen` has all, as they were when their shard was read: the whole swarm, to judge it by. A newcomer learns from two
-shards how large the swarm is, and reads as many more at once as give it a choice of servers. Everybody begins with
-other shards, so that no servers are known to all and others to few.
+oldest first. `records` leaves out what has expired meanwhile: that is a fresh sample of the swarm. `seen` has all, as
+they were when their shard was read: the whole swarm, to judge it by, and `online` to find routes through. A newcomer
+learns from two shards how large the swarm is, and reads as many more at once as give it a choice of servers. Everybody
+begins with other shards, so that no servers are known to all and others to few.
 """
 
 import asyncio
@@ -33,6 +33,9 @@ FIRST_SHARDS = 2
 ENOUGH_RECORDS = 1000
 """... and goes on at once until it knows so many servers, or all."""
 
+REMEMBERED_S = 300.0
+"""A server that had renewed its record when it was read is expected to be there for so long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -45,6 +48,10 @@ class Seen:
     def is_late(self) -> bool:
         """Whether the server should have renewed it by then."""
         return self.record.is_late(self.at)
+
+    def is_expected(self, now: float) -> bool:
+        """Whether the server was there when it was read, not too long before this unix time."""
+        return not self.is_late and 0.0 <= now - self.at <= REMEMBERED_S
 
 
 class Directory:
@@ -89,8 +96,18 @@ class Directory:
 
     @property
     def online(self) -> list[ServerRecord]:
-        """Those that take sessions."""
-        return [record for record in self.records if record.state is ServerState.ONLINE]
+        """Those that take sessions, as far as is known; whoever uses one asks it first.
+
+        That its record has expired since it was read says nothing in a large swarm, where it is not read again for
+        minutes: who had renewed it by then has done so since, unless it is gone. The more servers are known, the better
+        are the routes.
+        """
+        now = time.time()
+        return [
+            seen.record
+            for seen in self.seen
+            if seen.record.state is ServerState.ONLINE and (seen.record.is_valid(now) or seen.is_expected(now))
+        ]
 
     async def refresh(self, *, max_age_s: float, everything: bool = False) -> None:
         """Read the shards that are due, unless something was read within `max_age_s`.

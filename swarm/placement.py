@@ -17,15 +17,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.shares import Floats, Ints, shares_of
+from swarm.shares import MAX_MEDIANS, Floats, Ints, shares_of
 from swarm.types import BlockRange
 
 SHARPNESS = 4.0
 """Exponent of the soft minimum."""
 FLOOR = 1e-3
 """Part of the mean share that a block without servers is taken to have, to tell one gap from two."""
-MAX_MEDIANS = 16.0
-"""Nobody's capacity counts for more than so many times the median, whatever it claims."""
 NUM_TRIALS = 6
 """Spans that look best by a quick estimate, of which the best by exact shares is taken ..."""
 SPACING = 0.2

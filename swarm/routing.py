@@ -23,6 +23,7 @@ from swarm.flow import Flow
 from swarm.route_map import ChainWays, Location, PeerMap
 from swarm.route_search import Costs, Floats, Ints, Spans, cheapest
 from swarm.session import Hop
+from swarm.shares import MAX_MEDIANS
 from swarm.types import BlockRange, name_ranges
 
 VISIT_S = 0.001
@@ -126,7 +127,7 @@ class Router:
         self._spans = Spans(_ints(it.blocks.start for it in offers), _ints(it.blocks.end for it in offers))
         visit_s = _floats(it.visit_s + RELAY_S * it.is_relayed for it in offers)
         self._costs = Costs(block_s=_floats(it.block_s for it in offers), visit_s=visit_s)
-        self._free_tps = np.maximum(_floats(it.free_tps for it in offers), MIN_FREE_TPS)
+        self._free_tps = _believable(np.maximum(_floats(it.free_tps for it in offers), MIN_FREE_TPS))
         self._room = _floats(np.inf if it.kv_free_tokens is None else it.kv_free_tokens for it in offers)
         self._map = PeerMap([it.location for it in offers], home)
         self._entries = self._spans.shortlists(self._costs, self._map.position)
@@ -187,15 +188,23 @@ class Router:
         Raises:
             RouteNotFound: when some blocks are served by nobody; `.missing` names them.
         """
-        self._refuse_gaps(blocks)
-        if (blocks, num_tokens) not in self._flows:
-            self._flows[blocks, num_tokens] = self._flow(blocks, num_tokens)
+        self.balance(blocks, num_tokens=num_tokens)
         servers, batch_s, flow = self._flows[blocks, num_tokens]
         soft_s = self._visits(need, penalties)[servers] - self._costs.visit_s[servers]
         if soft_s.any():
             flow = flow.avoiding(soft_s / batch_s)
         hops = self._hops([(int(servers[it]), blocks.start + at) for it, at in flow.chain(draws.random())], blocks)
         return Route(hops=hops, cost_s=self.cost_s(hops, need=need, penalties=penalties))
+
+    def balance(self, blocks: BlockRange, *, num_tokens: int) -> None:
+        """Do what makes the first chain of `spread` take long; in a thread, if wanted, while others look for routes.
+
+        Raises:
+            RouteNotFound: as `spread`.
+        """
+        self._refuse_gaps(blocks)
+        if (blocks, num_tokens) not in self._flows:
+            self._flows[blocks, num_tokens] = self._flow(blocks, num_tokens)
 
     def _flow(self, blocks: BlockRange, num_tokens: int) -> tuple[Ints, float, Flow]:
         """Those who hold any of the blocks, how long a batch takes at them, about, and chains over them."""
@@ -294,6 +303,11 @@ class Router:
     def _refuse_gaps(self, blocks: BlockRange) -> None:
         if missing := self._spans.missing(blocks):
             raise RouteNotFound(f"no server holds blocks {name_ranges(missing)}", missing=missing)
+
+
+def _believable(capacities: Floats) -> Floats:
+    """Capacities as announced, cut to a multiple of their median: who boasts draws no more than a good server does."""
+    return np.minimum(capacities, MAX_MEDIANS * np.median(capacities)) if len(capacities) else capacities
 
 
 def _ints(values: Iterable[int]) -> Ints:

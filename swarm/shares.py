@@ -23,6 +23,8 @@ from swarm.types import BlockRange
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+MAX_MEDIANS = 16.0
+"""Nobody's capacity counts for more than so many times the median, whatever it claims."""
 _ROUNDING = 1e-9
 """Shares that differ by this part of their mean are equal."""
 

@@ -8,7 +8,7 @@ of adjacent blocks, and chains are judged by the same sums.
 
     all        the client has the records of all servers: what the search loses (beam, shortlists, cuts)
     newcomer   it has those that `swarm.directory` lets one read who has just joined: what not knowing all costs
-    settled    it has been there for minutes: reads what is due every 15 s, and forgets records that have expired
+    settled    it has been there for minutes: reads what is due every 15 s, and uses what it has read since REMEMBERED_S
     N shards   it has those of so many of the 16 shards
     crowd      many newcomers, one after the other, whose sessions stay; each sees the load that servers have announced
                last, every 20 s, while the optimum knows the load of now
@@ -30,8 +30,8 @@ from common import judged, print_report
 from exact_routes import ExactRoutes
 
 from swarm.coordinates import Place
-from swarm.directory import shards_due, shards_to_begin
-from swarm.registry import NUM_SHARDS, TTL_PERIODS, shard_of
+from swarm.directory import REMEMBERED_S, shards_due, shards_to_begin
+from swarm.registry import NUM_SHARDS, shard_of
 from swarm.routing import Offer, Router
 from swarm.session import Hop
 from swarm.types import BlockRange
@@ -173,20 +173,14 @@ def newcomer(shards: Sequence[list[Offer]], generator: np.random.Generator) -> l
 
 
 def settled(shards: Sequence[list[Offer]], generator: np.random.Generator) -> list[Offer]:
-    """What one knows after minutes: of each shard what has not expired since it was read."""
+    """What one knows after minutes: all that were there when their shard was read, not too long ago."""
     read_at, now, num_records = list(-generator.uniform(0.0, 1.0, NUM_SHARDS)), 0.0, sum(map(len, shards))
     while now < SETTLED_S:
         now += REFRESH_S
         for shard in shards_due(read_at, now, REFRESH_S, num_records):
             read_at[shard] = now
     now += generator.uniform(0.0, REFRESH_S)
-    left_s = [TTL_PERIODS * PERIOD_S - (now - at) for at in read_at]  # of a record that was renewed when it was read
-    return [
-        offer
-        for shard, seconds in zip(shards, left_s, strict=True)
-        for offer in shard
-        if generator.uniform(0.0, PERIOD_S) < seconds
-    ]
+    return [offer for shard, at in zip(shards, read_at, strict=True) if now - at <= REMEMBERED_S for offer in shard]
 
 
 def _servers(hops: Sequence[Hop], index: dict[str, int]) -> list[int]:

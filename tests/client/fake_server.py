@@ -335,7 +335,7 @@ class FakePeers:
                 return Hop(peer_id=server.peer_id, blocks=blocks)
         raise RouteNotFound(f"nobody else serves {blocks}", missing=list(blocks))
 
-    def outlook(self, chain: Sequence[Hop], **wishes: object) -> Outlook | None:
+    async def outlook(self, chain: Sequence[Hop], **wishes: object) -> Outlook | None:
         return self.on_outlook(chain)
 
     def failed(self, peer_id: str, error: Exception) -> None:

@@ -123,6 +123,11 @@ async def test_a_route_over_a_server_that_failed_is_only_made_with_fresh_records
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["spare"]
 
 
+def use(peers, pinger) -> None:
+    """Have this measure the ways."""
+    peers._pinger = peers._table.pinger = pinger
+
+
 async def read(peers, *records):
     """Let `peers` know these records."""
     registry = peers._directory._registry = SlowRegistry(*records)
@@ -155,6 +160,7 @@ async def test_a_server_that_claims_no_time_but_takes_it_is_found_out_too(peers,
     now = 1000.0
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
     await read(peers, record("liar", decode_tps=1e9), record("honest", decode_tps=100.0))
+    assert await chosen(peers) == "liar"
     for _ in range(10):
         peers.measured([timing("liar", compute_s=0.0, overhead_s=3.0)])
     now += 2.0
@@ -166,6 +172,7 @@ async def test_the_honest_hops_of_a_chain_are_cleared_by_other_chains(peers, mon
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: 1000.0)
     first, second = BlockRange(0, 1), BlockRange(1, 2)
     await read(peers, *(record(name, blocks=first) for name in "ab"), *(record(name, blocks=second) for name in "lc"))
+    await peers.route(BLOCKS)
     overhead_s = {"a": 0.01, "b": 0.01, "c": 0.01, "l": 3.0}
     for chain in ["al"] * 10 + ["bc", "ac", "bl", "al"] * 60:
         share_s = sum(overhead_s[name] for name in chain) / 2
@@ -214,7 +221,7 @@ async def test_a_server_that_announces_but_does_not_answer_is_avoided_whatever_i
 
 async def test_queues_room_and_distance_decide_between_equal_servers(peers):
     """What servers announce of their queues, caches and places goes into the cost."""
-    peers._pinger = cast(Any, FakePinger())
+    use(peers, FakePinger())
     for worse, better in [
         ({"queue_s": 0.2}, {}),
         ({"kv_free_tokens": 100}, {"kv_free_tokens": 200}),
@@ -253,7 +260,7 @@ class FakePinger:
 async def test_who_is_not_heard_is_asked_before_a_route_over_it_is_handed_out(peers):
     """Records outlive their servers: the route goes over one that answers, also where that is slower."""
     pinger = FakePinger(heard={"slow"}, silent={"dead": PeerUnreachable("refused"), "off": PeerTimeout("3 s")})
-    peers._pinger = cast(Any, pinger)
+    use(peers, pinger)
     await read(peers, record("dead", decode_tps=1e4), record("off", decode_tps=1e3), record("slow"))
     assert await chosen(peers) == "slow"
     assert pinger.asked == ["dead", "off"]
@@ -265,7 +272,7 @@ async def test_who_is_not_heard_is_asked_before_a_route_over_it_is_handed_out(pe
 async def test_sessions_move_and_training_goes_to_servers_that_are_there(peers):
     """As new sessions do, even where chance decides."""
     pinger = FakePinger(heard={"slow"}, silent={"dead": PeerUnreachable("refused")})
-    peers._pinger = cast(Any, pinger)
+    use(peers, pinger)
     await read(peers, record("dead", prefill_tps=1e8), record("slow", prefill_tps=1.0))
     assert [hop.peer_id for hop in await peers.spread(BlockRange(0, 2))] == ["slow"]
     assert (await peers.replica(BlockRange(0, 2), without={"old"})).peer_id == "slow"
@@ -274,7 +281,9 @@ async def test_sessions_move_and_training_goes_to_servers_that_are_there(peers):
 
 async def test_blocks_of_servers_that_are_gone_are_missing(peers):
     """It is said at once, and no session is opened anywhere in vain."""
-    peers._pinger = cast(Any, FakePinger(heard={"first"}, silent={"dead": PeerUnreachable("refused")}))
+    peers._pinger = peers._table.pinger = cast(
+        Any, FakePinger(heard={"first"}, silent={"dead": PeerUnreachable("refused")})
+    )
     await read(peers, record("first", blocks=BlockRange(0, 1)), record("dead", blocks=BlockRange(1, 2)))
     with pytest.raises(RouteNotFound, match="1:2 are gone") as caught:
         await peers.route(BlockRange(0, 2))
@@ -283,28 +292,28 @@ async def test_blocks_of_servers_that_are_gone_are_missing(peers):
         await peers.replica(BlockRange(1, 2), without=set())
 
 
-async def test_a_server_whose_record_has_just_expired_is_gone(peers, monkeypatch):
+async def test_a_server_whose_record_was_late_and_has_just_expired_is_gone(peers, monkeypatch):
     """The table of routes is a second old, at most; without a record nobody is asked, and nobody is handed out."""
-    peers._pinger = cast(Any, FakePinger(heard={"first"}))
+    use(peers, FakePinger(heard={"first"}))
     now = time.time()
     first = record("first", blocks=BlockRange(0, 1), expires_at=now + 65.0)
-    await read(peers, first, record("old", blocks=BlockRange(1, 2), expires_at=now + 60.0))
+    await read(peers, first, record("old", blocks=BlockRange(1, 2), expires_at=now + 20.0))
     assert [hop.peer_id for hop in await peers.route(BlockRange(0, 2))] == ["first", "old"]
-    monkeypatch.setattr("swarm.directory.time.time", lambda: now + 61.0)
+    monkeypatch.setattr("swarm.directory.time.time", lambda: now + 21.0)
     with pytest.raises(RouteNotFound, match="1:2 are gone"):
         await peers.route(BlockRange(0, 2))
 
 
 async def test_a_server_that_is_slow_to_answer_is_used_where_it_is_the_only_one(peers):
     """A session gives it more time to open than a route does."""
-    peers._pinger = cast(Any, FakePinger(heard=set(), silent={"far": PeerTimeout("3 s")}))
+    use(peers, FakePinger(heard=set(), silent={"far": PeerTimeout("3 s")}))
     await read(peers, record("far"))
     assert await chosen(peers) == "far"
 
 
 async def test_an_acquaintance_that_does_not_answer_has_failed(peers):
     """What a look around finds out counts for the next route."""
-    peers._pinger = cast(Any, FakePinger(silent={"dead": PeerTimeout("3 s")}))
+    use(peers, FakePinger(silent={"dead": PeerTimeout("3 s")}))
     await read(peers, record("dead", decode_tps=1e4), record("slow"))
     await peers._get_to_know()
     assert await chosen(peers) == "slow"
@@ -325,7 +334,7 @@ async def test_a_place_that_nothing_was_measured_of_is_not_believed(peers, monke
     now = 1000.0
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
     await read(peers, record("new", place=Place()), record("old", place=Place(error=0.5)))
-    locations = {offer.peer_id: offer.location for offer in (peers._offer(it, now) for it in peers.records)}
+    locations = {offer.peer_id: offer.location for offer in (peers._table.offer(it, now) for it in peers.records)}
     assert locations["new"].place is None and locations["old"].place is not None
 
 
@@ -346,13 +355,14 @@ async def test_ways_are_measured_again_with_the_records_and_first_to_those_that_
     monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
     peers._pinger = FakePinger()
     await read(peers, *(record(f"p{index}") for index in range(30)))
+    await peers._table.fresh()
     peers.measured([timing("p7", compute_s=0.01, overhead_s=0.0)])
     now += REFRESH_S
     peers.keep_fresh()
     await peers._reader
     assert len(asked) == 1 and "p7" in asked[0] and len(asked[0]) == NUM_ACQUAINTANCES
     chain = (Hop(peer_id="p7", blocks=BlockRange(0, 2)),)
-    best = {it.target.peer_id for it in peers.outlook(chain).prospects[:NUM_PROMISING]}
+    best = {it.target.peer_id for it in (await peers.outlook(chain)).prospects[:NUM_PROMISING]}
     await peers._get_to_know()  # first to those to which a session may go
     assert best | {"p7"} <= asked[1] and len(asked[1]) == NUM_ACQUAINTANCES
 
@@ -405,7 +415,7 @@ async def test_a_live_chain_is_compared_with_others_by_what_was_measured(peers, 
         record("odd", **half, dtype="float16"),
     )
     chain = (Hop(peer_id="slow", blocks=half["blocks"]), Hop(peer_id="end", blocks=rest["blocks"]))
-    before = peers.outlook(chain, num_tokens=100)
+    before = await peers.outlook(chain, num_tokens=100)
     assert [it.target.peer_id for it in before.prospects] == ["other"]
     assert before.prospects[0].predicted_s == pytest.approx(before.predicted_s)
     for _ in range(3):
@@ -414,12 +424,12 @@ async def test_a_live_chain_is_compared_with_others_by_what_was_measured(peers, 
             for hop, s in zip(chain, (0.5, 0.01), strict=True)
         )
         peers.measured([slow, end])
-    peers._router = None
-    after = peers.outlook(chain, num_tokens=100)
+    peers._table.expire()
+    after = await peers.outlook(chain, num_tokens=100)
     assert after.version == before.version
     assert after.predicted_s - after.prospects[0].predicted_s == pytest.approx(0.49)
-    assert not peers.outlook(chain, num_tokens=1000).prospects  # nobody has room for so many
-    assert peers.outlook((Hop(peer_id="gone", blocks=BlockRange(0, 2)),)) is None
+    assert not (await peers.outlook(chain, num_tokens=1000)).prospects  # nobody has room for so many
+    assert await peers.outlook((Hop(peer_id="gone", blocks=BlockRange(0, 2)),)) is None
 
 
 async def test_a_large_swarm_is_not_read_whole_again_before_that_has_paid(peers, monkeypatch):

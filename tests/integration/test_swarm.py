@@ -185,7 +185,7 @@ def test_servers_tell_where_they_are_and_how_far_from_each_other(make_swarm):
             assert records[own].place.error < 1.0
             assert [ping.tag for ping in records[own].pings] == [peer_tag(other)]
             assert 0.0 < records[own].pings[0].rtt_s < 5.0
-        assert service.peers._place is not None
+        assert service.peers._table.place is not None
         assert all(service.peers._pinger.rtt_s(peer_id) is not None for peer_id in ids)
 
 

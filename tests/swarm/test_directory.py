@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm import directory as directory_module
-from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory, shards_due
+from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, REMEMBERED_S, Directory, shards_due
 from swarm.errors import PeerTimeout
 from swarm.registry import NUM_SHARDS, ServerRecord
 from swarm.types import BlockRange, ServerState
@@ -173,6 +173,22 @@ async def test_what_has_expired_is_not_used():
         pass
     assert [it.peer_id for it in directory.records] == ["lives"]
     assert [it.record.peer_id for it in directory.seen] == ["lives", "ends"]
+
+
+async def test_servers_of_a_large_swarm_are_used_though_their_record_is_old(monkeypatch):
+    """It is not read again for minutes; who had not renewed it by then is not expected to have done so since."""
+    start = now = time.time()
+    monkeypatch.setattr(directory_module.time, "time", lambda: now)
+    fresh, old = start + 60.0, start + 20.0
+    found = [record("lives", expires_at=fresh), record("late", expires_at=old)]
+    found.append(record("joins", expires_at=fresh, state=ServerState.JOINING))
+    directory = Directory(FakeRegistry({0: found}), model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=10.0)
+    assert [it.peer_id for it in directory.online] == ["lives", "late"]
+    now = start + REMEMBERED_S
+    assert [it.peer_id for it in directory.online] == ["lives"] and not directory.records
+    now += 1.0
+    assert not directory.online
 
 
 async def test_nothing_is_read_again_before_it_is_old(monkeypatch):

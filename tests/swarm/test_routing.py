@@ -210,6 +210,14 @@ def test_batches_are_spread_in_proportion_to_free_capacity():
         assert counts[peer_id] / 3000 == pytest.approx(free / 1000.0, abs=0.03)
 
 
+def test_who_boasts_draws_no_more_than_sixteen_usual_servers():
+    """Whatever it announces: else all who train would have it in their chains, and none would train."""
+    router = Router([*(offer(f"p{index}", free_tps=100.0) for index in range(16)), offer("boasts", free_tps=1e12)])
+    draws = EvenDraws(np.random.default_rng(0))
+    peers = [router.spread(BlockRange(0, 4), draws, num_tokens=1024).hops[0].peer_id for _ in range(1000)]
+    assert peers.count("boasts") / 1000 == pytest.approx(0.5, abs=0.02)
+
+
 def test_small_batches_stay_near_and_large_ones_use_all_servers():
     """The way to a far server costs as much as the work of many batches at the near one, or next to nothing."""
     near, far = Location(client_rtt_s=0.01), Location(client_rtt_s=0.2)
