@@ -31,6 +31,7 @@ from swarm.server.mover import (
     MAX_DOUBT,
     counted_rivals,
     delay,
+    is_still_wanted,
     may_others_follow,
     yields,
 )
@@ -349,20 +350,21 @@ class SwarmRule:
             expires_at=world.now + delay_s + lease_s,
         )
         patience = host.patience[move.fills_gap]
-        world.at(delay_s, lambda: self._claim(world, host, own, patience))
+        world.at(delay_s, lambda: self._claim(world, host, move, own, patience))
 
-    def _claim(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
+    def _claim(self, world: World, host: Host, move: Move, own: Claim, patience: Patience) -> None:
         if not self._wins(world, own, patience, is_settled=False):
             host.is_moving = False
             return
         seen_s = world.generator.uniform(*SEEN_S)
         world.claims[own.peer_id] = own, world.now + seen_s
-        world.at(SETTLE_S + seen_s / 2, lambda: self._settle(world, host, own, patience))
+        world.at(SETTLE_S + seen_s / 2, lambda: self._settle(world, host, move, own, patience))
 
-    def _settle(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
+    def _settle(self, world: World, host: Host, move: Move, own: Claim, patience: Patience) -> None:
         host.is_moving = False
         again = self._find(world, host) if host.died_at > world.now else None
-        if again is None or again.blocks != own.takes or not self._wins(world, own, patience, is_settled=True):
+        is_wanted = again is not None and is_still_wanted(move, again)
+        if again is None or not is_wanted or not self._wins(world, own, patience, is_settled=True):
             world.claims.pop(own.peer_id)
             return
 
