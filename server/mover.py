@@ -185,7 +185,7 @@ class Mover:
             return
         try:
             again = await self._decide_again()
-            if again is None or again.blocks != takes:
+            if again is None or not is_still_wanted(move, again):
                 return
             logger.info(
                 "moving from blocks %s to %s: the swarm's worth grows by %.3g tokens/s%s",
@@ -243,6 +243,15 @@ def delay(move: Move, num_better: int, generator: np.random.Generator) -> float:
     if move.opens_gap:  # first those that would not, when all have looked
         ahead_s += LOOK_S
     return ahead_s + generator.uniform(0.0, GAP_DELAY_S)
+
+
+def is_still_wanted(move: Move, again: Move) -> bool:
+    """Whether what was decided when it was this server's turn is what it had asked for. Pure.
+
+    A gap that somebody else has filled meanwhile is no reason to go to the same blocks for a gain: that would be in a
+    hurry, past others that would gain more.
+    """
+    return again.blocks == move.blocks and (again.fills_gap or not move.fills_gap)
 
 
 def counted_rivals(move: Move) -> int:

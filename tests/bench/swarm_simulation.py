@@ -33,6 +33,7 @@ from swarm.server.mover import (
     MAX_DOUBT,
     counted_rivals,
     delay,
+    is_still_wanted,
     may_others_follow,
     time_to_drain,
     yields,
@@ -398,22 +399,22 @@ class SwarmRule:
             return
         store_s, read_s = world.generator.uniform(*DHT_S, size=2)
         world.claims[own.peer_id] = own, world.now + store_s
-        world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, own, patience))
+        world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, move, own, patience))
 
-    def _settle(self, world: World, host: Host, own: Claim, patience: Patience) -> None:
+    def _settle(self, world: World, host: Host, move: Move, own: Claim, patience: Patience) -> None:
         """It may move, or not; if so it looks once more, closely. The claim of one that has died stays till its end."""
         if host.died_at <= world.now:
             return
         if self._wins(world, own, patience, is_settled=True):
-            self._ask_around(world, host, lambda: self._move(world, host, own), again=True)
+            self._ask_around(world, host, lambda: self._move(world, host, move, own), again=True)
         else:
             host.is_busy = False
             world.claims.pop(own.peer_id)
 
-    def _move(self, world: World, host: Host, own: Claim) -> None:
+    def _move(self, world: World, host: Host, move: Move, own: Claim) -> None:
         """It knows what there is to know: it moves if it would decide the same again."""
         again = self._find(world, host)
-        if again is None or again.blocks != own.takes:
+        if again is None or not is_still_wanted(move, again):
             host.is_busy = False
             world.claims.pop(own.peer_id)
             return

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -297,6 +298,26 @@ async def test_a_server_lets_one_that_would_gain_more_go_first_but_not_for_ever(
         assert not weak.moves and mover._num_yields == num_yields
     await mover._consider(may_gain=True)
     assert weak.moves == [BlockRange(6, 12)] and mover._num_yields == 0
+
+
+async def test_a_gap_that_another_has_filled_is_no_reason_to_hurry_for_a_gain():
+    """When its turn has come, the same place would still be better: that is for another look."""
+    world = World()
+    server = FakeServer(world, "p0", (0, 6))
+    for it in (
+        server,
+        FakeServer(world, "p1", (0, 6)),
+        FakeServer(world, "p2", (0, 6)),
+        FakeServer(world, "q", (6, 12)),
+    ):
+        it.serve()
+    mover = mover_of(world, server)
+    move = mover._decide()
+    assert move is not None and not move.fills_gap
+    await mover._try(replace(move, fills_gap=True), 0.0)
+    assert not server.moves
+    await mover._try(move, 0.0)
+    assert server.moves == [move.blocks]
 
 
 def move_of(**fields) -> Move:
