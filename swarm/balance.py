@@ -104,7 +104,8 @@ def balanced_chances(holders: Holders, capacities: Floats) -> Floats:
     capacity = capacities[holders.servers]
     hops = np.exp(-HOP_COST) * capacity / holders.to_pairs(holders.per_block(capacity))
     prices = before = np.zeros(len(capacities))
-    best, lowest, age = hops, np.inf, 1.0
+    best: Floats = hops
+    lowest, age = np.inf, 1.0
     for _ in range(MAX_ROUNDS):
         next_age = (1 + np.sqrt(1 + 4 * age**2)) / 2
         ahead = np.maximum(prices + (age - 1) / next_age * (prices - before), 0.0)
