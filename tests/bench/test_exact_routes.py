@@ -29,7 +29,7 @@ def test_the_optimum_is_that_of_the_reference(seed):
 
 
 def test_a_newcomer_knows_a_sample_of_a_large_swarm_and_all_of_a_small_one():
-    """As the directory reads shards; who has been there for minutes knows more, but not all."""
+    """As the directory reads shards; who has been there for minutes knows all of both."""
     from bench_large_routes import by_shard, newcomer, settled
 
     generator = np.random.default_rng(0)
@@ -38,4 +38,4 @@ def test_a_newcomer_knows_a_sample_of_a_large_swarm_and_all_of_a_small_one():
         assert sorted(it.peer_id for it in view(by_shard(offers), generator)) == sorted(it.peer_id for it in offers)
     many, _ = random_offers(generator, 6000, 16, mean_length=4)
     assert 1000 <= len(newcomer(by_shard(many), generator)) < 2500
-    assert 2500 < len(settled(by_shard(many), generator)) < 6000
+    assert len(settled(by_shard(many), generator)) == 6000
