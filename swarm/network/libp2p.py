@@ -30,6 +30,8 @@ HANG_TIMEOUT_S = 8.0
 """A daemon that answers no question for so long is replaced."""
 ISOLATION_TIMEOUT_S = 60.0
 """A daemon without a connection for so long is replaced: libp2p waits ever longer (to 5 min) between its dials."""
+RENEWAL_TIMEOUT_S = 60.0
+"""How long a daemon with other settings may take to come."""
 MAX_DAEMON_BYTES = 1 << 30
 """A daemon whose memory has grown to this is replaced: it has no limits of its own on what strangers make it hold."""
 MAX_UNARY_BYTES = 4 << 20
@@ -139,7 +141,7 @@ class Libp2p:
             is_hidden: whether nobody can connect to us.
 
         Raises:
-            PeerTimeout: the daemon does not answer.
+            PeerTimeout: the daemon does not answer, or none has come in its place yet.
         """
         port = int(self.settings.listen[0].split("/")[4])
         addresses = tuple(tcp_address(host, port) for host in announce)
@@ -152,7 +154,12 @@ class Libp2p:
         self.settings = settings
         self._renewed.clear()
         self._outdated.set()
-        await self._renewed.wait()
+        try:
+            async with asyncio.timeout(RENEWAL_TIMEOUT_S):
+                await self._renewed.wait()
+        except TimeoutError as error:
+            reason = f"no libp2p daemon announces the new addresses after {RENEWAL_TIMEOUT_S:g} s"
+            raise PeerTimeout(reason) from error
 
     async def close(self) -> None:
         """End the daemon, remove the sockets."""
