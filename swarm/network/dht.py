@@ -180,7 +180,10 @@ class Dht:
         A key could not be read if none of those has answered that should keep its values.
         """
         node = self._node
-        found, search = await node.read(keys, timeout_s=timeout_s)
+        try:
+            found, search = await node.read(keys, timeout_s=timeout_s)
+        except TimeoutError:
+            return {}
         doubtful = [*node.blacklist.doubtful, *search.open_calls]
         if not search.has_answers and (doubtful or self._is_cut_off):
             node.blacklist.clear()  # all at once: it may be we who can't be heard
@@ -236,7 +239,7 @@ class Dht:
         while True:
             began = loop.time()
             answer = await self._node.protocol.call_ping(peer_id, validate=strict, strict=strict)
-            if answer is not None or loop.time() - began < CALL_TIMEOUT_S:
+            if answer is not None or loop.time() - began < CALL_TIMEOUT_S / 2:
                 return answer
 
 

@@ -1,7 +1,7 @@
 """Searches for values that wait for nobody longer than they must, and say which keys they could not read.
 
-    DhtNode.read(keys) ─► hivemind's get_many ─► ask(peer, keys) ─► Search: each peer once, until the time is over
-                                                                       └─► of each key, who has answered ─► was it read?
+    SearchNode.read(keys) ─► hivemind's get_many ─► ask(peer, keys) ─► Search: each peer once, until the time is over
+                                            of each key, who has answered: was it read? ◄─┘
 
 hivemind's search takes silence for "nothing there": if all who keep a key are too busy to answer within 3 s, its values
 seem to be gone. Here a key counts as read if one of the nodes nearest to it has answered: those keep its values.
@@ -17,6 +17,9 @@ from swarm.network.store_search import StoreSearchNode
 
 Answer = dict[Any, Any] | None
 Ask = Callable[[Any, Collection[Any]], Awaitable[Answer]]
+
+GRACE_S = 1.0
+"""How long hivemind may take to end a search in which nobody is asked any longer."""
 
 
 class Search:
@@ -63,9 +66,10 @@ class Search:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not asking.done() or not (answer := asking.result()):
             return None
-        for key in keys:
+        known = {key: answer[key] for key in keys if key in answer}  # of a malformed answer hivemind keeps a part
+        for key in known:
             self._answered[key].add(node_id_of(peer_id))
-        return {key: answer[key] for key in keys}
+        return known
 
     def was_read(self, key: Any, doubtful: Iterable[Any], *, num_keepers: int) -> bool:
         """Whether one of those that should keep a key's values has answered; True where nobody is known.
@@ -92,6 +96,9 @@ class SearchNode(StoreSearchNode):
 
         The wanted expiry is NaN, which no answer reaches: one node, however far in the future its answer expires,
         must not end the search and so hide what the others hold.
+
+        Raises:
+            TimeoutError: hivemind's search broke: a stranger's answer can do that.
         """
         table = self.protocol.routing_table.uid_to_peer_id
         is_small = len(table) <= self.protocol.bucket_size  # then it asks everybody for every key
@@ -99,7 +106,8 @@ class SearchNode(StoreSearchNode):
         ending = asyncio.get_running_loop().call_later(timeout_s, search.end)
         token = _running.set(search)
         try:
-            return await self.get_many(keys, sufficient_expiration_time=float("nan")), search
+            async with asyncio.timeout(timeout_s + GRACE_S):
+                return await self.get_many(keys, sufficient_expiration_time=float("nan")), search
         finally:
             _running.reset(token)
             ending.cancel()
@@ -115,7 +123,7 @@ class SearchNode(StoreSearchNode):
         loop = asyncio.get_running_loop()
         began = loop.time()
         answer: Answer = await super()._call_find_with_blacklist(peer_id, keys)
-        if not answer and loop.time() - began < self.protocol.wait_timeout:
+        if not answer and loop.time() - began < self.protocol.wait_timeout / 2:
             self.blacklist.is_gone(peer_id)
         return answer
 

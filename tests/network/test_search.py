@@ -13,6 +13,7 @@ import pytest_asyncio
 from swarm.errors import PeerTimeout
 from swarm.network import Node, NodeConfig, dht, silence
 from swarm.network import node as node_module
+from swarm.network import search as search_module
 from swarm.network.hive import DHTID, PeerID
 from swarm.network.search import Search, node_id_of
 from swarm.registry import NUM_SHARDS
@@ -119,6 +120,29 @@ async def test_a_key_was_read_if_one_of_those_that_should_keep_it_has_answered(i
     assert search.has_answers and not search.open_calls
     assert search.was_read(key, silent, num_keepers=2) is not is_nearest_silent
     assert search.was_read(key, [], num_keepers=2)
+
+
+async def test_an_answer_that_leaves_keys_out_says_nothing_of_them():
+    """hivemind drops what a stranger sends with an unknown type."""
+    keys = [DHTID.generate(name) for name in ("a", "b")]
+
+    async def answer_half(peer_id: Any, asked: Any) -> Any:
+        return {keys[0]: (None, {})}
+
+    search = Search(keys, asks_for_all=True)
+    assert await search.ask(PEERS[0], keys, answer_half) == {keys[0]: (None, {})}
+    assert search.was_read(keys[0], [PEERS[1]], num_keepers=5)
+    assert not search.was_read(keys[1], [PEERS[1]], num_keepers=5)
+
+
+async def test_reading_ends_though_the_search_breaks(monkeypatch: pytest.MonkeyPatch):
+    """A stranger's answer can end hivemind's search with an error that it keeps to itself."""
+    monkeypatch.setattr(search_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(node_module, "DHT_TIMEOUT_S", 0.05)
+    async with await Node.start(NodeConfig(host="127.0.0.1")) as node:
+        monkeypatch.setattr(node._dht._node, "get_many", lambda *args, **options: asyncio.Event().wait())
+        with pytest.raises(PeerTimeout):
+            await node.dht_get_many(KEYS)
 
 
 async def test_a_search_that_is_over_waits_for_nobody_and_asks_nobody():
