@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 10.0
 """Age at which records are read again; in large swarms the Directory reads a part of them only."""
 LOOK_TIMEOUT_S = 8.0
-"""How long one look may take: two rounds of questions that nobody answers."""
+"""How long one look may ask others: two rounds of questions that nobody answers."""
 NUM_READS = 3
 """How often a close look tries to read all records, each time those that it has not got yet."""
 SAMPLE_S = 20.0
@@ -75,6 +75,7 @@ class Scout:
         self._pinger, self._directory, self._generator = pinger, directory, generator
         self._own_id, self._own_blocks = own_id, own_blocks
         self._attendance = Attendance()
+        self._looking = asyncio.Lock()
         self._is_blind = False
         """Whether the records could not be read at the last look."""
 
@@ -123,13 +124,19 @@ class Scout:
         return late / max(1, len(sample)) + silent / max(1, len(known))
 
     async def look(self) -> None:
-        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt; ends soon."""
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT_S):
+        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt.
+
+        Reading takes as long as the DHT does, asking ends soon. A look that is under way will do for another one.
+        """
+        if self._looking.locked():
+            async with self._looking:
+                return
+        async with self._looking:
+            try:
                 await self._read(REFRESH_S)
-                await self._ask_around(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
-        except (SwarmError, TimeoutError) as error:
-            logger.info("could not look at the other servers: %s", error or type(error).__name__)
+            except SwarmError as error:
+                logger.info("could not read the records of the other servers: %s", error)
+            await self._ask_for_a_while(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
 
     async def look_closely(self, *, max_age_s: float = 0.0) -> None:
         """Read all records, however many there are and however long that takes, and ask the silent once more.
@@ -140,20 +147,17 @@ class Scout:
         Raises:
             PeerTimeout: some could not be read; what was read is kept.
         """
-        started = time.monotonic()
-        for num_left in reversed(range(NUM_READS)):
-            try:
-                await self._read(max_age_s + time.monotonic() - started, everything=True)
-                break
-            except PeerTimeout as error:
-                if not num_left:
-                    raise
-                logger.info("could not read all records, trying again: %s", error)
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT_S):
-                await self._ask_around(again=self._silent(time.monotonic())[:MAX_DOUBTS])
-        except TimeoutError:
-            logger.info("did not hear from all other servers within %g s", LOOK_TIMEOUT_S)
+        async with self._looking:
+            started = time.monotonic()
+            for num_left in reversed(range(NUM_READS)):
+                try:
+                    await self._read(max_age_s + time.monotonic() - started, everything=True)
+                    break
+                except PeerTimeout as error:
+                    if not num_left:
+                        raise
+                    logger.info("could not read all records, trying again: %s", error)
+            await self._ask_for_a_while(again=self._silent(time.monotonic())[:MAX_DOUBTS])
 
     async def confirm(self) -> bool:
         """Read again what was read long ago, and whether that is done: what we see missing may be there by now."""
@@ -166,10 +170,19 @@ class Scout:
     async def _read(self, max_age_s: float, *, everything: bool = False) -> None:
         """Read records; until that succeeds we know nothing for sure."""
         self._is_blind = True
-        await self._directory.refresh(max_age_s=max_age_s, everything=everything)
-        self._is_blind = False
-        self._attendance.announced((seen.record for seen in self._directory.seen), time.monotonic())
-        self._pinger.round_trips.keep_only({record.peer_id for record in self._directory.records})
+        try:
+            await self._directory.refresh(max_age_s=max_age_s, everything=everything)
+            self._is_blind = False
+        finally:  # some may have been read
+            self._attendance.announced((seen.record for seen in self._directory.seen), time.monotonic())
+            self._pinger.round_trips.keep_only({record.peer_id for record in self._directory.records})
+
+    async def _ask_for_a_while(self, *, again: Sequence[ServerRecord]) -> None:
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self._ask_around(again=again)
+        except TimeoutError:
+            logger.info("did not hear from all other servers within %g s", LOOK_TIMEOUT_S)
 
     async def _ask_around(self, *, again: Sequence[ServerRecord]) -> None:
         """Measure the neighbours, and ask some of the silent again; then others, as long as somebody is in doubt."""

@@ -37,6 +37,7 @@ from swarm.server.handler import Handler
 from swarm.server.lean import settle_heap, thaw_heap
 from swarm.server.limits import HandlerLimits
 from swarm.server.pages import PAGE_SIZE
+from swarm.server.patience import patiently
 from swarm.server.placing import Placing
 from swarm.server.plan import Plan
 from swarm.server.reach import Reach
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 OFFLINE_TIMEOUT_S = 2.0
 """How long leaving may take to say so; the record expires anyway."""
+LOOK_WAIT_S = 10.0
+"""How long a renewal of our record waits for a look at the others."""
 _SERVICES = (SESSION_SERVICE, PUSH_SERVICE, STATE_SERVICE, ADAPTER_SERVICE, TRAIN_SERVICE, INFO_SERVICE)
 
 
@@ -85,6 +88,7 @@ class Server:
         self._died = asyncio.Event()
         """Set when the device thread has failed."""
         self._telling: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
         self._serving = AsyncExitStack()
 
@@ -94,6 +98,7 @@ class Server:
         Raises:
             ConfigError: port in use, bad identity file or address, or not one block fits.
             PeerUnreachable: none of the initial peers answers; or nobody can connect to us, and nobody relays.
+            PeerTimeout: the DHT did not answer for minutes.
             AccessDenied: the swarm is private, and we may not serve in it.
             CheckpointMismatch: the swarm serves this model's name with other content.
         """
@@ -106,7 +111,7 @@ class Server:
         self.node, self.transport = self.reach.node, self.reach.transport
         self._registry = Registry(self.node)
         checkpoint = self.plan.checkpoint
-        await refuse_other_content(self.node, checkpoint.name, checkpoint.digest)
+        await patiently(lambda: refuse_other_content(self.node, checkpoint.name, checkpoint.digest))
         self._placing = Placing(self, self.transport, self._registry, self._files)
         self._announcer = Announcer(
             self.node,
@@ -117,7 +122,7 @@ class Server:
         )
         self.transport.look_up = self._look_up
         if self.plan.is_auto:
-            blocks, self.reason = await self._placing.choose()
+            blocks, self.reason = await patiently(self._placing.choose)
             self.plan = replace(self.plan, blocks=blocks)
         await self._announce()
         self.reach.follow(self._possible_relays, self._on_relays_changed)
@@ -402,11 +407,17 @@ class Server:
     async def renew(self) -> None:
         """Look where the others are and how fast we are, have sessions moved if need be, and announce ourselves."""
         if not self.plan.is_auto:  # else the mover looks, more often
-            await self._placing.scout.look()
+            await self._look()
         if self.handler is not None:
             self.handler.relieve(self._placing.scout.replicas)
             self._placing.ran(self.executor.meter.plain)
         await self._announce()
+
+    async def _look(self) -> None:
+        """Look at the others; if a slow DHT makes that long, it goes on while we announce ourselves."""
+        if self._looking is None or self._looking.done():
+            self._looking = self._tasks.spawn(self._placing.scout.look(), name="look")
+        await asyncio.wait([self._looking], timeout=LOOK_WAIT_S)
 
     async def _announce(self) -> None:
         """Tell the swarm what we are now; from the first time on we do so every period, whatever we do meanwhile."""

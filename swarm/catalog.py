@@ -14,7 +14,7 @@ from zlib import crc32
 
 import msgspec
 
-from swarm.errors import CheckpointMismatch
+from swarm.errors import CheckpointMismatch, PeerTimeout
 from swarm.network.node import Node
 from swarm.types import MAX_BLOCKS
 
@@ -70,7 +70,7 @@ async def refuse_other_content(node: Node, name: str, digest: str) -> None:
 
     Raises:
         CheckpointMismatch: when the swarm serves this name with other content only.
-        PeerTimeout: when the search does not end in time.
+        PeerTimeout: when the DHT does not say all that it takes.
     """
     first, *rest = random.sample(range(NUM_SHARDS), NUM_SHARDS)
     others: set[str] = set()
@@ -86,8 +86,14 @@ async def refuse_other_content(node: Node, name: str, digest: str) -> None:
 
 
 async def _lookup_name(node: Node, name: str, shards: Sequence[int]) -> list[ModelEntry]:
-    """What these shards say is served under a name; malformed entries are left out."""
+    """What these shards say is served under a name; malformed entries are left out.
+
+    Raises:
+        PeerTimeout: some could not be read.
+    """
     found = await node.dht_get_many([_key(name, shard) for shard in shards])
+    if len(found) < len(shards):
+        raise PeerTimeout(f"{len(shards) - len(found)} of {len(shards)} shards of the names could not be read")
     values = [value for shard in found.values() for value in shard.values()]
     return [entry for entry in _decode_all(values[:MAX_ENTRIES]) if entry.name == name]
 

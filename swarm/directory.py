@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swarm.errors import PeerTimeout
 from swarm.registry import NUM_SHARDS, Registry, ServerRecord
 from swarm.types import ServerState
 
@@ -117,7 +118,7 @@ class Directory:
             everything: read all shards that are older than that, whatever it costs, some at a time.
 
         Raises:
-            PeerTimeout: when a search does not end in time; what was read by others is kept.
+            PeerTimeout: when some shards could not be read; what was read of others is kept.
         """
         async with self._reading:
             now = time.monotonic()
@@ -171,9 +172,12 @@ class Directory:
         at = time.time()
         found = await self._registry.lookup_shards(self._model, shards, num_blocks=self._num_blocks)
         for shard, records in zip(shards, found, strict=True):
-            self._shards[shard], self._read_at[shard] = [Seen(record, at) for record in records], now
-        self._refreshed_at = time.monotonic()
+            if records is not None:
+                self._shards[shard], self._read_at[shard] = [Seen(record, at) for record in records], now
         self.version += 1
+        if (num_missing := sum(records is None for records in found)) > 0:
+            raise PeerTimeout(f"{num_missing} of {len(shards)} shards of the records could not be read")
+        self._refreshed_at = time.monotonic()
 
 
 def shards_to_begin(read_at: Sequence[float], num_records: int, order: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from hashlib import blake2b
 
 from swarm.adapters.notes import AdapterNote, pack_notes, unpack_notes
 from swarm.coordinates import Place
-from swarm.errors import InvalidRequest, PeerMisbehaved
+from swarm.errors import InvalidRequest, PeerMisbehaved, PeerTimeout
 from swarm.identity import KEY_BYTES, is_peer_id, key_of, peer_id_of
 from swarm.network import Node
 from swarm.types import MAX_BLOCKS, BlockRange, ServerState
@@ -251,15 +251,22 @@ class Registry:
             num_blocks: of the model; records that go beyond are refused.
 
         Raises:
-            PeerTimeout: when the search does not end in time.
+            PeerTimeout: when some could not be read.
         """
-        found = await self.lookup_shards(model, range(NUM_SHARDS), num_blocks=num_blocks)
+        shards = await self.lookup_shards(model, range(NUM_SHARDS), num_blocks=num_blocks)
+        found = [records for records in shards if records is not None]
+        if len(found) < NUM_SHARDS:
+            raise PeerTimeout(f"{len(found)} of {NUM_SHARDS} shards of the records could be read")
         return [record for records in found for record in records]
 
     async def lookup_shards(
         self, model: str, shards: Collection[int], *, num_blocks: int = MAX_BLOCKS
-    ) -> Sequence[list[ServerRecord]]:
-        """As `lookup`, of some shards, in the order asked for."""
+    ) -> Sequence[list[ServerRecord] | None]:
+        """As `lookup`, of some shards, in the order asked for; None for one that could not be read.
+
+        Raises:
+            PeerTimeout: when none could be read.
+        """
         keys = [shard_key(model, shard) for shard in shards]
         found = await self._node.dht_get_many(keys)
         now = time.time()
@@ -269,9 +276,11 @@ class Registry:
                 for record in read_shard(found[key], model=model, shard=shard, num_blocks=num_blocks)
                 if record.state is not ServerState.OFFLINE and record.is_valid(now)
             ]
+            if key in found
+            else None
             for shard, key in zip(shards, keys, strict=True)
         ]
-        for record in (it for shard in records for it in shard):
+        for record in (it for shard in records for it in shard or ()):
             self._node.relays.learn(record.peer_id, record.relays)
         return records
 

@@ -18,13 +18,18 @@ from swarm.network.addresses import PeerAddress
 from swarm.network.dht_requests import check_size, store_in_portions
 from swarm.network.hive import DHTID, P2P, DHTProtocol, DHTValidationError, P2PDaemonError, PeerID
 from swarm.network.records import MAX_KEYS, MAX_PAYLOAD_BYTES, MAX_SUBKEYS, BoundedStorage, keep_valid
-from swarm.network.store_search import StoreSearchNode
+from swarm.network.search import SearchNode
+from swarm.network.silence import Silent
 from swarm.network.underlay import Underlay
 
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 3.0
 """Deadline of one DHT call to one peer."""
+NUM_WORKERS = 8
+"""Peers that a search waits for at the same time: several may be silent."""
+MAX_CHECKED = 8
+"""Silent peers that are asked again at the same time."""
 
 
 class CallerP2P(P2P):  # type: ignore[misc]
@@ -107,9 +112,11 @@ class Dht:
             ConfigError: with `strict`, when our clock differs from a peer's by more than 3 s.
             AccessDenied: with `strict`, when we don't belong to the swarm (any more).
         """
+        was_alone = self.num_peers == 0
         failures = await asyncio.gather(*(self._greet(peer, timeout_s, strict) for peer in peers))
         if not all(failures):
-            self._node.blacklist.clear()
+            if was_alone:  # it was we who could not be heard
+                self._node.blacklist.clear()
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._node.find_nearest_nodes([self._node.node_id])
@@ -121,9 +128,16 @@ class Dht:
         """Whether the peer answers as a DHT node; an answer puts it into our table, and us into its."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S + 1):
-                return await self._node.protocol.call_ping(peer_id, validate=False) is not None
+                is_there = await self._node.protocol.call_ping(peer_id, validate=False) is not None
         except TimeoutError:
             return False
+        if is_there:
+            self._node.blacklist.register_success(peer_id)
+        return is_there
+
+    async def ask_silent(self) -> None:
+        """Ask some of those again that did not answer, if it is time: searches leave them out until they do."""
+        await asyncio.gather(*(self.ping(peer_id) for peer_id in self._node.blacklist.due(MAX_CHECKED)))
 
     def knows(self, peer_id: Any) -> bool:
         """Whether the peer is in the routing table."""
@@ -133,6 +147,13 @@ class Dht:
         """Whether the peer that was found at an address is in the routing table, or is ourselves."""
         found = self._found.get(peer.text)
         return found is not None and (found == self._node.peer_id or self.knows(found))
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether this is a swarm that others have begun, of which nobody is left who would know its records."""
+        own_id = self._node.peer_id
+        is_joined = any(found != own_id for found in self._found.values())
+        return is_joined and self.num_peers == 0 and not self._node.protocol.storage.has_other_than(own_id.to_base58())
 
     @property
     def num_peers(self) -> int:
@@ -154,16 +175,23 @@ class Dht:
             return False
 
     async def get(self, keys: Sequence[str], *, timeout_s: float) -> dict[str, dict[str, bytes]]:
-        """For each key, the valid values by subkey, merged from all nodes that answered.
+        """For each key that could be read, the valid values by subkey, merged from all nodes that answered in time.
 
-        The wanted expiry is NaN, which no answer reaches: one node, however far in the future its answer expires,
-        must not end the search and so hide what the others hold.
+        A key could not be read if none of those has answered that should keep its values.
         """
-        async with asyncio.timeout(timeout_s):
-            found = await self._node.get_many(list(keys), sufficient_expiration_time=float("nan"))
+        node = self._node
+        try:
+            found, search = await node.read(keys, timeout_s=timeout_s)
+        except TimeoutError:
+            return {}
+        doubtful = [*node.blacklist.doubtful, *search.open_calls]
+        if not search.has_answers and (doubtful or self._is_cut_off):
+            node.blacklist.clear()  # all at once: it may be we who can't be heard
+            return {}
         return {
             key: {subkey: item.value for subkey, item in result.value.items()} if result is not None else {}
             for key, result in found.items()
+            if search.was_read(DHTID.generate(key), doubtful, num_keepers=node.num_replicas)
         }
 
     def drop_invalid(self) -> None:
@@ -187,7 +215,7 @@ class Dht:
                 self._found[peer.text] = found
                 if found == self._node.peer_id:
                     return ""
-                answer = await protocol.call_ping(found, validate=strict, strict=strict)
+                answer = await self._ping_patiently(found, strict=strict)
         except TimeoutError:
             return f"no answer within {timeout_s:g} s"
         except PeerError as error:
@@ -200,23 +228,44 @@ class Dht:
             return str(error)
         except DHTValidationError as error:
             raise ConfigError(f"peer {peer.text} refuses us: {error}") from error
-        return "" if answer is not None else "connected, but it is no DHT node"
+        if answer is None:
+            return "connected, but it is no DHT node"
+        self._node.blacklist.register_success(found)
+        return ""
+
+    async def _ping_patiently(self, peer_id: Any, *, strict: bool) -> Any:
+        """The id of a peer that we are connected to; None if it has none, for ever if it does not answer."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            answer = await self._node.protocol.call_ping(peer_id, validate=strict, strict=strict)
+            if answer is not None or loop.time() - began < CALL_TIMEOUT_S / 2:
+                return answer
 
 
 async def _make_node(underlay: Underlay, own_id: Any, *, is_hidden: bool) -> Any:
     """hivemind's part, knowing nobody. One that is hidden stores nothing for others, and has a place nobody knows."""
-    node = await StoreSearchNode.create(
+    node = await SearchNode.create(
         p2p=CallerP2P(underlay, own_id),
         node_id=DHTID.generate(source=None if is_hidden else own_id.to_bytes()),  # else the same after a restart
         wait_timeout=CALL_TIMEOUT_S,
         cache_locally=False,
         cache_nearest=0,
         reuse_get_requests=False,
-        blacklist_time=1.0,
+        num_workers=NUM_WORKERS,
         client_mode=is_hidden,
         record_validator=underlay.make_records(),
     )
+    node.blacklist = silent = Silent()
     protocol = node.protocol
+    update = protocol.update_routing_table
+
+    async def update_and_hear(node_id: Any, peer_id: Any, responded: bool = True) -> None:
+        if responded:
+            silent.heard(peer_id)
+        await update(node_id, peer_id, responded)
+
+    protocol.update_routing_table = update_and_hear
     protocol.storage = BoundedStorage(maxsize=MAX_KEYS)
     protocol.cache = BoundedStorage(maxsize=MAX_KEYS)
     validate = protocol.record_validator.validate

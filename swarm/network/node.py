@@ -214,17 +214,17 @@ class Node:
         return (await self.dht_get_many([key]))[key]
 
     async def dht_get_many(self, keys: list[str]) -> dict[str, dict[str, bytes]]:
-        """`dht_get` of several keys in one search.
+        """`dht_get` of several keys in one search; those that could not be read are left out.
 
         Raises:
-            PeerTimeout: when the search does not end in time.
+            PeerTimeout: when none could be read.
             AccessDenied: we are no member of this private swarm any more.
         """
         self.check_access()
-        try:
-            return await self._dht.get(keys, timeout_s=DHT_TIMEOUT_S)
-        except TimeoutError as error:
-            raise PeerTimeout(f"DHT search did not end within {DHT_TIMEOUT_S:g} s") from error
+        found = await self._dht.get(keys, timeout_s=DHT_TIMEOUT_S)
+        if keys and not found:
+            raise PeerTimeout(f"the DHT does not answer: nobody of {self.num_peers} known peers has said what it keeps")
+        return found
 
     async def add_stream_handler(self, name: str, handler: StreamHandler) -> None:
         """Serve raw streams of `name`: a supervised task for each, after which the stream is closed."""
@@ -366,6 +366,7 @@ class Node:
             if is_due:
                 self._dht.drop_invalid()
                 greeted = loop.time()
+            await self._dht.ask_silent()
 
     async def _forget_revoked(self, has_news: asyncio.Event) -> None:
         """Drop records of members when they are revoked, at most once in a while, however many that are."""

@@ -137,6 +137,11 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
         _compact(self)
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
+    def has_other_than(self, subkey: Any) -> bool:
+        """Whether there are values under other subkeys."""
+        values = (value for _, (value, _) in self.items() if not isinstance(value, bytes))
+        return any(other != subkey for value in values for other, _ in value.items())
+
     def drop_invalid(self, validate: Callable[[Any], bool]) -> None:
         """Drop values that don't pass `validate` any more."""
         for key, (values, _) in self.items():

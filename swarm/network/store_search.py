@@ -4,7 +4,8 @@
 
 A node answers a search for a key with all that it holds under it, wanted or not: in a large swarm each renewal of a
 record would fetch its whole shard, from every node that keeps it. Nobody keeps anything under the id that differs from
-a key's in the last bit; the nodes nearest to it are those nearest to the key.
+a key's in the last bit; the nodes nearest to it are those nearest to the key. Those that did not answer the search are
+not sent the value, unless nobody has answered.
 """
 
 from collections.abc import Awaitable, Callable, Collection
@@ -23,10 +24,12 @@ class StoreSearchNode(DHTNode):  # type: ignore[misc]
     ) -> dict[Any, dict[Any, Any]]:
         """As hivemind's."""
         wanted = {beside(query): query for query in queries}
+        peer_ids: dict[Any, Any] = kwargs.get("node_to_peer_id", {})  # grows with the search
 
         async def found(query: Any, nearest: list[Any], visited: set[Any]) -> None:
             assert found_callback is not None
-            await found_callback(wanted[query], nearest, visited)
+            answering = [node_id for node_id in nearest if peer_ids.get(node_id) not in self.blacklist]
+            await found_callback(wanted[query], answering or nearest, visited)
 
         if found_callback is not None:
             kwargs["found_callback"] = found

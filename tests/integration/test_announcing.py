@@ -3,19 +3,23 @@
 import asyncio
 import threading
 
+from swarm.errors import PeerTimeout
+from swarm.network import Node
 from swarm.registry import Registry, ServerRecord
+from swarm.server import patience
+from swarm.server import server as server_module
 from swarm.server.blocks.span import BlockSpan
 from swarm.server.config import ServerConfig
 from swarm.server.plan import make_plan
 from swarm.server.server import Server
-from swarm.types import ServerState
+from swarm.types import BlockRange, ServerState
 
 from .conftest import LocalSwarm
 
 PERIOD_S = 0.5
 
 
-async def join_only(swarm: LocalSwarm) -> Server:
+async def join_only(swarm: LocalSwarm, blocks: BlockRange | None = None) -> Server:
     """A server that has not begun to load, and renews its record often."""
     config = ServerConfig(
         model=str(swarm.model),
@@ -23,7 +27,8 @@ async def join_only(swarm: LocalSwarm) -> Server:
         host="127.0.0.1",
         device="cpu",
         announce_period_s=PERIOD_S,
-        num_blocks=6,
+        blocks=blocks,
+        num_blocks=None if blocks else 6,
     )
     server = Server(config, await asyncio.to_thread(make_plan, config))
     await server.join()
@@ -98,3 +103,39 @@ def test_a_renewal_that_fails_is_not_the_last(make_swarm, monkeypatch):
     monkeypatch.setattr(server, "renew", fail_once)
     swarm.loop.run(next_record(swarm, server, ServerState.JOINING), 30)
     assert num_failed == 1
+
+
+def test_a_server_starts_when_the_dht_answers_at_last(make_swarm, monkeypatch):
+    """Neither the check of the model's name nor the first look at the others gives up."""
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    swarm = make_swarm()
+    failing = ["the name", "the records", "the records", "the records", "the records"]
+    get_many = Node.dht_get_many
+
+    async def slow(node: Node, keys: list[str]) -> dict[str, dict[str, bytes]]:
+        if node is not swarm.bootstrap and failing and (failing[0] == "the name") == ("/names/" in keys[0]):
+            raise PeerTimeout(failing.pop(0))
+        return await get_many(node, keys)
+
+    monkeypatch.setattr(Node, "dht_get_many", slow)
+    server = swarm.loop.run(join_only(swarm), 30)
+    swarm.servers.append(server)
+    assert not failing and server.reason
+
+
+def test_an_announcement_does_not_wait_for_a_look_that_takes_long(make_swarm, monkeypatch):
+    """Nor does the next renewal begin another one."""
+    monkeypatch.setattr(server_module, "LOOK_WAIT_S", 0.01)
+    swarm = make_swarm()
+    server = swarm.loop.run(join_only(swarm, blocks=BlockRange(0, 6)), 30)
+    swarm.servers.append(server)
+    looks = []
+
+    async def look_for_ever() -> None:
+        looks.append(None)
+        await asyncio.Event().wait()
+
+    server._placing.scout.look = look_for_ever
+    for _ in range(2):
+        swarm.loop.run(next_record(swarm, server, ServerState.JOINING), 30)
+    assert len(looks) == 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from swarm.errors import PeerDisconnected
+from swarm.errors import PeerDisconnected, PeerTimeout
 from swarm.network import Node, NodeConfig, dht
 from swarm.network.hive import P2P, DHTNode, P2PDaemonError, P2PHandlerError, PeerID, p2pd_pb2
 from swarm.protocol import InfoRequest
@@ -171,7 +171,8 @@ async def test_b3_everybody_stops_answering_for_a_while(monkeypatch: pytest.Monk
     async with our_pair() as (server, client):
         os.kill(server.daemon_pid, signal.SIGSTOP)
         while client.num_peers:
-            await client.dht_get("key")
+            with pytest.raises(PeerTimeout):
+                await client.dht_get("key")
         os.kill(server.daemon_pid, signal.SIGCONT)
         await until(lambda: client.num_peers == 1)
         assert await client.dht_store("key", client.peer_id, b"value", time.time() + 60)

@@ -18,7 +18,7 @@ import uvloop
 
 from swarm.errors import ConfigError, InvalidRequest, PeerError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, libp2p, node
+from swarm.network import Node, NodeConfig, dht, libp2p, node
 from swarm.network.hive import P2PDaemonError
 from swarm.network.libp2p import Libp2p
 
@@ -249,6 +249,25 @@ async def test_without_any_initial_peer_there_is_no_swarm():
     assert "\n" not in str(caught.value)
     async with await start() as a, await start(nobody, *a.addresses) as b:
         assert b.num_peers == 1
+
+
+async def test_an_initial_peer_that_is_slow_is_asked_again(monkeypatch: pytest.MonkeyPatch):
+    """It takes the connection and answers late: that says nothing of what it is."""
+    monkeypatch.setattr(dht, "CALL_TIMEOUT_S", 0.2)
+    call_ping, num_slow = dht.DHTProtocol.call_ping, 2
+
+    async def slow(protocol: object, *args: object, **options: object) -> object:
+        nonlocal num_slow
+        if num_slow:
+            num_slow -= 1
+            await asyncio.sleep(0.21)
+            return None
+        return await call_ping(protocol, *args, **options)
+
+    async with await start() as a:
+        monkeypatch.setattr(dht.DHTProtocol, "call_ping", slow)
+        async with await start(*a.addresses) as b:
+            assert not num_slow and b.knows(a.peer_id)
 
 
 async def test_closing_leaves_nothing_behind():

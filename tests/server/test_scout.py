@@ -332,6 +332,42 @@ async def test_a_close_look_tries_again_and_says_so_when_it_could_not_read_the_r
     assert scout.share_in_doubt == 1.0
 
 
+async def test_reading_may_take_longer_than_asking_and_two_looks_do_not_overlap(monkeypatch):
+    """A slow DHT must not keep a server that serves from ever seeing the others."""
+    monkeypatch.setattr(scout_module, "LOOK_TIMEOUT_S", 0.05)
+    scout, pinger, registry = watcher_of([record("a")])
+    lookup_shards, may_answer = registry.lookup_shards, asyncio.Event()
+    num_reading, num_most = 0, 0
+
+    async def slow(*args, **kwargs):
+        nonlocal num_reading, num_most
+        num_reading += 1
+        num_most = max(num_most, num_reading)
+        await may_answer.wait()
+        num_reading -= 1
+        return await lookup_shards(*args, **kwargs)
+
+    registry.lookup_shards = slow
+    looks = [asyncio.ensure_future(scout.look()) for _ in range(3)]
+    _, pending = await asyncio.wait(looks, timeout=4 * scout_module.LOOK_TIMEOUT_S)
+    assert len(pending) == 3
+    may_answer.set()
+    await asyncio.gather(*looks)
+    assert num_most == 1 and pinger.asked == ["a"]
+    assert ids(scout.others) == {"a"} and scout.share_in_doubt == 0.0
+
+
+async def test_who_could_not_read_the_records_asks_those_that_it_knows(clock):
+    """Whether they are there does not depend on the DHT."""
+    scout, pinger, registry = watcher_of([record("a"), record("b")], dead={"b"})
+    pinger.dead = set()
+    await scout.look()
+    registry.error, pinger.dead = PeerTimeout("no answer"), {"b"}
+    clock.now += AGAIN_S
+    await scout.look()
+    assert ids(scout.others) == {"a"} and scout.share_in_doubt == 1.0
+
+
 async def test_a_gap_is_confirmed_by_reading_what_is_old(clock):
     """Not at all, while the DHT does not answer."""
     scout, _, registry = watcher_of([record("a")])

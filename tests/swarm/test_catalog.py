@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.catalog import NUM_SHARDS, ModelEntry, announce_model, list_models, refuse_other_content
-from swarm.errors import CheckpointMismatch
+from swarm.errors import CheckpointMismatch, PeerTimeout
 from swarm.identity import Identity
 
 
@@ -96,3 +96,17 @@ def test_a_name_with_other_content_only_is_refused() -> None:
     node.stored["swarm/names/v1/same/7"] = {"ours": msgspec.msgpack.encode(entry(1, name="same"))}
     asyncio.run(refuse_other_content(node, "same", entry(1).digest))
     asyncio.run(refuse_other_content(named(), "same", entry(1).digest))
+
+
+def test_a_name_is_not_refused_before_all_that_could_be_read_was_read() -> None:
+    """Our content may be in the shard that is missing."""
+    node = named(2)
+    get_many = node.dht_get_many
+
+    async def most(keys: list[str]) -> dict[str, dict[str, bytes]]:
+        found: dict[str, dict[str, bytes]] = await get_many(keys)
+        return {key: values for key, values in found.items() if not key.endswith("/7")}
+
+    node.dht_get_many = most
+    with pytest.raises(PeerTimeout, match="1 of 1?"):
+        asyncio.run(refuse_other_content(node, "same", entry(1).digest))

@@ -232,3 +232,25 @@ async def test_a_failed_search_leaves_what_is_known(monkeypatch):
     with pytest.raises(PeerTimeout):
         await directory.refresh(max_age_s=0.0)
     assert [it.peer_id for it in directory.records] == ["a"]
+
+
+async def test_what_was_read_is_kept_when_others_could_not_be(monkeypatch):
+    """Nobody begins again from nothing: the next time those are read that are missing."""
+    registry = full_registry(1)
+    lookup_shards = registry.lookup_shards
+
+    async def half(model, shards, *, num_blocks):
+        found = await lookup_shards(model, shards, num_blocks=num_blocks)
+        return [records if shard % 2 else None for shard, records in zip(shards, found, strict=True)]
+
+    directory = Directory(registry, model="0" * 64, num_blocks=2)
+    await directory.refresh(max_age_s=0.0)
+    registry.lookup_shards = half
+    now = time.monotonic() + 100.0
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: now)
+    with pytest.raises(PeerTimeout, match="8 of 16 shards"):
+        await directory.refresh(max_age_s=50.0, everything=True)
+    assert len(directory.records) == NUM_SHARDS
+    registry.lookup_shards = lookup_shards
+    await directory.refresh(max_age_s=50.0, everything=True)
+    assert registry.reads[-1] == list(range(0, NUM_SHARDS, 2))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from swarm.adapters.notes import MAX_NOTES, AdapterNote
 from swarm.coordinates import Place
-from swarm.errors import InvalidRequest, PeerMisbehaved
+from swarm.errors import InvalidRequest, PeerMisbehaved, PeerTimeout
 from swarm.identity import Identity, peer_id_of
 from swarm.network import Node, NodeConfig
 from swarm.network.relay_book import RelayBook
@@ -220,6 +220,21 @@ async def test_lookup_leaves_out_offline_expired_and_far_future_records():
             expected.add(record)
     assert set(await Registry(node).lookup(MODEL)) == expected  # type: ignore[arg-type]
     assert await Registry(node).lookup("cd" * 32) == []  # type: ignore[arg-type]
+
+
+async def test_a_shard_that_could_not_be_read_is_not_taken_for_an_empty_one():
+    """The others are told; who wants all of them learns that some are missing."""
+    node = FakeNode(Identity.generate(), {})
+    unread = [key for shard in (3, 5) for key in [shard_key(MODEL, shard)]]
+
+    async def most(keys: list[str]) -> dict[str, dict[str, bytes]]:
+        return {key: {} for key in keys if key not in unread}
+
+    node.dht_get_many = most  # type: ignore[method-assign]
+    registry = Registry(node)  # type: ignore[arg-type]
+    assert await registry.lookup_shards(MODEL, [2, 3]) == [[], None]
+    with pytest.raises(PeerTimeout, match="14 of 16 shards"):
+        await registry.lookup(MODEL)
 
 
 async def test_lookup_leaves_out_ranges_beyond_the_model_and_records_of_others():
