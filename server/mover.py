@@ -2,6 +2,7 @@
 
     Scout ─holdings─► choose_span ─► blocks to begin with
                  └──► decide_move ─► better_movers first ─► wait, claim ─► look, decide again ─► leave_for, arrive
+                                                            └ a gap: ask the silent again, meanwhile
 
 What pays is decided in `swarm.placement`, who may go first by `swarm.leases`, and how a server lets go of its blocks
 and loads others by `Movable`. A gap is filled after some seconds; gains are looked for every minute, about, and not
@@ -17,7 +18,7 @@ import numpy as np
 
 from swarm.errors import SwarmError
 from swarm.leases import LeaseDesk
-from swarm.placement import Choice, Holding, Move, Survey, better_movers, choose_span, decide_move
+from swarm.placement import Choice, Holding, Move, Survey, better_movers, choose_span, decide_move, still_fills
 from swarm.server.scout import REFRESH_S, Scout
 from swarm.types import BlockRange
 
@@ -184,18 +185,17 @@ class Mover:
         if not await self._may_move(move, delay_s=delay_s, lease_s=lease_s):
             return
         try:
-            again = await self._decide_again()
-            if again is None or not is_still_wanted(move, again):
+            if not await self._is_still_right(move):
                 return
             logger.info(
                 "moving from blocks %s to %s: the swarm's worth grows by %.3g tokens/s%s",
                 leaves,
                 takes,
-                again.gain_tps,
-                ", and a gap is filled" if again.fills_gap else "",
+                move.gain_tps,
+                ", and a gap is filled" if move.fills_gap else "",
             )
-            await self._server.leave_for(takes, drain_s=time_to_drain(again))
-            if may_others_follow(again):
+            await self._server.leave_for(takes, drain_s=time_to_drain(move))
+            if may_others_follow(move):
                 await self._release(leaves, takes)
             if await self._server.arrive():
                 self.num_moves += 1
@@ -204,17 +204,29 @@ class Mover:
         finally:
             await self._release(leaves, takes)
 
-    async def _decide_again(self) -> Move | None:
-        """What to do by the records of all as they are now; nothing if they can't be read."""
+    async def _is_still_right(self, move: Move) -> bool:
+        """Whether it is right by the records of all as they are now; not if they can't be read."""
         try:
-            await self._scout.look_closely()
+            if move.fills_gap:  # who is silent was asked again by now
+                await self._scout.read_closely()
+            else:
+                await self._scout.look_closely()
         except SwarmError as error:
             logger.info("not moving, the records of the swarm can't be read: %s", error)
-            return None
-        return self._decide()
+            return False
+        if move.fills_gap:
+            return still_fills(self._survey(), self._server.holding, move)
+        again = self._decide()
+        return again is not None and again.blocks == move.blocks
 
     async def _may_move(self, move: Move, *, delay_s: float, lease_s: float) -> bool:
-        """Wait, then try to get the lease."""
+        """Wait, then try to get the lease; who is silent is asked again meanwhile, if that leaves a gap."""
+        if not move.fills_gap:
+            return await self._acquire(move, delay_s=delay_s, lease_s=lease_s)
+        has_it, _ = await asyncio.gather(self._acquire(move, delay_s=delay_s, lease_s=lease_s), self._scout.ask_again())
+        return has_it
+
+    async def _acquire(self, move: Move, *, delay_s: float, lease_s: float) -> bool:
         leaves, takes = self._server.holding.blocks, move.blocks
         try:
             return await self._leases.acquire(leaves, takes, delay_s=delay_s, lease_s=lease_s, fills_gap=move.fills_gap)
@@ -243,15 +255,6 @@ def delay(move: Move, num_better: int, generator: np.random.Generator) -> float:
     if move.opens_gap:  # first those that would not, when all have looked
         ahead_s += LOOK_S
     return ahead_s + generator.uniform(0.0, GAP_DELAY_S)
-
-
-def is_still_wanted(move: Move, again: Move) -> bool:
-    """Whether what was decided when it was this server's turn is what it had asked for. Pure.
-
-    A gap that somebody else has filled meanwhile is no reason to go to the same blocks for a gain: that would be in a
-    hurry, past others that would gain more.
-    """
-    return again.blocks == move.blocks and (again.fills_gap or not move.fills_gap)
 
 
 def counted_rivals(move: Move) -> int:

@@ -7,7 +7,8 @@
 Clients route by what servers tell of the ways between them, see `swarm.routing`. A server measures a handful of others,
 whatever the size of the swarm. When one of them does not answer, or a record was not renewed in time, and few others
 hold its blocks, these are asked as well: so a gap is noticed long before records expire, and nobody is taken for dead
-on the word of another. Who is there is said by `swarm.server.attendance`.
+on the word of another. They are asked as soon as an answer is slow; nobody is taken for dead for that, but after the
+whole time that it has. Who is there is said by `swarm.server.attendance`.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 10.0
 """Age at which records are read again; in large swarms the Directory reads a part of them only."""
 LOOK_TIMEOUT_S = 8.0
-"""How long one look may ask others: two rounds of questions that nobody answers."""
+"""How long one look may ask others: some rounds of questions that nobody answers, which overlap."""
 NUM_READS = 3
 """How often a close look tries to read all records, each time those that it has not got yet."""
 SAMPLE_S = 20.0
@@ -139,7 +140,12 @@ class Scout:
             await self._ask_for_a_while(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
 
     async def look_closely(self, *, max_age_s: float = 0.0) -> None:
-        """Read all records, however many there are and however long that takes, and ask the silent once more.
+        """Read all records, and ask the silent once more; as `read_closely` and `ask_again`."""
+        await self.read_closely(max_age_s=max_age_s)
+        await self.ask_again()
+
+    async def read_closely(self, *, max_age_s: float = 0.0) -> None:
+        """Read all records, however many there are and however long that takes.
 
         Args:
             max_age_s: how old records may be.
@@ -147,17 +153,19 @@ class Scout:
         Raises:
             PeerTimeout: some could not be read; what was read is kept.
         """
-        async with self._looking:
-            started = time.monotonic()
-            for num_left in reversed(range(NUM_READS)):
-                try:
-                    await self._read(max_age_s + time.monotonic() - started, everything=True)
-                    break
-                except PeerTimeout as error:
-                    if not num_left:
-                        raise
-                    logger.info("could not read all records, trying again: %s", error)
-            await self._ask_for_a_while(again=self._silent(time.monotonic())[:MAX_DOUBTS])
+        started = time.monotonic()
+        for num_left in reversed(range(NUM_READS)):
+            try:
+                await self._read(max_age_s + time.monotonic() - started, everything=True)
+                break
+            except PeerTimeout as error:
+                if not num_left:
+                    raise
+                logger.info("could not read all records, trying again: %s", error)
+
+    async def ask_again(self) -> None:
+        """Ask the silent once more before anything is done about that: each has the whole time to answer."""
+        await self._ask_for_a_while(again=self._silent(time.monotonic())[:MAX_DOUBTS])
 
     async def confirm(self) -> bool:
         """Read again what was read long ago, and whether that is done: what we see missing may be there by now."""
@@ -187,18 +195,42 @@ class Scout:
     async def _ask_around(self, *, again: Sequence[ServerRecord]) -> None:
         """Measure the neighbours, and ask some of the silent again; then others, as long as somebody is in doubt."""
         asked: set[str] = set()
+        slow: set[str] = set()
+        rounds: set[asyncio.Task[None]] = set()
+        news = asyncio.Event()
         asking = [*neighbours(self._own_blocks(), self.others, self.place, self._generator), *again]
-        while asking:
-            silent = await self._pinger.ping(asking)
-            self._attendance.asked(asking, silent, time.monotonic())
-            for record in asking:
-                if record.peer_id in silent:
-                    logger.info("server %s of blocks %s does not answer", record.peer_id, record.blocks)
-            asked |= {record.peer_id for record in asking}
-            known = self._standings(self._directory.fresh)
-            late = {seen.record.peer_id for seen, standing in known if standing is Standing.LATE}
-            suspects = [seen.record for seen, standing in known if standing is Standing.SILENT]
-            asking = doubtful(_present(known), suspects, late, asked)
+        async with asyncio.TaskGroup() as group:
+            while asking or rounds:
+                if asking:
+                    asked |= {record.peer_id for record in asking}
+                    rounds.add(task := group.create_task(self._ask(asking, slow, news)))
+                    task.add_done_callback(lambda _: news.set())
+                await news.wait()
+                news.clear()
+                rounds = {it for it in rounds if not it.done()}
+                asking = self._doubtful(slow, asked)
+
+    async def _ask(self, asking: Sequence[ServerRecord], slow: set[str], news: asyncio.Event) -> None:
+        """One round of questions; whose answers are slow is added to `slow` as long as they are waited for."""
+
+        def is_slow(peer_id: str) -> None:
+            slow.add(peer_id)
+            news.set()
+
+        silent = await self._pinger.ping(asking, on_slow=is_slow)
+        self._attendance.asked(asking, silent, time.monotonic())
+        for record in asking:
+            if record.peer_id in silent:
+                logger.info("server %s of blocks %s does not answer", record.peer_id, record.blocks)
+        slow.difference_update(record.peer_id for record in asking)
+
+    def _doubtful(self, slow: Collection[str], asked: Collection[str]) -> list[ServerRecord]:
+        """Whom to ask as well, if those that are slow were silent."""
+        known = self._standings(self._directory.fresh)
+        late = {seen.record.peer_id for seen, standing in known if standing is Standing.LATE}
+        suspects = [it.record for it, standing in known if standing is Standing.SILENT or it.record.peer_id in slow]
+        present = [record for record in _present(known) if record.peer_id not in slow]
+        return doubtful(present, suspects, late, asked)
 
     def _silent(self, before: float) -> list[ServerRecord]:
         """Those that did not answer when they were asked last, before some time; first who was asked longest ago."""

@@ -28,6 +28,10 @@ SMOOTHING = 0.3
 STALE_S = 300.0
 """A round trip is forgotten when it was not measured again for so long."""
 PING_TIMEOUT_S = 3.0
+SLOW_S = 1.0
+"""An answer that takes longer than this and SLOW_TRIPS round trips is slow: it may not come, but is waited for ..."""
+SLOW_TRIPS = 8
+"""... which two questions may take, and the making of a connection."""
 NUM_NEAR = 5
 """Likely successors that a server measures each time: the nearest ones ..."""
 NUM_SETTLING = 8
@@ -85,14 +89,20 @@ class Pinger:
         """Whether a connection to this peer lives: it has shown a sign of life within seconds."""
         return self._transport.rtt_s(peer_id) is not None
 
-    async def ping(self, records: Iterable[ServerRecord]) -> dict[str, PeerError]:
+    async def ping(
+        self, records: Iterable[ServerRecord], *, on_slow: Callable[[str], None] = lambda peer_id: None
+    ) -> dict[str, PeerError]:
         """Measure the round trips to some servers at once; those that are not there, and what went wrong.
 
         One that is busy is there. So is one that refuses to say what it serves, unless its record says that it serves.
+
+        Args:
+            records: of the servers.
+            on_slow: is told of those whose answers are slow, while they are waited for.
         """
         records = list(records)
         is_new = self.place.error >= 1.0
-        answers = await asyncio.gather(*(self._ping(record) for record in records))
+        answers = await asyncio.gather(*(self._ping(record, on_slow) for record in records))
         if is_new:
             self._settle(records)
         return {record.peer_id: error for record, error in zip(records, answers, strict=True) if error is not None}
@@ -107,7 +117,22 @@ class Pinger:
         directions = self._generator.normal(size=(NUM_SETTLING * len(samples), 3))
         self.place = located(self.place, samples, directions.tolist())
 
-    async def _ping(self, record: ServerRecord) -> PeerError | None:
+    async def _ping(self, record: ServerRecord, on_slow: Callable[[str], None]) -> PeerError | None:
+        patience_s = slow_after_s(self._expected_s(record))
+        slow = asyncio.get_running_loop().call_later(patience_s, on_slow, record.peer_id)
+        try:
+            return await self._judge(record)
+        finally:
+            slow.cancel()
+
+    def _expected_s(self, record: ServerRecord) -> float | None:
+        """The round trip to a server, measured or as its place tells; None where neither is known."""
+        measured_s = self.rtt_s(record.peer_id)
+        if measured_s is None and record.place is not None and max(self.place.error, record.place.error) < 1.0:
+            return round_trip_s(self.place, record.place)
+        return measured_s
+
+    async def _judge(self, record: ServerRecord) -> PeerError | None:
         try:
             rtt_s = await self._measure(record.peer_id)
         except PeerBusy as error:  # it answers: it has much to do, or is on its way to other blocks
@@ -137,6 +162,11 @@ class Pinger:
             await self._transport.call(peer_id, INFO_SERVICE, InfoRequest(), timeout_s=PING_TIMEOUT_S)
             seconds.append(self._now() - started)
         return min(seconds)
+
+
+def slow_after_s(rtt_s: float | None) -> float:
+    """After how many seconds without an answer a server is slow, by the round trip to it. Pure."""
+    return PING_TIMEOUT_S if rtt_s is None else min(SLOW_S + SLOW_TRIPS * rtt_s, PING_TIMEOUT_S)
 
 
 def neighbours(

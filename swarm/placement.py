@@ -257,6 +257,23 @@ def decide_move(
     return max(moves, key=lambda found: found[:2])[2] if moves else None
 
 
+def still_fills(survey: Survey, own: Holding, move: Move) -> bool:
+    """Whether a move that was decided a moment ago still fills a gap, and opens no other that it would not have opened.
+
+    Another may do a little better by now; who has the right to make this one makes it all the same.
+
+    Args:
+        survey: the swarm as it is now, with this server in it.
+        own: this server's holding.
+        move: what it was to do.
+    """
+    after = survey.without(own.peer_id).plus(
+        Holding(peer_id=own.peer_id, blocks=move.blocks, capacity_tps=own.capacity_tps)
+    )
+    opens_gap = bool((after.missing & ~survey.missing).any())
+    return after.num_missing < survey.num_missing and (move.opens_gap or not opens_gap)
+
+
 def better_movers(survey: Survey, own: Holding, move: Move, *, reload_s: float, enough: int = MAX_RIVALS) -> int:
     """How many others, of those that could gain most, would do the swarm more good by a move than this one.
 

@@ -6,7 +6,8 @@ Quality: random swarms whose servers come one by one; the throughput of the plac
 linear programming), over what no placement can exceed: all capacity, shared out over all blocks. In small swarms also
 over the best placement that mixed-integer programming finds, as in Helix.
 Loss: a quarter of the servers dies at once; an hour is simulated, event by event. How long until every block is served
-again, beyond loading (180 s for everybody), and how often do survivors move? Rules were tuned on swarms of seed 0, so
+again, beyond loading (180 s for everybody, all but 20 of them to fetch files, or none with --on-disk: files are fetched
+while a server drains), and how often do survivors move? Rules were tuned on swarms of seed 0, so
 results are those of other seeds. For some of the swarms also how few moves would do, if somebody knew everything and
 told each server where to go at once: the fewest for the same throughput, by mixed-integer programming.
 Scale: 10,000 servers over 126 blocks in clusters like the world's, of different size, speed and bandwidth, of which a
@@ -37,6 +38,7 @@ LOST = 0.25
 HOUR_S = 3600.0
 ORACLE_S = 30.0
 """For one swarm's fewest moves; a bound of them is what is known then."""
+RULES: dict[str, Callable[[], SwarmRule | PetalsRule]] = {"swarm": SwarmRule, "petals": PetalsRule}
 LOSSES = {"80/24": (80, 24), "80/40": (80, 40), "32/16": (32, 16)}
 """Blocks and servers of the swarms that lose a quarter."""
 
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--optima", type=int, default=8, help="small swarms to solve by programming")
     parser.add_argument("--losses", type=int, default=40, help="swarms of each size that lose a quarter")
     parser.add_argument("--sizes", nargs="+", choices=LOSSES, default=list(LOSSES), help="of those: blocks/servers")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="of those: whose rules")
+    parser.add_argument("--on-disk", action="store_true", help="these fetch nothing: a drain is time that is lost")
     parser.add_argument("--oracles", type=int, default=12, help="of these, swarms to find the fewest moves for")
     parser.add_argument("--servers", type=int, default=10_000, help="of the large swarm that loses a quarter")
     parser.add_argument("--uneven", type=int, default=1_000, help="servers of the one that loses most of one block")
@@ -58,7 +62,7 @@ def main() -> None:
     if "quality" in args.parts:
         details["quality"] = report_quality(args.swarms, args.optima, args.seed, targets)
     if "loss" in args.parts:
-        details["losses"] = report_losses(args.sizes, args.losses, args.oracles, args.seed, targets)
+        details["losses"] = report_losses(args, targets)
     if "scale" in args.parts:
         details["scale"] = an_hour(args.servers, "a quarter died", lose_a_quarter, args.seed)
         details["uneven"] = an_hour(args.uneven, "90 % of a block died", lose_a_block, args.seed)
@@ -85,11 +89,14 @@ def report_quality(num_swarms: int, num_optima: int, seed: int, targets: dict[st
     return found
 
 
-def report_losses(
-    sizes: Sequence[str], num_swarms: int, num_oracles: int, seed: int, targets: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Swarms of some sizes that lose a quarter, by both rules; of the first ones also what an oracle would do."""
-    rows = [row for size in sizes for row in lose(*LOSSES[size], num_swarms, num_oracles, seed)]
+def report_losses(args: argparse.Namespace, targets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Swarms of some sizes that lose a quarter, by each rule; of the first ones also what an oracle would do."""
+    num_oracles = args.oracles
+    rows = [
+        row
+        for size in args.sizes
+        for row in lose(size, args.rules, args.losses, num_oracles, args.seed, on_disk=args.on_disk)
+    ]
     print(f"{'a quarter lost':>16}{'blocks':>8}{'servers':>8}{'gaps':>6}{'filled s: median':>18}{'worst':>8}"
           f"{'never':>7}{'moves/survivor':>23}{'for gaps':>10}{'of bound':>10}")  # fmt: skip
     for row in rows:
@@ -97,6 +104,8 @@ def report_losses(
         print(f"{row['rule']:>16}{row['blocks']:8}{row['servers']:8}{row['gaps']:6}{row['filled_s']:18}"
               f"{row['worst_s']:8}{row['never']:7}{moves:>23}{row['gap_moves']:>10}{row['kept']:10}")  # fmt: skip
     mine = [row for row in rows if row["rule"] == "swarm"]
+    if not mine:
+        return rows
     for row in mine if num_oracles else ():
         print(f"{row['blocks']} blocks, {row['servers']} servers, the first {num_oracles} swarms: "
               f"{row['oracle_of']} moves/survivor, an oracle needs {row['oracle']} for the same")  # fmt: skip
@@ -168,15 +177,17 @@ def arrange_petals(machines: list[Machine], num_blocks: int, generator: np.rando
     return list(holdings.values())
 
 
-def lose(num_blocks: int, num_servers: int, num_swarms: int, num_oracles: int, seed: int) -> list[dict[str, Any]]:
-    """What follows when a quarter of a swarm dies at once, by both rules; each dies in swarms of its own.
+def lose(
+    size: str, rules: Sequence[str], num_swarms: int, num_oracles: int, seed: int, *, on_disk: bool
+) -> list[dict[str, Any]]:
+    """What follows when a quarter of a swarm dies at once, by each rule; each dies in swarms of its own.
 
     `moves_within` is half of the 95 % interval of the mean; Petals' rule does not say what a move is for.
     """
     rows = []
-    makers: dict[str, Callable[[], SwarmRule | PetalsRule]] = {"swarm": SwarmRule, "petals": PetalsRule}
-    for name, make in makers.items():
-        run = partial(_lose_once, make, num_blocks, num_servers, num_oracles if name == "swarm" else 0, seed)
+    num_blocks, num_servers = LOSSES[size]
+    for name in rules:
+        run = partial(_lose_once, RULES[name], size, num_oracles if name == "swarm" else 0, seed, on_disk)
         with ProcessPoolExecutor() as pool:
             runs = list(pool.map(run, range(num_swarms)))
         moves = [run["moves"] for run in runs]
@@ -206,16 +217,12 @@ def _beside_oracle(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _lose_once(
-    make: Callable[[], SwarmRule | PetalsRule],
-    num_blocks: int,
-    num_servers: int,
-    num_oracles: int,
-    seed: int,
-    index: int,
+    make: Callable[[], SwarmRule | PetalsRule], size: str, num_oracles: int, seed: int, on_disk: bool, index: int
 ) -> dict[str, Any]:
+    num_blocks, num_servers = LOSSES[size]
     generator = np.random.default_rng([seed, num_blocks, num_servers, index])
     longest = 24 if num_blocks == 80 else 12
-    machines = make_machines(generator, num_servers, num_blocks, longest=longest, load_s=LOAD_S)
+    machines = make_machines(generator, num_servers, num_blocks, longest=longest, load_s=LOAD_S, on_disk=on_disk)
     lost = [machine.name for machine in machines[: round(LOST * num_servers)]]
     generator.shuffle(machines)  # who dies is not who came first
     world = World(num_blocks, make(), generator)
@@ -239,7 +246,7 @@ def _lose_once(
         )
     return {
         "had_gap": had_gap,
-        "filled_s": None if covered_at is None or not had_gap else covered_at - began - LOAD_S,
+        "filled_s": None if covered_at is None or not had_gap else float(covered_at - began - LOAD_S),
         "moves": (world.num_moves - num_before) / num_survivors,
         "gap_moves": (world.num_gap_moves - num_gaps_before) / num_survivors,
         "oracle": None if oracle is None else oracle / num_survivors,

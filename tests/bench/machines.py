@@ -34,6 +34,7 @@ def make_machines(
     *,
     longest: int,
     load_s: float | None = None,
+    on_disk: bool = False,
     prefix: str = "p",
 ) -> list[Machine]:
     """Servers that could hold the model twice.
@@ -44,6 +45,7 @@ def make_machines(
         num_blocks: of the model.
         longest: most blocks that one holds, or more, if the model would not fit twice.
         load_s: seconds to load other blocks, the same for all; by default each downloads them over its own line.
+        on_disk: whether the files are there: nothing is fetched, it takes as long for other reasons.
         prefix: of their names.
     """
     while True:
@@ -63,6 +65,7 @@ def make_machines(
             length=int(lengths[index]),
             capacity_tps=float(capacities[index]),
             load_s=float(loads_s[index]),
+            fetch_s=0.0 if on_disk else max(0.0, float(loads_s[index]) - READY_S),
             place=places[index],
         )
         for index in range(num_servers)

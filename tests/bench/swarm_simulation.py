@@ -6,9 +6,10 @@
 
 The decisions are the real ones: `swarm.placement`, `swarm.leases.wins`, the neighbours and doubts of `server.scout`,
 with the waits of `server.mover`: a server decides when it has looked, after it has waited for those that are silent,
-and looks once more when it has the right to move. Simulated are the clock, the network (each question to the DHT takes
-its time; the dead are silent, and their records stay until they expire), unloading, loading and draining. Every server
-sees all records, as they are now.
+asks them again beside the wait for the right to move into a gap, or after it, and reads all records once more.
+Simulated are the clock, the network (each question to the DHT takes its time; the dead are silent, and their records
+stay until they expire), draining, which takes all the time that it may, unloading, and loading, whose files are fetched
+from the moment on that a server moves. Every server sees all records, as they are now.
 """
 
 import heapq
@@ -22,8 +23,7 @@ from numpy.typing import NDArray
 
 from swarm.coordinates import Place
 from swarm.leases import GAP_PATIENCE_S, PATIENCE_S, SETTLE_S, Claim, Patience, wins
-from swarm.pings import neighbours
-from swarm.placement import Holding, Move, Survey, better_movers, choose_span, decide_move
+from swarm.placement import Holding, Move, Survey, better_movers, choose_span, decide_move, still_fills
 from swarm.registry import TTL_PERIODS, ServerRecord
 from swarm.server.mover import (
     CHECK_S,
@@ -33,21 +33,18 @@ from swarm.server.mover import (
     MAX_DOUBT,
     counted_rivals,
     delay,
-    is_still_wanted,
     may_others_follow,
     time_to_drain,
     yields,
 )
-from swarm.server.scout import LOOK_TIMEOUT_S, MAX_DOUBTS, doubtful
 from swarm.types import BlockRange, ServerState
 from tests.bench import petals_rule
+from tests.bench.simulated_look import Look
 
 PERIOD_S = 20.0
 """Of announcements."""
 DHT_S = (0.05, 1.0)
 """How long it takes to read from the DHT, or to store there: uniform."""
-SILENT_S = 3.0
-"""How long a server waits for an answer that does not come."""
 UNLOAD_S = 1.0
 """How long it takes to let go of blocks."""
 
@@ -62,6 +59,8 @@ class Machine:
     capacity_tps: float
     load_s: float
     """Seconds to load other blocks."""
+    fetch_s: float = 0.0
+    """Of these, what it takes to fetch their files: that begins before it lets go of what it holds."""
     place: Place = field(default_factory=Place)
 
 
@@ -191,7 +190,9 @@ class World:
                 host.state = ServerState.JOINING
                 self._changed()
                 on_left()
-                self.at(host.machine.load_s, lambda: self._serves(host))
+                machine = host.machine
+                fetching_s = max(0.0, machine.fetch_s - drain_s - UNLOAD_S)
+                self.at(fetching_s + machine.load_s - machine.fetch_s, lambda: self._serves(host))
 
         self.at(drain_s + UNLOAD_S, leave)
 
@@ -236,6 +237,11 @@ class World:
     def records(self, host: Host) -> list[ServerRecord]:
         """The others' records, as one server sees them."""
         return [_record(it, self.now) for it in self._announced() if it is not host and not self.suspects(host, it)]
+
+    def silent_to(self, host: Host) -> list[ServerRecord]:
+        """Those that one server takes for dead, by what they said last."""
+        gone = [it for it in self.hosts.values() if it.state is ServerState.OFFLINE and self.suspects(host, it)]
+        return [_record(it, self.now) for it in gone]
 
     def claims_seen(self) -> list[Claim]:
         """All claims that others can see by now."""
@@ -310,45 +316,13 @@ class SwarmRule:
             world.at(LOOK_S, lambda: self._look(world, host, until))
 
     def _ask_around(self, world: World, host: Host, then: Callable[[], None], *, again: bool = False) -> None:
-        """As `Scout.look`: one round of questions after the other, in all LOOK_TIMEOUT_S at most.
-
-        Args:
-            then: what to do when it knows who answers.
-            again: whether the silent are asked once more.
-        """
+        """As `Scout.look`, after the records were read; with `again` as `Scout.ask_again`, which reads nothing."""
         host.is_busy = True
-        asked: set[str] = set()
-        ends_at = world.now + LOOK_TIMEOUT_S
-
-        def ask(asking: list[ServerRecord]) -> None:
-            silent = [record for record in asking if world.hosts[record.peer_id].died_at <= world.now]
-            took_s = SILENT_S if silent else 0.0
-            if not asking or world.now + took_s > ends_at:
-                world.at(0.0 if not asking else ends_at - world.now, finish)
-            else:
-                world.at(took_s, lambda: hear(asking, silent))
-
-        def hear(asking: list[ServerRecord], silent: list[ServerRecord]) -> None:
-            host.suspects.update({record.peer_id: record.expires_at for record in silent})
-            asked.update(record.peer_id for record in asking)
-            records = world.records(host)
-            late = {record.peer_id for record in records if record.is_late(world.now)}
-            ask(doubtful(records, self._silent(world, host), late, asked))
-
-        def finish() -> None:
-            if host.died_at > world.now:
-                then()
-
-        def begin() -> None:
-            asking = neighbours(host.blocks, world.records(host), host.machine.place, world.generator)
-            ask(asking + (self._silent(world, host)[:MAX_DOUBTS] if again else []))
-
-        world.at(world.generator.uniform(*DHT_S), begin)
-
-    def _silent(self, world: World, host: Host) -> list[ServerRecord]:
-        """Those that it takes for dead, by what they said last."""
-        gone = [it for it in world.hosts.values() if it.state is ServerState.OFFLINE and world.suspects(host, it)]
-        return [_record(it, world.now) for it in gone]
+        look = Look(world, host, then)
+        if again:
+            look.begin(again=True)
+        else:
+            world.at(world.generator.uniform(*DHT_S), look.begin)
 
     def _check_later(self, world: World, host: Host) -> None:
         def check() -> None:
@@ -386,52 +360,102 @@ class SwarmRule:
             return
         host.num_yields = 0
         host.is_busy = True
+        turn = Turn(move, host.patience[move.fills_gap])
+        if move.fills_gap:
+            self._ask_around(world, host, turn.has_asked, again=True)
         delay_s = delay(move, num_better, world.generator)
         read_s = world.generator.uniform(*DHT_S)
-        world.at(delay_s + read_s, lambda: self._claim(world, host, move, host.patience[move.fills_gap]))
+        world.at(delay_s + read_s, lambda: self._claim(world, host, turn))
 
-    def _claim(self, world: World, host: Host, move: Move, patience: Patience) -> None:
+    def _claim(self, world: World, host: Host, turn: "Turn") -> None:
         """It has waited and read who else would move: as `LeaseDesk.acquire` from there."""
         lease_s = host.machine.load_s + DRAIN_S + LEASE_MARGIN_S
-        own = Claim(peer_id=host.machine.name, leaves=host.blocks, takes=move.blocks, expires_at=world.now + lease_s)
-        if not self._wins(world, own, patience, is_settled=False):
-            host.is_busy = False
+        takes = turn.move.blocks
+        own = Claim(peer_id=host.machine.name, leaves=host.blocks, takes=takes, expires_at=world.now + lease_s)
+        if not self._wins(world, own, turn.patience, is_settled=False):
+            self._stay(host, turn)
             return
         store_s, read_s = world.generator.uniform(*DHT_S, size=2)
         world.claims[own.peer_id] = own, world.now + store_s
-        world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, move, own, patience))
+        world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, turn, own))
 
-    def _settle(self, world: World, host: Host, move: Move, own: Claim, patience: Patience) -> None:
-        """It may move, or not; if so it looks once more, closely. The claim of one that has died stays till its end."""
+    def _settle(self, world: World, host: Host, turn: "Turn", own: Claim) -> None:
+        """It may move, or not; if so it reads all once more. The claim of one that has died stays till its end."""
         if host.died_at <= world.now:
             return
-        if self._wins(world, own, patience, is_settled=True):
-            self._ask_around(world, host, lambda: self._move(world, host, move, own), again=True)
-        else:
-            host.is_busy = False
+        if not self._wins(world, own, turn.patience, is_settled=True):
             world.claims.pop(own.peer_id)
+            self._stay(host, turn)
+            return
+        lease_s, read_s = world.generator.uniform(*DHT_S, size=2)  # the lease is stored, and all records read
 
-    def _move(self, world: World, host: Host, move: Move, own: Claim) -> None:
-        """It knows what there is to know: it moves if it would decide the same again."""
-        again = self._find(world, host)
-        if again is None or not is_still_wanted(move, again):
+        def read() -> None:
+            if turn.move.fills_gap:
+                self._move(world, host, turn)
+            else:
+                self._ask_around(world, host, lambda: self._move(world, host, turn), again=True)
+
+        world.at(lease_s, lambda: turn.when_asked(lambda: world.at(read_s, read)))
+
+    def _stay(self, host: Host, turn: "Turn") -> None:
+        def stay() -> None:
             host.is_busy = False
-            world.claims.pop(own.peer_id)
+
+        turn.when_asked(stay)
+
+    def _move(self, world: World, host: Host, turn: "Turn") -> None:
+        """It knows what there is to know: it moves if that is still right, as `Mover` sees it."""
+        if host.died_at <= world.now:
+            return
+        move, again = turn.move, None if turn.move.fills_gap else self._find(world, host)
+        is_right = again is not None and again.blocks == move.blocks
+        if move.fills_gap:
+            is_right = still_fills(world.seen_by(host), host.holding, move)
+        if not is_right:
+            host.is_busy = False
+            world.claims.pop(host.machine.name)
             return
 
         def release() -> None:
-            world.claims.pop(own.peer_id, None)
+            world.claims.pop(host.machine.name, None)
 
-        drain_s = time_to_drain(again)
-        if may_others_follow(again):
-            world.move(host, own.takes, drain_s=drain_s, fills_gap=again.fills_gap, on_left=release)
+        drain_s = time_to_drain(move)
+        if may_others_follow(move):
+            world.move(host, move.blocks, drain_s=drain_s, fills_gap=move.fills_gap, on_left=release)
         else:
-            world.move(host, own.takes, drain_s=drain_s)
+            world.move(host, move.blocks, drain_s=drain_s)
             world.at(drain_s + UNLOAD_S + host.machine.load_s, release)
 
     def _wins(self, world: World, own: Claim, patience: Patience, *, is_settled: bool) -> bool:
         claims = patience.respected(own, world.claims_seen(), world.now)
         return wins(own, claims, world.now, is_settled=is_settled)
+
+
+class Turn:
+    """One server's try to move.
+
+    Args:
+        move: what it would do.
+        patience: how long it waits for others.
+    """
+
+    def __init__(self, move: Move, patience: Patience):
+        self.move, self.patience = move, patience
+        self._is_asking = move.fills_gap
+        """Whether the silent are being asked once more."""
+        self._then: Callable[[], None] = lambda: None
+
+    def has_asked(self) -> None:
+        """They were asked."""
+        self._is_asking = False
+        self._then()
+
+    def when_asked(self, action: Callable[[], None]) -> None:
+        """Do something when they have been asked, which may be now."""
+        if self._is_asking:
+            self._then = action
+        else:
+            action()
 
 
 class PetalsRule:

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from swarm.pings import PING_TIMEOUT_S, SLOW_S
 from swarm.placement import Holding
 from swarm.server.mover import GAP_DRAIN_S
 from swarm.types import BlockRange, ServerState
 from tests.bench import large_swarm, petals_rule
 from tests.bench.large_swarm import an_hour, lose_a_quarter
+from tests.bench.simulated_look import Look
 from tests.bench.swarm_simulation import PERIOD_S, UNLOAD_S, Host, Machine, PetalsRule, SwarmRule, World
 
 LOAD_S = 30.0
@@ -57,6 +59,35 @@ def test_a_server_that_drains_serves_nobody_and_comes_back_elsewhere():
     assert host.state is ServerState.DRAINING and world.num_missing == 4
     world.run(world.now + 10.0 + UNLOAD_S + LOAD_S)
     assert host.state is ServerState.ONLINE and host.blocks == BlockRange(8, 12)
+
+
+def test_files_are_fetched_while_a_server_drains():
+    """As `Server.leave_for` does: what is left of them when it has let go of its blocks takes time of its own."""
+    for fetch_s, served_s in ((25.0, LOAD_S), (5.0, 10.0 + UNLOAD_S + LOAD_S - 5.0)):
+        world = World(12, SwarmRule(), np.random.default_rng(0))
+        world.join(Machine(name="p", length=4, capacity_tps=1.0, load_s=LOAD_S, fetch_s=fetch_s), load_s=0.0)
+        world.run(1.0)
+        world.move(world.hosts["p"], BlockRange(8, 12), drain_s=10.0)
+        world.run(world.now + served_s - 0.1)
+        assert world.hosts["p"].state is ServerState.JOINING
+        world.run(world.now + 0.2)
+        assert world.hosts["p"].state is ServerState.ONLINE
+
+
+def test_rounds_of_questions_overlap():
+    """A dead neighbour makes it ask the other holder after a second, and both have their three seconds."""
+    world = World(12, SwarmRule(watches=False), np.random.default_rng(0))
+    for index in range(30):
+        world.join(Machine(name=f"p{index}", length=4, capacity_tps=1.0, load_s=LOAD_S), load_s=0.0)
+        host = world.hosts[f"p{index}"]
+        host.take(BlockRange(4, 8) if index in (1, 2) else BlockRange(0, 4))
+    world.run(1.0)
+    world.kill(["p1", "p2"])
+    ended_at = []
+    Look(world, world.hosts["p0"], lambda: ended_at.append(world.now)).begin()
+    world.run(20.0)
+    assert set(world.hosts["p0"].suspects) == {"p1", "p2"}
+    assert PING_TIMEOUT_S <= ended_at[0] - 1.0 <= PING_TIMEOUT_S + SLOW_S + 0.5
 
 
 def test_the_rule_of_petals_joins_where_least_is_served_and_moves_when_all_would():

@@ -35,6 +35,7 @@ class FakeScout:
         self.share_in_doubt = 0.0
         self.error = None
         self.is_sure = True
+        self.when_asked_again = None
 
     @property
     def holdings(self):
@@ -52,6 +53,14 @@ class FakeScout:
         if self.error is not None:
             raise self.error
         await self.look()
+
+    async def read_closely(self, **_):
+        if self.error is not None:
+            raise self.error
+
+    async def ask_again(self):
+        if self.when_asked_again is not None:
+            await self.when_asked_again()
 
     async def confirm(self):
         return self.is_sure
@@ -242,6 +251,35 @@ async def test_a_gap_that_is_not_sure_makes_nobody_claim_anything():
     mover._scout.is_sure = True
     await mover._consider(may_gain=False)
     assert server.moves
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_nobody_moves_into_a_gap_before_the_silent_had_their_second_chance(answers):
+    """They are asked while it waits for the lease; who answers after all, as the last moment, keeps it where it is."""
+    world = World()
+    server, other = FakeServer(world, "a", (0, 6)), FakeServer(world, "b", (0, 6))
+    server.serve()
+    other.serve()
+    mover, has_lease = mover_of(world, server), asyncio.Event()
+    acquire = mover._leases.acquire
+
+    async def acquiring(*args, **kwargs):
+        has_it = await acquire(*args, **kwargs)
+        has_lease.set()
+        return has_it
+
+    async def ask_again():
+        await has_lease.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert await LeaseDesk(FakeTable(world, "c"), MODEL).claims() and not server.drains
+        if answers:
+            FakeServer(world, "slow", (6, 12)).serve()
+
+    mover._leases.acquire, mover._scout.when_asked_again = acquiring, ask_again
+    await asyncio.wait_for(mover._consider(may_gain=False), 20)
+    assert server.moves == ([] if answers else [BlockRange(6, 12)])
+    assert await LeaseDesk(FakeTable(world, "c"), MODEL).claims() == []
 
 
 async def test_a_server_that_can_load_nothing_any_more_says_so():

@@ -133,7 +133,7 @@ class FakePinger:
     def rtt_s(self, peer_id):
         return self.round_trips.get(peer_id, 0.0)
 
-    async def ping(self, records):
+    async def ping(self, records, *, on_slow=None):
         ids = [it.peer_id for it in records]
         self.asked += ids
         self.num_most = max(self.num_most, len(ids))
@@ -389,6 +389,53 @@ async def test_a_death_makes_it_ask_the_few_that_are_left_for_the_same_blocks():
     await scout.look()
     assert ids(scout.others) == ids(far)
     assert len(pinger.asked) <= NUM_NEAR + NUM_RANDOM + 2
+
+
+class SlowPinger(FakePinger):
+    """Some answer late: when `may_answer` is set."""
+
+    def __init__(self, slow, dead=()):
+        super().__init__(dead)
+        self.slow, self.may_answer, self.when_asked = set(slow), asyncio.Event(), lambda: None
+
+    async def ping(self, records, *, on_slow=None):
+        silent = await super().ping(records)
+        self.when_asked()
+        for peer_id in ids(records) & self.slow:
+            on_slow(peer_id)
+            await self.may_answer.wait()
+        return silent
+
+
+async def test_others_are_asked_while_an_answer_is_slow_which_is_not_held_against_who_gives_it():
+    """A slow neighbour makes us ask who else holds its blocks; nobody is taken for dead before its time is over."""
+    far = [record(f"far{index}", blocks=BlockRange(12, 16)) for index in range(40)]
+    near = [record("slow", blocks=BlockRange(4, 8)), record("next", blocks=BlockRange(6, 10))]
+    pinger = SlowPinger(["slow"])
+    scout = scout_with(FakeRegistry({0: [*far, *near]}), pinger)
+    seen = []
+
+    def when_asked():
+        if "next" in pinger.asked:
+            seen.append(ids(scout.others))
+            pinger.may_answer.set()
+
+    pinger.when_asked = when_asked
+    await asyncio.wait_for(scout.look(), 20)
+    assert seen and all(others >= ids(near) for others in seen), "it is there as long as it may answer"
+    assert "next" in pinger.asked and ids(scout.others) >= ids(near) and scout.share_in_doubt == 0.0
+
+
+async def test_who_is_slow_and_never_answers_is_silent_when_its_time_is_over():
+    """And the one that was asked for its sake as well: both had the whole time to answer."""
+    lost = [record("near", blocks=BlockRange(4, 8)), record("next", blocks=BlockRange(6, 10))]
+    far = [record(f"far{index}", blocks=BlockRange(12, 16)) for index in range(40)]
+    pinger = SlowPinger(["near", "next"], dead=["near", "next"])
+    scout = scout_with(FakeRegistry({0: [*far, *lost]}), pinger)
+    pinger.when_asked = lambda: {"near", "next"} <= set(pinger.asked) and pinger.may_answer.set()
+    async with asyncio.timeout(20):
+        await scout.look()
+    assert ids(scout.others) == ids(far)
 
 
 @given(st.integers(0, 80), st.integers(0, 5), st.integers(0, 2**32 - 1))

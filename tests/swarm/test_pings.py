@@ -1,13 +1,26 @@
 """Round trips are smoothed and forgotten, places follow from them, and neighbours are few and near."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm import pings as pings_module
 from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout
-from swarm.pings import NUM_NEAR, NUM_RANDOM, STALE_S, Pinger, RoundTrips, neighbours
+from swarm.pings import (
+    NUM_NEAR,
+    NUM_RANDOM,
+    PING_TIMEOUT_S,
+    SLOW_S,
+    STALE_S,
+    Pinger,
+    RoundTrips,
+    neighbours,
+    slow_after_s,
+)
 from swarm.types import BlockRange, ServerState
 from tests.swarm.test_directory import record
 
@@ -63,6 +76,35 @@ async def test_who_announces_blocks_and_serves_nothing_is_as_good_as_gone():
     (error,) = (await measuring.ping([record("liar")])).values()
     assert isinstance(error, PeerMisbehaved) and error.peer_id == "liar"
     assert await measuring.ping([record("liar", state=ServerState.JOINING)]) == {}
+
+
+async def test_who_is_slow_is_told_of_and_still_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """Where it is known how long an answer takes; that of a stranger is never slow."""
+    monkeypatch.setattr(pings_module, "SLOW_S", 0.0)
+    transport = FakeTransport({"slow": 0.0, "quick": 0.0, "stranger": 0.0})
+    measuring = pinger(transport)
+    await measuring.ping([record("slow"), record("quick")])
+    call, may_answer, slow = transport.call, asyncio.Event(), []
+
+    async def waiting(peer_id, *args, **kwargs):
+        if peer_id != "quick":
+            await may_answer.wait()
+        await call(peer_id, *args, **kwargs)
+
+    def on_slow(peer_id):
+        slow.append(peer_id)
+        may_answer.set()
+
+    transport.call = waiting
+    assert await measuring.ping([record(peer_id) for peer_id in transport.rtts], on_slow=on_slow) == {}
+    assert slow == ["slow"]
+
+
+@given(st.floats(0.0, 10.0), st.floats(0.0, 10.0))
+def test_an_answer_is_slow_after_a_second_and_some_round_trips_at_the_latest_when_it_counts_no_more(one, other):
+    """The further away, the later."""
+    near, far = (slow_after_s(rtt_s) for rtt_s in sorted((one, other)))
+    assert SLOW_S <= near <= far <= PING_TIMEOUT_S == slow_after_s(None)
 
 
 def test_round_trips_are_smoothed_and_grow_stale():

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from swarm import placement
-from swarm.placement import Holding, Survey, better_movers, choose_span, decide_move, may_gain
+from swarm.placement import Holding, Survey, better_movers, choose_span, decide_move, may_gain, still_fills
 from swarm.types import BlockRange
 from tests.bench.flow import max_flow
 
@@ -91,6 +91,17 @@ def test_the_quick_check_never_hides_a_move(swarm, data):
         patch.setattr(placement, "may_gain", lambda *_: True)
         move = decide(swarm, index, num_sessions=num_sessions)
     assert quick or move is None or move.fills_gap
+
+
+@given(surveys(), st.data())
+def test_a_move_into_a_gap_holds_until_somebody_else_has_filled_it(swarm, data):
+    """Right after it was decided, and no longer when another server holds the same blocks."""
+    own = swarm.holdings[data.draw(st.integers(0, len(swarm.holdings) - 1))]
+    move = decide_move(swarm, own, reload_s=[60.0] * 12, num_sessions=0)
+    assume(move is not None)
+    assert still_fills(swarm, own, move) == move.fills_gap
+    filled = swarm.plus(Holding(peer_id="other", blocks=move.blocks, capacity_tps=own.capacity_tps))
+    assert not still_fills(filled, own, move)
 
 
 @given(surveys())

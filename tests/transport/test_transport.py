@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 
@@ -26,12 +27,14 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.network import Node, NodeConfig
+from swarm.pings import Pinger
 from swarm.protocol import PROTOCOL_VERSION, Info, InfoRequest
 from swarm.transport import EndOfStream, Limits, Stream, Transport
 from swarm.transport import ways as ways_module
 from swarm.transport.direct import Offer
 from swarm.transport.frames import Kind, encode_frame
 from swarm.transport.offers import ask_offer
+from tests.swarm.test_directory import record
 
 CARRIERS = ("direct", "p2p")
 INFO = Info(
@@ -583,6 +586,17 @@ async def test_a_peer_that_dies_or_stops_is_noticed(
         for task in done:
             error = task.result()
             assert isinstance(error, kind) and error.peer_id == peer_id
+
+
+async def test_whoever_asks_a_killed_process_hears_at_once_that_it_is_gone(nodes: tuple[Node, Node]):
+    """The connection is reset, and a new one refused: no time has to run out before a server knows."""
+    async with echo_process(nodes[0]) as (pid, peer_id), Transport(nodes[1]) as transport:
+        pinger = Pinger(transport, np.random.default_rng(0))
+        await pinger.ping([record(peer_id)])
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(2):
+            error = (await pinger.ping([record(peer_id)]))[peer_id]
+            assert isinstance(error, PeerDisconnected | PeerUnreachable)
 
 
 async def test_a_service_that_is_given_up_ends_its_streams_and_refuses_new_ones(nodes: tuple[Node, Node]):
