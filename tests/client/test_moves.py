@@ -188,6 +188,7 @@ async def test_where_one_has_no_room_the_next_is_asked(nodes):
 async def test_with_nobody_to_go_to_a_session_stays_until_the_end(nodes, monkeypatch):
     """It goes on; a server that leaves does not wait for it once it is quiet; then it is replayed as ever."""
     monkeypatch.setattr(handler, "QUIET_S", 0.05)
+    monkeypatch.setattr(handler, "QUIET_SHARE", 0.05)
     async with chain_of(nodes, 6) as chain:
         swarm = Swarm(chain)
         hidden, swarm.peers.servers = swarm.peers.servers, swarm.peers.servers[:3]
