@@ -118,8 +118,9 @@ def cheapest(
     first = spans.covering[blocks.start]
     chains.enter(first, ways.from_start(first) + chains.entry_s(first, blocks.start), None, blocks.start)
     for boundary in range(blocks.start + 1, blocks.end):
-        chains.hand_over(boundary, spans.ending[boundary], entries[boundary], ways)
+        # in this order: who is entered here hands nothing over here, as a mere relay where a direct way is slow
         chains.hand_over(boundary, spans.around[boundary], spans.starting[boundary], ways)
+        chains.hand_over(boundary, spans.ending[boundary], entries[boundary], ways)
     last = spans.covering[blocks.end - 1]
     total_s = chains.base_s[last] + blocks.end * costs.block_s[last] + ways.to_end(last)
     winner = int(np.argmin(total_s))

@@ -218,6 +218,19 @@ def test_who_boasts_draws_no_more_than_sixteen_usual_servers():
     assert peers.count("boasts") / 1000 == pytest.approx(0.5, abs=0.02)
 
 
+def test_no_server_is_a_mere_relay_where_a_direct_way_is_slow():
+    """Measured ways need not obey the triangle inequality; a hop that runs no block is none."""
+    slow, quick = 2.0, 0.001
+    pings = [(2, quick), (3, slow)]
+    offers = [
+        offer("first", 0, 4, location=Location(tag=1, pings=pings, client_rtt_s=quick)),
+        offer("between", 2, 6, block_s=0.5, location=Location(tag=2, pings=[(1, quick), (3, quick)])),
+        offer("last", 4, 12, location=Location(tag=3, pings=[(1, slow), (2, quick)], client_rtt_s=quick)),
+    ]
+    hops = Router(offers).fastest(BlockRange(0, 12)).hops
+    assert all(hop.blocks.start < hop.blocks.end for hop in hops) and hops[-1].blocks.end == 12
+
+
 def test_small_batches_stay_near_and_large_ones_use_all_servers():
     """The way to a far server costs as much as the work of many batches at the near one, or next to nothing."""
     near, far = Location(client_rtt_s=0.01), Location(client_rtt_s=0.2)
