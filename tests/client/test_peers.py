@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from swarm.client.timings import HopTiming
 from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.registry import ServerRecord
+from swarm.routing import Router
 from swarm.session import Hop
 from swarm.types import BlockRange, ServerState
 
@@ -430,6 +432,23 @@ async def test_a_live_chain_is_compared_with_others_by_what_was_measured(peers, 
     assert after.predicted_s - after.prospects[0].predicted_s == pytest.approx(0.49)
     assert not (await peers.outlook(chain, num_tokens=1000)).prospects  # nobody has room for so many
     assert await peers.outlook((Hop(peer_id="gone", blocks=BlockRange(0, 2)),)) is None
+
+
+async def test_servers_of_a_large_swarm_are_balanced_for_training_beside_the_loop(peers, monkeypatch):
+    """That takes a third of a second for thousands; who asks for a route over a gap hears of it as ever."""
+    threads, balance = [], Router.balance
+
+    def watched(*args, **options) -> None:
+        threads.append(threading.current_thread())
+        balance(*args, **options)
+
+    monkeypatch.setattr(Router, "balance", watched)
+    monkeypatch.setattr(peers_module, "LARGE", 2)
+    await read(peers, record("a"), record("b"))
+    assert (await peers.spread(BLOCKS))[0].blocks == BLOCKS
+    assert threads[0] is not threading.current_thread()
+    with pytest.raises(RouteNotFound):
+        await peers.spread(BlockRange(0, 3))
 
 
 async def test_a_large_swarm_is_not_read_whole_again_before_that_has_paid(peers, monkeypatch):

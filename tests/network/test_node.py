@@ -193,6 +193,16 @@ async def test_the_first_node_of_a_swarm_stays_in_it_when_it_is_hidden():
         assert await b.dht_get("key") == {a.peer_id: b"of a"}
 
 
+async def test_nobody_waits_for_ever_for_a_daemon_that_announces_something_else(monkeypatch):
+    """It comes when it can, and is what was asked for; until then that is said."""
+    async with await start() as a, await start(*a.addresses) as b:
+        with monkeypatch.context() as patch:
+            patch.setattr(libp2p, "RENEWAL_TIMEOUT_S", 0.0)
+            with pytest.raises(PeerTimeout, match="no libp2p daemon announces"):
+                await b.present(["127.0.0.2"])
+        await until(lambda: b.num_restarts == 1 and "/127.0.0.2/" in b.addresses[0])
+
+
 async def test_addresses_that_are_announced_can_change():
     """Nothing happens where they are what they were; others are told of them, streams that were open end."""
     async with await start() as a, await start(*a.addresses) as b:
