@@ -153,24 +153,27 @@ class Mover:
         """Move if that pays, unless others should."""
         move = self._decide()
         if move is not None and move.fills_gap:
-            await self._fill_gap()
+            await self._fill_gap(move)
         elif move is not None and may_gain:
             await self._gain(move)
 
-    async def _fill_gap(self) -> None:
-        """Fill a gap, or what others leave of it: what they claim is taken as done, and anew if they are first."""
+    async def _fill_gap(self, move: Move) -> None:
+        """Fill a gap, or what others leave of it: what they claim is taken as done, and anew if they are first.
+
+        Claims are read before records: whoever has given one back meanwhile has told before what it loads.
+        """
         for _ in range(MAX_TURNS):
-            move = self._decide() if await self._scout.confirm() else None  # in a large swarm, what we read is old
-            if move is None or not move.fills_gap:
-                return
             try:
                 claims = await self._leases.respected(self._server.holding.blocks, move.blocks)
             except SwarmError as error:
                 logger.info("can't read who else would fill a gap: %s", error)
                 return
-            move = self._decide(goals(claims))
-            if move is None or not move.fills_gap:
+            if not await self._scout.confirm():  # in a large swarm, what we have read may be old
                 return
+            found = self._decide(goals(claims))
+            if found is None or not found.fills_gap:
+                return
+            move = found
             num_better = await self._num_better(move, goals(claims))
             if await self._try(move, delay(move, num_better, self._generator)):
                 return

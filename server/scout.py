@@ -40,7 +40,7 @@ NUM_READS = 3
 SAMPLE_S = 20.0
 """How many are late is told by the records that were read within so long of the newest: all, in a small swarm."""
 CONFIRM_S = 20.0
-"""Before anything is done about a gap, all records must be younger; in a small swarm they are."""
+"""Before anything is done about a gap, all records must be younger; in a small swarm they are read anew."""
 AGAIN_S = 30.0
 """The silent are asked again after so long: one that was only slow, or has come back, is there again ..."""
 MAX_AGAIN = 4
@@ -173,7 +173,7 @@ class Scout:
         await self._ask_for_a_while(again=self._silent(time.monotonic())[:MAX_DOUBTS])
 
     async def confirm(self) -> bool:
-        """Read again what was read long ago, and whether that is done: what we see missing may be there by now."""
+        """Read all anew, or what was read long ago, and whether that is done: what is missing may be there by now."""
         try:
             return await self._directory.confirm(max_age_s=CONFIRM_S)
         except SwarmError as error:

@@ -133,15 +133,16 @@ class Directory:
                 await self._read(shards_due(self._read_at, now, max_age_s, self._num_estimated), now)
 
     async def confirm(self, *, max_age_s: float) -> bool:
-        """Read all shards that are older than that; whether none is then. False where the budget does not allow it.
+        """Read all anew, or in a large swarm what is older than that; False where the budget does not allow it.
 
         Raises:
             PeerTimeout: as `refresh`.
         """
-        now = time.monotonic()
+        now, takes_s = time.monotonic(), round_s(0.0, self._num_estimated)
+        max_age_s = min(max_age_s, takes_s)
         if now - min(self._read_at) < max_age_s:
             return True
-        if now - self._confirmed_at < round_s(max_age_s, self._num_estimated):
+        if now - self._confirmed_at < takes_s:
             return False
         self._confirmed_at = now
         await self.refresh(max_age_s=max_age_s, everything=True)

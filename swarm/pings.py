@@ -10,6 +10,7 @@ How many are measured is the caller's choice; it does not grow with the swarm (`
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
@@ -36,6 +37,8 @@ NUM_NEAR = 5
 """Likely successors that a server measures each time: the nearest ones ..."""
 NUM_SETTLING = 8
 """Times that a newcomer goes over its first measurements."""
+NUM_PARTNERS = 2
+"""... those that hold some of its blocks and without which nobody else would, or one ..."""
 NUM_RANDOM = 3
 """... and others at random, so that places settle and new neighbours are found."""
 
@@ -172,7 +175,11 @@ def slow_after_s(rtt_s: float | None) -> float:
 def neighbours(
     blocks: BlockRange, others: Sequence[ServerRecord], place: Place, generator: np.random.Generator
 ) -> list[ServerRecord]:
-    """Whom a server measures: the nearest ones that could follow it in a chain, and some others at random. Pure.
+    """Whom a server measures: the nearest ones that could follow it in a chain, some on whom its own blocks depend, and
+    some others at random. Pure.
+
+    Where nobody follows, holders of the first block are taken in their place, which follow nobody: so each block is
+    watched by some.
 
     Args:
         blocks: of the server.
@@ -181,11 +188,27 @@ def neighbours(
         generator: for the others.
     """
     following = [record for record in others if record.blocks.start <= blocks.end < record.blocks.end]
-    near = sorted(following, key=lambda record: _distance_s(record, place))[:NUM_NEAR]
-    chosen = {record.peer_id for record in near}
-    rest = [record for record in others if record.peer_id not in chosen]
-    count = min(NUM_NEAR + NUM_RANDOM - len(near), len(rest))
-    return near + [rest[index] for index in generator.choice(len(rest), count, replace=False)]
+    following = following or [record for record in others if record.blocks.start == 0]
+    chosen = sorted(following, key=lambda record: _distance_s(record, place))[:NUM_NEAR]
+    rest = _without(others, chosen)
+    chosen += partners(blocks, rest)
+    rest = _without(rest, chosen)
+    count = min(max(NUM_NEAR + NUM_RANDOM - len(chosen), NUM_RANDOM), len(rest))
+    return chosen + [rest[index] for index in generator.choice(len(rest), count, replace=False)]
+
+
+def partners(blocks: BlockRange, others: Sequence[ServerRecord]) -> list[ServerRecord]:
+    """The few without which a server would be needed where it is, at most NUM_PARTNERS, first the last ones. Pure."""
+    near = [record for record in others if record.blocks.start < blocks.end and blocks.start < record.blocks.end]
+    sharing = [(record, set(blocks).intersection(record.blocks)) for record in near]
+    holders = Counter(block for _, shared in sharing for block in shared)
+    few = [(min(holders[block] for block in shared), record.peer_id, record) for record, shared in sharing]
+    return [record for count, _, record in sorted(few, key=lambda it: it[:2])[:NUM_PARTNERS] if count <= NUM_PARTNERS]
+
+
+def _without(records: Sequence[ServerRecord], chosen: Sequence[ServerRecord]) -> list[ServerRecord]:
+    ids = {record.peer_id for record in chosen}
+    return [record for record in records if record.peer_id not in ids]
 
 
 def _distance_s(record: ServerRecord, place: Place) -> float:

@@ -6,7 +6,8 @@
 
 The decisions are the real ones: `swarm.placement`, `swarm.leases.wins`, the neighbours and doubts of `server.scout`,
 with the waits of `server.mover`: a server decides when it has looked, after it has waited for those that are silent,
-asks them again beside the wait for the right to move into a gap, or after it, and reads all records once more.
+asks them again beside the wait for the right to move into a gap, or after it, and reads all records once more. Who
+would fill a gap goes by records as they were when it began its turn until then.
 Simulated are the clock, the network (each question to the DHT takes its time; the dead are silent, and their records
 stay until they expire), draining, which takes all the time that it may, unloading, and loading, whose files are fetched
 from the moment on that a server moves. Every server sees all records, as they are now.
@@ -16,7 +17,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from swarm.coordinates import Place
 from swarm.leases import (
     GAP_PATIENCE_S,
+    GAP_SETTLE_S,
     PATIENCE_S,
     SETTLE_S,
     Claim,
@@ -103,15 +105,23 @@ class Host:
         self.blocks = blocks
         self.holding = Holding(peer_id=self.machine.name, blocks=blocks, capacity_tps=self.machine.capacity_tps)
 
-    def holding_after(self, moves: Mapping[str, BlockRange]) -> Holding:
-        """What it holds if these have moved, by name."""
-        blocks = moves.get(self.machine.name)
-        return self.holding if blocks is None else replace(self.holding, blocks=blocks)
-
     def expires_at(self, now: float) -> float:
         """When the record expires that it announced last."""
         last = min(now, self.died_at)
         return last - (last - self.phase_s) % PERIOD_S + TTL_PERIODS * PERIOD_S
+
+
+class Seen(NamedTuple):
+    """One server's record, as it was read."""
+
+    host: Host
+    state: ServerState
+    holding: Holding
+
+    def after(self, moves: Mapping[str, BlockRange]) -> Holding:
+        """What it holds if these have moved, by name."""
+        blocks = moves.get(self.holding.peer_id)
+        return self.holding if blocks is None else replace(self.holding, blocks=blocks)
 
 
 class Rule(Protocol):
@@ -233,14 +243,20 @@ class World:
             self._survey = self._version, Survey([it.holding for it in self._announced()], self.num_blocks)
         return self._survey[1]
 
-    def seen_by(self, host: Host, moves: Mapping[str, BlockRange] = NOBODY) -> Survey:
-        """The same without those that it takes for dead, and as if some had moved."""
-        if not host.suspects and not moves:
+    def read(self) -> list[Seen]:
+        """All records, as they are now."""
+        return [Seen(it, it.state, it.holding) for it in self.hosts.values()]
+
+    def seen_by(
+        self, host: Host, moves: Mapping[str, BlockRange] = NOBODY, records: Sequence[Seen] | None = None
+    ) -> Survey:
+        """The same without those that it takes for dead, as if some had moved, and as it was when it was read."""
+        if records is None and not host.suspects and not moves:
             return self.seen()
-        there = [it for it in self.hosts.values() if it.state is not ServerState.DRAINING or it.machine.name in moves]
-        return Survey(
-            [it.holding_after(moves) for it in there if it is host or not self.suspects(host, it)], self.num_blocks
-        )
+        seen = self.read() if records is None else records
+        there = [it for it in seen if it.state is not ServerState.DRAINING or it.holding.peer_id in moves]
+        others = [it.after(moves) for it in there if it.host is not host and not self.suspects(host, it.host)]
+        return Survey([*others, host.holding], self.num_blocks)
 
     def suspects(self, host: Host, other: Host) -> bool:
         """Whether one server takes another for dead."""
@@ -359,8 +375,14 @@ class SwarmRule:
 
         world.at(world.generator.uniform(0.0, 2 * CHECK_S), check)
 
-    def _find(self, world: World, host: Host, moves: Mapping[str, BlockRange] = NOBODY) -> Move | None:
-        survey = world.seen_by(host, moves)
+    def _find(
+        self,
+        world: World,
+        host: Host,
+        moves: Mapping[str, BlockRange] = NOBODY,
+        records: Sequence[Seen] | None = None,
+    ) -> Move | None:
+        survey = world.seen_by(host, moves, records)
         if host.found is None or host.found[0] != survey.holdings:
             reload_s = [host.machine.load_s] * world.num_blocks
             host.found = survey.holdings, decide_move(survey, host.holding, reload_s=reload_s, num_sessions=8)
@@ -370,7 +392,7 @@ class SwarmRule:
         move = self._find(world, host)
         if move is not None and move.fills_gap:
             host.is_busy = True
-            self._fill_gap(world, host, MAX_TURNS)
+            self._fill_gap(world, host, move, MAX_TURNS)
         elif move is not None and not gaps_only and world.share_in_doubt(host) <= MAX_DOUBT:
             num_better = self._num_better(world, host, move)
             if yields(num_better, host.num_yields):
@@ -380,31 +402,39 @@ class SwarmRule:
             host.is_busy = True
             self._wait(world, host, Turn(move, host.patience[False]), num_better)
 
-    def _fill_gap(self, world: World, host: Host, num_turns: int) -> None:
-        """As `Mover._fill_gap`, so many times."""
-        if host.died_at <= world.now:
-            return
-        move = self._find(world, host) if num_turns else None
-        if move is None or not move.fills_gap:
+    def _fill_gap(self, world: World, host: Host, move: Move, num_turns: int) -> None:
+        """As `Mover._fill_gap`, so many times: reads claims, then records."""
+        if host.died_at <= world.now or not num_turns:
             host.is_busy = False
             return
         own = _claim(world, host, move.blocks)
 
-        def read() -> None:
+        def read_claims() -> None:
             moves = goals(host.patience[True].respected(own, world.claims_seen(), world.now))
             moves.pop(host.machine.name, None)
-            move = self._find(world, host, moves)
-            if move is None or not move.fills_gap:
+            world.at(world.generator.uniform(*DHT_S), lambda: decide(moves))
+
+        def decide(moves: dict[str, BlockRange]) -> None:
+            records = world.read()
+            found = self._find(world, host, moves, records)
+            if found is None or not found.fills_gap:
                 host.is_busy = False
                 return
-            turn = Turn(move, host.patience[True], num_turns - 1)
+            turn = Turn(found, host.patience[True], num_turns - 1, records)
             self._ask_around(world, host, turn.has_asked, again=True)
-            self._wait(world, host, turn, self._num_better(world, host, move, moves))
+            self._wait(world, host, turn, self._num_better(world, host, found, moves, records))
 
-        world.at(world.generator.uniform(*DHT_S), read)
+        world.at(world.generator.uniform(*DHT_S), read_claims)
 
-    def _num_better(self, world: World, host: Host, move: Move, moves: Mapping[str, BlockRange] = NOBODY) -> int:
-        survey, enough = world.seen_by(host, moves), counted_rivals(move)
+    def _num_better(
+        self,
+        world: World,
+        host: Host,
+        move: Move,
+        moves: Mapping[str, BlockRange] = NOBODY,
+        records: Sequence[Seen] | None = None,
+    ) -> int:
+        survey, enough = world.seen_by(host, moves, records), counted_rivals(move)
         return better_movers(survey, host.holding, move, reload_s=host.machine.load_s, enough=enough)
 
     def _wait(self, world: World, host: Host, turn: "Turn", num_better: int) -> None:
@@ -422,7 +452,8 @@ class SwarmRule:
         turn.known = {claim.lot for claim in claims}
         store_s, read_s = world.generator.uniform(*DHT_S, size=2)
         world.claims[own.peer_id] = own, world.now + store_s
-        world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, turn, own))
+        settle_s = GAP_SETTLE_S if turn.move.fills_gap else SETTLE_S
+        world.at(store_s + settle_s + read_s, lambda: self._settle(world, host, turn, own))
 
     def _settle(self, world: World, host: Host, turn: "Turn", own: Claim) -> None:
         """It may move, or not; if so it reads all once more. The claim of one that has died stays till its end."""
@@ -447,13 +478,14 @@ class SwarmRule:
 
     def _fits(self, world: World, host: Host, turn: "Turn", own: Claim, before: Sequence[Claim]) -> bool:
         if turn.move.fills_gap:
-            return still_fills(world.seen_by(host, goals(before)), host.holding, turn.move.blocks)
+            survey = world.seen_by(host, goals(before), turn.records)
+            return still_fills(survey, host.holding, turn.move.blocks)
         return touch_nothing(own, before)
 
     def _stay(self, world: World, host: Host, turn: "Turn") -> None:
         def stay() -> None:
             if turn.move.fills_gap:
-                self._fill_gap(world, host, turn.num_left)
+                self._fill_gap(world, host, turn.move, turn.num_left)
             else:
                 host.is_busy = False
 
@@ -490,10 +522,11 @@ class Turn:
         move: what it would do.
         patience: how long it waits for others.
         num_left: how often it may look at once for what is left.
+        records: the others', as they were when it decided.
     """
 
-    def __init__(self, move: Move, patience: Patience, num_left: int = 0):
-        self.move, self.patience, self.num_left = move, patience, num_left
+    def __init__(self, move: Move, patience: Patience, num_left: int = 0, records: Sequence[Seen] | None = None):
+        self.move, self.patience, self.num_left, self.records = move, patience, num_left, records
         self.known: set[bytes] = set()
         """Lots of the claims that were there before its own."""
         self.moves: dict[str, BlockRange] = {}

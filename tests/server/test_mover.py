@@ -36,13 +36,16 @@ class FakeScout:
         self.error = None
         self.is_sure = True
         self.when_asked_again = None
+        self.seen = None
+        """What was read last, where that matters."""
 
     @property
     def holdings(self):
         return [it for it in self.world.holdings.values() if it.peer_id != self.own_id]
 
     def holdings_after(self, moves):
-        return [replace(it, blocks=moves.get(it.peer_id, it.blocks)) for it in self.holdings]
+        seen = self.holdings if self.seen is None else self.seen
+        return [replace(it, blocks=moves.get(it.peer_id, it.blocks)) for it in seen]
 
     @property
     def loading(self):
@@ -66,6 +69,7 @@ class FakeScout:
             await self.when_asked_again()
 
     async def confirm(self):
+        self.seen = None
         return self.is_sure
 
 
@@ -359,6 +363,26 @@ async def test_a_gap_that_another_has_filled_is_no_reason_to_hurry_for_a_gain():
     assert not server.moves
     await mover._try(move, 0.0)
     assert server.moves == [move.blocks]
+
+
+async def test_who_has_given_its_claim_back_is_seen_by_its_record():
+    """A rival leaves for the gap and gives its claim back, just before we read claims: records are read after that."""
+    world = World()
+    server, rival = FakeServer(world, "a", (0, 6)), FakeServer(world, "b", (0, 6))
+    server.serve()
+    rival.serve()
+    mover = mover_of(world, server)
+    mover._scout.seen = mover._scout.holdings
+    read_claims = mover._leases._node.dht_get
+
+    async def dht_get(key):
+        found = await read_claims(key)
+        await rival.announce_blocks(BlockRange(6, 12))
+        return found
+
+    mover._leases._node.dht_get = dht_get
+    await mover._consider(may_gain=False)
+    assert not world.claims and not server.moves
 
 
 async def test_two_that_fill_a_gap_together_do_not_wait_for_each_other():

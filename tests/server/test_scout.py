@@ -13,7 +13,7 @@ from swarm import directory as directory_module
 from swarm.coordinates import Place
 from swarm.directory import Directory
 from swarm.errors import PeerTimeout
-from swarm.pings import NUM_NEAR, NUM_RANDOM, Pinger, RoundTrips
+from swarm.pings import NUM_NEAR, NUM_PARTNERS, NUM_RANDOM, Pinger, RoundTrips
 from swarm.registry import MAX_PINGS, NUM_SHARDS, peer_tag
 from swarm.server import scout as scout_module
 from swarm.server.attendance import NEWS_S, PROMISE_S
@@ -254,7 +254,7 @@ async def test_healthy_servers_are_not_in_doubt_however_large_the_swarm_and_the_
         clock.now += 5.0
     assert all(share > MAX_DOUBT for since_s, share in shares if 20.0 <= since_s <= 55.0)
     assert all(share <= MAX_DOUBT for since_s, share in shares if since_s >= 140.0)
-    assert pinger.num_most <= NUM_NEAR + NUM_RANDOM + MAX_AGAIN
+    assert pinger.num_most <= NUM_NEAR + NUM_PARTNERS + NUM_RANDOM + MAX_AGAIN
 
 
 async def test_those_that_are_late_or_silent_are_in_doubt():
@@ -401,7 +401,7 @@ async def test_a_death_makes_it_ask_the_few_that_are_left_for_the_same_blocks():
     scout, pinger, _ = watcher_of([*far, *lost], dead=["near", "next"])
     await scout.look()
     assert ids(scout.others) == ids(far)
-    assert len(pinger.asked) <= NUM_NEAR + NUM_RANDOM + 2
+    assert len(pinger.asked) <= NUM_NEAR + NUM_PARTNERS + NUM_RANDOM + 2
 
 
 class SlowPinger(FakePinger):

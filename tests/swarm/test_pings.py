@@ -12,6 +12,7 @@ from swarm.coordinates import Place
 from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerTimeout
 from swarm.pings import (
     NUM_NEAR,
+    NUM_PARTNERS,
     NUM_RANDOM,
     PING_TIMEOUT_S,
     SLOW_S,
@@ -19,6 +20,7 @@ from swarm.pings import (
     Pinger,
     RoundTrips,
     neighbours,
+    partners,
     slow_after_s,
 )
 from swarm.types import BlockRange, ServerState
@@ -120,7 +122,7 @@ def test_round_trips_are_smoothed_and_grow_stale():
 
 @given(st.integers(0, 60), st.integers(0, 2**32 - 1))
 def test_a_server_measures_few_others_however_many_there_are(num_servers, seed):
-    """At most eight, none twice, the nearest likely successors among them."""
+    """At most ten, none twice: the nearest likely successors, those on whom its blocks depend, and some at random."""
     generator = np.random.default_rng(seed)
     records = []
     for index in range(num_servers):
@@ -129,7 +131,29 @@ def test_a_server_measures_few_others_however_many_there_are(num_servers, seed):
         records.append(record(f"p{index}", blocks=BlockRange(start, start + 4), place=place))
     chosen = neighbours(BlockRange(0, 4), records, Place(), generator)
     ids = [it.peer_id for it in chosen]
-    assert len(ids) == len(set(ids)) == min(NUM_NEAR + NUM_RANDOM, num_servers)
-    following = [it for it in records if 4 in it.blocks]
+    assert len(ids) == len(set(ids)) <= NUM_NEAR + NUM_PARTNERS + NUM_RANDOM
+    assert len(ids) >= min(NUM_NEAR + NUM_RANDOM, num_servers)
+    following = [it for it in records if 4 in it.blocks] or [it for it in records if it.blocks.start == 0]
     near = sorted(following, key=lambda it: it.place.position[0])[:NUM_NEAR]
     assert {it.peer_id for it in near} <= set(ids)
+    holders = [[it.peer_id for it in records if block in it.blocks] for block in range(4)]
+    alone = {held[0] for held in holders if len(held) == 1} - {it.peer_id for it in near}
+    assert len(alone & set(ids)) >= min(len(alone), NUM_PARTNERS)
+
+
+def test_the_last_servers_measure_the_first_ones_which_follow_nobody():
+    """Else their blocks would be watched by chance only."""
+    first = [record(f"first{index}", blocks=BlockRange(0, 4), place=Place()) for index in range(NUM_NEAR)]
+    records = first + [record(f"p{index}", blocks=BlockRange(4, 8), place=Place()) for index in range(40)]
+    chosen = neighbours(BlockRange(8, 12), records, Place(), np.random.default_rng(0))
+    assert {it.peer_id for it in first} <= {it.peer_id for it in chosen}
+
+
+def test_a_server_asks_whether_those_are_there_without_whom_it_must_stay():
+    """The few that hold its blocks as well; of many, none need be asked."""
+    beside, others = BlockRange(2, 6), [record(f"p{index}", blocks=BlockRange(20, 24)) for index in range(40)]
+    few = [record(f"few{index}", blocks=beside) for index in range(NUM_PARTNERS)]
+    many = [record(f"many{index}", blocks=beside) for index in range(NUM_PARTNERS + 1)]
+    assert partners(BlockRange(0, 4), others + few) == few
+    assert partners(BlockRange(0, 4), others + many) == []
+    assert partners(BlockRange(0, 4), [*others, *many, record("last", blocks=BlockRange(0, 1))])[0].peer_id == "last"
