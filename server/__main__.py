@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve a range of a model's transformer blocks. Without --initial-peers a new swarm begins.",
         formatter_class=HelpFormatter,
     )
+    add_initial_peers(parser, without="none: a new swarm begins")
     _add_blocks(parser)
     _add_memory(parser)
     _add_network(parser)
@@ -70,7 +71,6 @@ def _add_blocks(parser: argparse.ArgumentParser) -> None:
         " swarm gains most, and later others if it would gain more there",
     )
     add("--num-blocks", type=int, metavar="N", help="how many blocks to choose; as many as fit if not given")
-    add_initial_peers(parser, without="none: a new swarm begins")
     add(
         "--quantization",
         choices=("auto", "none", "int8", "nf4"),
