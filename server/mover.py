@@ -2,7 +2,8 @@
 
     Scout ─holdings─► choose_span ─► blocks to begin with
                  └──► decide_move ─► better_movers first ─► wait, claim ─► look, decide again ─► leave_for, arrive
-                                                            └ a gap: ask the silent again, meanwhile
+                       ▲      a gap: ▲ what others claim is taken as done  └ ask the silent again, meanwhile
+                       └─────────────┴── others were first: what is left?
 
 What pays is decided in `swarm.placement`, who may go first by `swarm.leases`, and how a server lets go of its blocks
 and loads others by `Movable`. A gap is filled after some seconds; gains are looked for every minute, about, and not
@@ -11,33 +12,35 @@ while many servers are in doubt. Who would gain most goes first.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from swarm.errors import SwarmError
-from swarm.leases import LeaseDesk
+from swarm.leases import Claim, Lease, LeaseDesk, goals
 from swarm.placement import Choice, Holding, Move, Survey, better_movers, choose_span, decide_move, still_fills
 from swarm.server.scout import REFRESH_S, Scout
 from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 5.0
+LOOK_S = 3.0
 """Time between two looks at the others."""
 CHECK_S = 60.0
 """Mean time between two looks whether a move would pay; each one is random, from none to twice as long."""
-GAP_DELAY_S = 2.0
+GAP_DELAY_S = 1.0
 """A server that could fill a gap waits for a random time up to this, so that one comes first ..."""
 GAIN_DELAY_S = 20.0
 """... and one that could gain something, up to this."""
 MAX_RANK = 4
 """One that could fill a gap lets at most so many others go first that would do it better ..."""
-RANK_S = 1.0
+RANK_S = 0.5
 """... for so long each."""
 MAX_YIELDS = 8
 """How often one that could gain something leaves it to others that would gain more; they may be none that move."""
+MAX_TURNS = 4
+"""How often one that could fill a gap looks at once for what is left of it, when others came first."""
 MAX_DOUBT = 0.05
 """While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""
 DRAIN_S = 30.0
@@ -53,6 +56,7 @@ RETRY_S = 600.0
 SETTLE_S = 2.0
 """A newcomer has told what it takes for so long before it loads, in case that another one came at the same moment."""
 MAX_SETTLES = 3
+NOBODY: Mapping[str, BlockRange] = {}
 
 
 class Movable(Protocol):
@@ -148,45 +152,72 @@ class Mover:
     async def _consider(self, *, may_gain: bool) -> None:
         """Move if that pays, unless others should."""
         move = self._decide()
-        if move is not None and move.fills_gap:  # in a large swarm it may have been filled after we read the records
-            move = self._decide() if await self._scout.confirm() else None
-        if move is None or not (move.fills_gap or may_gain):
-            return
-        reload_s = self._reload_s()[move.blocks.start]
-        num_better = await asyncio.to_thread(
-            better_movers, self._survey(), self._server.holding, move, reload_s=reload_s, enough=counted_rivals(move)
-        )
-        if yields(move, num_better, self._num_yields):
+        if move is not None and move.fills_gap:
+            await self._fill_gap()
+        elif move is not None and may_gain:
+            await self._gain(move)
+
+    async def _fill_gap(self) -> None:
+        """Fill a gap, or what others leave of it: what they claim is taken as done, and anew if they are first."""
+        for _ in range(MAX_TURNS):
+            move = self._decide() if await self._scout.confirm() else None  # in a large swarm, what we read is old
+            if move is None or not move.fills_gap:
+                return
+            try:
+                claims = await self._leases.respected(self._server.holding.blocks, move.blocks)
+            except SwarmError as error:
+                logger.info("can't read who else would fill a gap: %s", error)
+                return
+            move = self._decide(goals(claims))
+            if move is None or not move.fills_gap:
+                return
+            num_better = await self._num_better(move, goals(claims))
+            if await self._try(move, delay(move, num_better, self._generator)):
+                return
+
+    async def _gain(self, move: Move) -> None:
+        """Move for a gain, unless others would gain more."""
+        num_better = await self._num_better(move)
+        if yields(num_better, self._num_yields):
             self._num_yields += 1
             return
         self._num_yields = 0
         await self._try(move, delay(move, num_better, self._generator))
 
-    def _survey(self) -> Survey:
-        return Survey([*self._scout.holdings, self._server.holding], self._num_blocks)
+    async def _num_better(self, move: Move, moves: Mapping[str, BlockRange] = NOBODY) -> int:
+        survey, reload_s = self._survey(moves), self._reload_s()[move.blocks.start]
+        enough = counted_rivals(move)
+        return await asyncio.to_thread(
+            better_movers, survey, self._server.holding, move, reload_s=reload_s, enough=enough
+        )
 
-    def _decide(self) -> Move | None:
+    def _survey(self, moves: Mapping[str, BlockRange] = NOBODY) -> Survey:
+        """The swarm as it would be if these had moved."""
+        return Survey([*self._scout.holdings_after(moves), self._server.holding], self._num_blocks)
+
+    def _decide(self, moves: Mapping[str, BlockRange] = NOBODY) -> Move | None:
         return decide_move(
-            self._survey(),
+            self._survey(moves),
             self._server.holding,
             reload_s=self._reload_s(),
             num_sessions=self._server.num_sessions,
             length=self._length,
         )
 
-    async def _try(self, move: Move, delay_s: float) -> None:
-        """Move, if nobody else does what this move is for meanwhile.
+    async def _try(self, move: Move, delay_s: float) -> bool:
+        """Move, if nobody else does what this move is for meanwhile; whether it had its turn.
 
         Raises:
             SwarmError: the server could load neither the new blocks nor its old ones.
         """
         leaves, takes = self._server.holding.blocks, move.blocks
         lease_s = self._reload_s()[takes.start] + DRAIN_S + LEASE_MARGIN_S
-        if not await self._may_move(move, delay_s=delay_s, lease_s=lease_s):
-            return
+        lease = await self._may_move(move, delay_s=delay_s, lease_s=lease_s)
+        if lease is None:
+            return False
         try:
-            if not await self._is_still_right(move):
-                return
+            if not await self._is_still_right(move, lease):
+                return False
             logger.info(
                 "moving from blocks %s to %s: the swarm's worth grows by %.3g tokens/s%s",
                 leaves,
@@ -201,10 +232,11 @@ class Mover:
                 self.num_moves += 1
             else:
                 self._stays_until = asyncio.get_running_loop().time() + RETRY_S
+            return True
         finally:
             await self._release(leaves, takes)
 
-    async def _is_still_right(self, move: Move) -> bool:
+    async def _is_still_right(self, move: Move, lease: Lease) -> bool:
         """Whether it is right by the records of all as they are now; not if they can't be read."""
         try:
             if move.fills_gap:  # who is silent was asked again by now
@@ -215,24 +247,30 @@ class Mover:
             logger.info("not moving, the records of the swarm can't be read: %s", error)
             return False
         if move.fills_gap:
-            return still_fills(self._survey(), self._server.holding, move)
+            return still_fills(self._survey(lease.moves), self._server.holding, move.blocks)
         again = self._decide()
         return again is not None and again.blocks == move.blocks
 
-    async def _may_move(self, move: Move, *, delay_s: float, lease_s: float) -> bool:
+    async def _may_move(self, move: Move, *, delay_s: float, lease_s: float) -> Lease | None:
         """Wait, then try to get the lease; who is silent is asked again meanwhile, if that leaves a gap."""
         if not move.fills_gap:
             return await self._acquire(move, delay_s=delay_s, lease_s=lease_s)
-        has_it, _ = await asyncio.gather(self._acquire(move, delay_s=delay_s, lease_s=lease_s), self._scout.ask_again())
-        return has_it
+        lease, _ = await asyncio.gather(self._acquire(move, delay_s=delay_s, lease_s=lease_s), self._scout.ask_again())
+        return lease
 
-    async def _acquire(self, move: Move, *, delay_s: float, lease_s: float) -> bool:
+    async def _acquire(self, move: Move, *, delay_s: float, lease_s: float) -> Lease | None:
         leaves, takes = self._server.holding.blocks, move.blocks
+
+        def fills_gap(claims: Sequence[Claim]) -> bool:
+            return still_fills(self._survey(goals(claims)), self._server.holding, takes)
+
         try:
-            return await self._leases.acquire(leaves, takes, delay_s=delay_s, lease_s=lease_s, fills_gap=move.fills_gap)
+            return await self._leases.acquire(
+                leaves, takes, delay_s=delay_s, lease_s=lease_s, fills_gap=fills_gap if move.fills_gap else None
+            )
         except SwarmError as error:
             logger.info("can't ask for the right to move: %s", error)
-            return False
+            return None
 
     async def _release(self, leaves: BlockRange, takes: BlockRange) -> None:
         try:
@@ -276,12 +314,11 @@ def may_others_follow(move: Move) -> bool:
     return move.fills_gap or move.capacity_part <= SMALL_PART
 
 
-def yields(move: Move, num_better: int, num_yields: int) -> bool:
-    """Whether a server leaves it to others, this time. Pure.
+def yields(num_better: int, num_yields: int) -> bool:
+    """Whether a server that would gain something leaves it to others, this time. Pure.
 
     Args:
-        move: what it would do.
         num_better: others that would do more good.
         num_yields: how often it has done so since it moved last.
     """
-    return not move.fills_gap and num_better > 0 and num_yields < MAX_YIELDS
+    return num_better > 0 and num_yields < MAX_YIELDS

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -106,6 +106,11 @@ class Scout:
     def holdings(self) -> list[Holding]:
         """What all others hold, as it was when it was read."""
         return [holding_of(record) for record in _present(self._standings(self._directory.seen))]
+
+    def holdings_after(self, moves: Mapping[str, BlockRange]) -> list[Holding]:
+        """What all others would hold if these had moved, by peer; who drains for that is one of them again."""
+        present = _present(self._standings(self._directory.seen, moving=moves))
+        return [holding_of(record, moves.get(record.peer_id)) for record in present]
 
     @property
     def loading(self) -> set[str]:
@@ -238,23 +243,28 @@ class Scout:
         silent = [record for record in self._directory.records if asked_at.get(record.peer_id, math.inf) <= before]
         return sorted(silent, key=lambda record: asked_at[record.peer_id])
 
-    def _standings(self, known: Sequence[Seen]) -> list[tuple[Seen, Standing]]:
-        """Those of others that say that they serve or load, and what is known of each."""
+    def _standings(self, known: Sequence[Seen], *, moving: Collection[str] = ()) -> list[tuple[Seen, Standing]]:
+        """Those of others that say that they serve or load, or that drain to move, and what is known of each."""
         now = time.monotonic()
         return [
             (seen, self._attendance.of(seen, now))
             for seen in known
-            if seen.record.state in PRESENT and seen.record.peer_id != self._own_id
+            if seen.record.peer_id != self._own_id and _is_of_use(seen.record, moving)
         ]
+
+
+def _is_of_use(record: ServerRecord, moving: Collection[str]) -> bool:
+    return record.state in PRESENT or (record.state is ServerState.DRAINING and record.peer_id in moving)
 
 
 def _present(known: Sequence[tuple[Seen, Standing]]) -> list[ServerRecord]:
     return [seen.record for seen, standing in known if standing.is_there]
 
 
-def holding_of(record: ServerRecord) -> Holding:
-    """What a server holds, by its record."""
-    return Holding(peer_id=record.peer_id, blocks=record.blocks, capacity_tps=record.batch_tps or record.decode_tps)
+def holding_of(record: ServerRecord, blocks: BlockRange | None = None) -> Holding:
+    """What a server holds, by its record; or would hold."""
+    blocks = blocks or record.blocks
+    return Holding(peer_id=record.peer_id, blocks=blocks, capacity_tps=record.batch_tps or record.decode_tps)
 
 
 def doubtful(

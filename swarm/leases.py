@@ -1,17 +1,22 @@
 """Who may move now: claims in the DHT, so that servers that see the same need don't all answer it.
 
-    wait at random ─► read claims ─► no rival ─► claim ─► settle ─► read again ─► nobody before us ─► Lease
-                           └─ rival: not now            └─ a rival with the lower lot: withdraw, not now
+    wait at random ─► read claims ─► it fits ─► claim ─► settle ─► read again ─► it still fits ─► Lease
+                           └─ it does not: not now         └─ not with those that come before us: withdraw
 
-A claim names the blocks that a server leaves and those that it goes to. Two claims are rivals when these touch, so that
-at any time one server moves per region, and many in different regions of a large swarm. Every server writes its own
-claim under one key per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again
-after the lease was got, with fresh records.
+A claim names the blocks that a server leaves and those that it goes to. Every server writes its own claim under one key
+per model, signed as all that the DHT holds; a claim ends by itself. What to do is decided again after the lease was
+got, with fresh records.
 
-Lots decide between claims that see each other. A value is taken to be seen by all SETTLE_S / 4 after its store ended.
-Who needed no more than SETTLE_S / 2 from its first look to the end of its store is seen, then, by whoever it did not
-see at first, before that one looks again. Who needed longer may not be: it withdraws for any rival, unless it would
-fill a gap: where all are slow, two that come are better than none, and who is second sees the first one's record.
+A move for a gain *fits* when the claims that come before it are no rivals of it, which touch the same blocks: so that
+at any time one server moves per region, and many in different regions of a large swarm. Who would fill a gap takes
+those claims as done, and goes if there is a gap to fill still: so several go at once where it takes several, and one
+where one will do.
+
+What was claimed when a server looked first comes before it. Lots decide between claims that came later. A value is
+taken to be seen by all SETTLE_S / 4 after its store ended. Who needed no more than SETTLE_S / 2 from its first look to
+the end of its store is seen, then, by whoever it did not see at first, before that one looks again. Who needed longer
+may not be: all come before it, unless it would fill a gap: where all are slow, two that come are better than none, and
+who is second sees the first one's record.
 
 One key has room for 2,048 peers. A claim is good for CLAIM_S until it has won, so that those that withdrew are soon
 gone from it. Still, somebody with so many identities can fill it: then nobody moves for a gain, and gaps are filled
@@ -25,8 +30,9 @@ import logging
 import math
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Protocol
 
@@ -73,7 +79,7 @@ class Claim:
 
     @property
     def lot(self) -> bytes:
-        """Of rivals that claim at the same moment the one with the lowest lot may move; who that is varies."""
+        """Of claims that are made at the same moment the one with the lowest lot comes first; who that is varies."""
         return blake2b(f"{self.peer_id} {self.leaves} {self.takes}".encode(), digest_size=8).digest()
 
     def encode(self) -> bytes:
@@ -100,17 +106,25 @@ class Claim:
         return cls(peer_id=peer_id, leaves=leaves, takes=takes, expires_at=expires_at)
 
 
-def wins(own: Claim, claims: Iterable[Claim], now: float, *, is_settled: bool) -> bool:
-    """Whether a server may move by what others claim. Pure.
+def claims_before(
+    own: Claim, claims: Iterable[Claim], now: float, *, is_settled: bool, known: Collection[bytes] = ()
+) -> list[Claim]:
+    """The claims of others that come before one server's. Pure.
 
     Args:
         own: what it claims, or would.
         claims: of all servers; its own may be among them.
         now: unix time.
-        is_settled: whether all rivals have seen its claim; before, any of them comes first.
+        is_settled: whether all others have seen its claim; before, any of theirs comes first.
+        known: lots of those that were there before it claimed.
     """
-    rivals = [it for it in claims if it.peer_id != own.peer_id and it.rivals(own) and _is_valid(it, now)]
-    return all(is_settled and own.lot < rival.lot for rival in rivals)
+    others = [it for it in claims if it.peer_id != own.peer_id and _is_valid(it, now)]
+    return [it for it in others if not is_settled or it.lot in known or it.lot < own.lot]
+
+
+def touch_nothing(own: Claim, others: Iterable[Claim]) -> bool:
+    """Whether none of these is a rival of a claim."""
+    return not any(own.rivals(other) for other in others)
 
 
 def _is_valid(claim: Claim, now: float) -> bool:
@@ -137,6 +151,27 @@ class Patience:
             if claim.peer_id != own.peer_id and claim.rivals(own) and _is_valid(claim, now):
                 self._met[claim.peer_id] = self._met.get(claim.peer_id, (now, now))[0], now
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to move.
+
+    Attributes:
+        after: claims of others that came first; who fills a gap takes them as done.
+    """
+
+    after: tuple[Claim, ...] = ()
+
+    @property
+    def moves(self) -> dict[str, BlockRange]:
+        """Where those go, by peer."""
+        return goals(self.after)
+
+
+def goals(claims: Iterable[Claim]) -> dict[str, BlockRange]:
+    """The blocks that each peer goes to."""
+    return {claim.peer_id: claim.takes for claim in claims}
 
 
 class Table(Protocol):
@@ -191,49 +226,72 @@ class LeaseDesk:
                 claims.append(claim)
         return claims
 
+    async def respected(self, leaves: BlockRange, takes: BlockRange) -> list[Claim]:
+        """The claims of others that one who would fill a gap takes as done; those that it waits for no more are not.
+
+        Args:
+            leaves: the blocks that we hold.
+            takes: where we would go.
+
+        Raises:
+            PeerTimeout: when the DHT does not answer.
+        """
+        return await self._respected(self._claim(leaves, takes), self._patience[True])
+
     async def acquire(
-        self, leaves: BlockRange, takes: BlockRange, *, delay_s: float, lease_s: float, fills_gap: bool = False
-    ) -> bool:
-        """Try to get the right to move; False when somebody else has it.
+        self,
+        leaves: BlockRange,
+        takes: BlockRange,
+        *,
+        delay_s: float,
+        lease_s: float,
+        fills_gap: Callable[[Sequence[Claim]], bool] | None = None,
+    ) -> Lease | None:
+        """Try to get the right to move; None when somebody else has it.
 
         Args:
             leaves: the blocks that we hold.
             takes: those that we go to.
             delay_s: how long to wait first, which is random.
             lease_s: how long the move may take; the claim ends then at the latest.
-            fills_gap: whether nobody serves some of those that we go to; then we go, too, when the DHT takes no claim.
+            fills_gap: whether the move fills a gap when these claims of others have come true; then we go, whoever
+                else moves, and also when the DHT takes no claim.
 
         Raises:
             PeerTimeout: when the DHT does not answer.
         """
         await asyncio.sleep(delay_s)
-        own = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + CLAIM_S)
-        patience, began = self._patience[fills_gap], self._now()
-        if not await self._wins(own, patience, is_settled=False):
-            return False
-        has_it = False
+        own, patience = self._claim(leaves, takes), self._patience[fills_gap is not None]
+        fits = fills_gap or partial(touch_nothing, own)
+        began, first = self._now(), await self._respected(own, patience)
+        if not fits(claims_before(own, first, time.time(), is_settled=False)):
+            return None
+        lease, known = None, {claim.lot for claim in first}
         try:
             is_stored = await self._store(own)
-            if is_stored or fills_gap:
-                is_settled = is_stored and (fills_gap or self._now() - began <= self._settle_s / 2)
+            if is_stored or fills_gap is not None:
+                is_settled = is_stored and (fills_gap is not None or self._now() - began <= self._settle_s / 2)
                 await asyncio.sleep(self._settle_s)
-                if await self._wins(own, patience, is_settled=is_settled):
-                    lease = replace(own, expires_at=time.time() + min(lease_s, MAX_LEASE_S))
-                    has_it = await self._store(lease) or fills_gap
+                claims = await self._respected(own, patience)
+                before = claims_before(own, claims, time.time(), is_settled=is_settled, known=known)
+                longer = replace(own, expires_at=time.time() + min(lease_s, MAX_LEASE_S))
+                if fits(before) and (await self._store(longer) or fills_gap is not None):
+                    lease = Lease(tuple(before))
         finally:
-            if not has_it:  # also when we are cancelled: others would wait for the claim's end
+            if lease is None:  # also when we are cancelled: others would wait for the claim's end
                 await asyncio.shield(self.release(leaves, takes))
-        return has_it
+        return lease
 
     async def release(self, leaves: BlockRange, takes: BlockRange) -> None:
         """Give the right back: the claim is replaced by one that is void a moment later."""
         ended = Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=0.0)
         await self._store(ended)
 
-    async def _wins(self, own: Claim, patience: Patience, *, is_settled: bool) -> bool:
-        """Whether we may move by what others claim now."""
-        claims, now = await self.claims(), time.time()
-        return wins(own, patience.respected(own, claims, now), now, is_settled=is_settled)
+    def _claim(self, leaves: BlockRange, takes: BlockRange) -> Claim:
+        return Claim(peer_id=self._node.peer_id, leaves=leaves, takes=takes, expires_at=time.time() + CLAIM_S)
+
+    async def _respected(self, own: Claim, patience: Patience) -> list[Claim]:
+        return patience.respected(own, await self.claims(), time.time())
 
     async def _store(self, claim: Claim) -> bool:
         """Store our claim, if the DHT takes it; that keeps the value with the latest expiry, so it grows each time."""

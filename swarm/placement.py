@@ -10,7 +10,7 @@ randomness; who may move when, so that not everybody does at once, is the busine
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -234,7 +234,7 @@ def decide_move(
     moves = []
     earning = [max(0.0, HORIZON_S - seconds) / HORIZON_S for seconds in reload_s[: survey.num_blocks - length + 1]]
     for blocks in _promising(rest, length, own.capacity_tps, earning):
-        after = rest.plus(Holding(peer_id=own.peer_id, blocks=blocks, capacity_tps=own.capacity_tps))
+        after = rest.plus(replace(own, blocks=blocks))
         loading_s = reload_s[blocks.start]
         gain_tps = after.value_tps - survey.value_tps
         cost_tokens = loading_s * max(0.0, survey.value_tps - rest.value_tps) + num_sessions * SESSION_TOKENS
@@ -257,21 +257,18 @@ def decide_move(
     return max(moves, key=lambda found: found[:2])[2] if moves else None
 
 
-def still_fills(survey: Survey, own: Holding, move: Move) -> bool:
-    """Whether a move that was decided a moment ago still fills a gap, and opens no other that it would not have opened.
+def still_fills(survey: Survey, own: Holding, blocks: BlockRange) -> bool:
+    """Whether a server that has said where it goes still leaves fewer blocks missing by that.
 
-    Another may do a little better by now; who has the right to make this one makes it all the same.
+    Another move may be a little better by now; but others count on this one, and leave the gap to it.
 
     Args:
         survey: the swarm as it is now, with this server in it.
         own: this server's holding.
-        move: what it was to do.
+        blocks: where it goes.
     """
-    after = survey.without(own.peer_id).plus(
-        Holding(peer_id=own.peer_id, blocks=move.blocks, capacity_tps=own.capacity_tps)
-    )
-    opens_gap = bool((after.missing & ~survey.missing).any())
-    return after.num_missing < survey.num_missing and (move.opens_gap or not opens_gap)
+    after = survey.without(own.peer_id).plus(replace(own, blocks=blocks))
+    return after.num_missing < survey.num_missing
 
 
 def better_movers(survey: Survey, own: Holding, move: Move, *, reload_s: float, enough: int = MAX_RIVALS) -> int:

@@ -13,8 +13,8 @@ from the moment on that a server moves. Every server sees all records, as they a
 """
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Protocol
 
@@ -22,7 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.coordinates import Place
-from swarm.leases import GAP_PATIENCE_S, PATIENCE_S, SETTLE_S, Claim, Patience, wins
+from swarm.leases import (
+    GAP_PATIENCE_S,
+    PATIENCE_S,
+    SETTLE_S,
+    Claim,
+    Patience,
+    claims_before,
+    goals,
+    touch_nothing,
+)
 from swarm.placement import Holding, Move, Survey, better_movers, choose_span, decide_move, still_fills
 from swarm.registry import TTL_PERIODS, ServerRecord
 from swarm.server.mover import (
@@ -31,6 +40,8 @@ from swarm.server.mover import (
     LEASE_MARGIN_S,
     LOOK_S,
     MAX_DOUBT,
+    MAX_TURNS,
+    NOBODY,
     counted_rivals,
     delay,
     may_others_follow,
@@ -91,6 +102,11 @@ class Host:
         """From now on it holds these, or is about to."""
         self.blocks = blocks
         self.holding = Holding(peer_id=self.machine.name, blocks=blocks, capacity_tps=self.machine.capacity_tps)
+
+    def holding_after(self, moves: Mapping[str, BlockRange]) -> Holding:
+        """What it holds if these have moved, by name."""
+        blocks = moves.get(self.machine.name)
+        return self.holding if blocks is None else replace(self.holding, blocks=blocks)
 
     def expires_at(self, now: float) -> float:
         """When the record expires that it announced last."""
@@ -217,12 +233,14 @@ class World:
             self._survey = self._version, Survey([it.holding for it in self._announced()], self.num_blocks)
         return self._survey[1]
 
-    def seen_by(self, host: Host) -> Survey:
-        """The same without those that it takes for dead."""
-        if not host.suspects:
+    def seen_by(self, host: Host, moves: Mapping[str, BlockRange] = NOBODY) -> Survey:
+        """The same without those that it takes for dead, and as if some had moved."""
+        if not host.suspects and not moves:
             return self.seen()
-        holdings = [it.holding for it in self._announced() if not self.suspects(host, it)]
-        return Survey(holdings, self.num_blocks)
+        there = [it for it in self.hosts.values() if it.state is not ServerState.DRAINING or it.machine.name in moves]
+        return Survey(
+            [it.holding_after(moves) for it in there if it is host or not self.suspects(host, it)], self.num_blocks
+        )
 
     def suspects(self, host: Host, other: Host) -> bool:
         """Whether one server takes another for dead."""
@@ -341,8 +359,8 @@ class SwarmRule:
 
         world.at(world.generator.uniform(0.0, 2 * CHECK_S), check)
 
-    def _find(self, world: World, host: Host) -> Move | None:
-        survey = world.seen_by(host)
+    def _find(self, world: World, host: Host, moves: Mapping[str, BlockRange] = NOBODY) -> Move | None:
+        survey = world.seen_by(host, moves)
         if host.found is None or host.found[0] != survey.holdings:
             reload_s = [host.machine.load_s] * world.num_blocks
             host.found = survey.holdings, decide_move(survey, host.holding, reload_s=reload_s, num_sessions=8)
@@ -350,31 +368,58 @@ class SwarmRule:
 
     def _decide(self, world: World, host: Host, *, gaps_only: bool) -> None:
         move = self._find(world, host)
-        if move is None or (not move.fills_gap and (gaps_only or world.share_in_doubt(host) > MAX_DOUBT)):
+        if move is not None and move.fills_gap:
+            host.is_busy = True
+            self._fill_gap(world, host, MAX_TURNS)
+        elif move is not None and not gaps_only and world.share_in_doubt(host) <= MAX_DOUBT:
+            num_better = self._num_better(world, host, move)
+            if yields(num_better, host.num_yields):
+                host.num_yields += 1
+                return
+            host.num_yields = 0
+            host.is_busy = True
+            self._wait(world, host, Turn(move, host.patience[False]), num_better)
+
+    def _fill_gap(self, world: World, host: Host, num_turns: int) -> None:
+        """As `Mover._fill_gap`, so many times."""
+        if host.died_at <= world.now:
             return
-        num_better = better_movers(
-            world.seen_by(host), host.holding, move, reload_s=host.machine.load_s, enough=counted_rivals(move)
-        )
-        if yields(move, num_better, host.num_yields):
-            host.num_yields += 1
+        move = self._find(world, host) if num_turns else None
+        if move is None or not move.fills_gap:
+            host.is_busy = False
             return
-        host.num_yields = 0
-        host.is_busy = True
-        turn = Turn(move, host.patience[move.fills_gap])
-        if move.fills_gap:
+        own = _claim(world, host, move.blocks)
+
+        def read() -> None:
+            moves = goals(host.patience[True].respected(own, world.claims_seen(), world.now))
+            moves.pop(host.machine.name, None)
+            move = self._find(world, host, moves)
+            if move is None or not move.fills_gap:
+                host.is_busy = False
+                return
+            turn = Turn(move, host.patience[True], num_turns - 1)
             self._ask_around(world, host, turn.has_asked, again=True)
-        delay_s = delay(move, num_better, world.generator)
-        read_s = world.generator.uniform(*DHT_S)
-        world.at(delay_s + read_s, lambda: self._claim(world, host, turn))
+            self._wait(world, host, turn, self._num_better(world, host, move, moves))
+
+        world.at(world.generator.uniform(*DHT_S), read)
+
+    def _num_better(self, world: World, host: Host, move: Move, moves: Mapping[str, BlockRange] = NOBODY) -> int:
+        survey, enough = world.seen_by(host, moves), counted_rivals(move)
+        return better_movers(survey, host.holding, move, reload_s=host.machine.load_s, enough=enough)
+
+    def _wait(self, world: World, host: Host, turn: "Turn", num_better: int) -> None:
+        """Then it reads who else would move."""
+        wait_s = delay(turn.move, num_better, world.generator) + world.generator.uniform(*DHT_S)
+        world.at(wait_s, lambda: self._claim(world, host, turn))
 
     def _claim(self, world: World, host: Host, turn: "Turn") -> None:
         """It has waited and read who else would move: as `LeaseDesk.acquire` from there."""
-        lease_s = host.machine.load_s + DRAIN_S + LEASE_MARGIN_S
-        takes = turn.move.blocks
-        own = Claim(peer_id=host.machine.name, leaves=host.blocks, takes=takes, expires_at=world.now + lease_s)
-        if not self._wins(world, own, turn.patience, is_settled=False):
-            self._stay(host, turn)
+        own = _claim(world, host, turn.move.blocks)
+        claims = turn.patience.respected(own, world.claims_seen(), world.now)
+        if not self._fits(world, host, turn, own, claims_before(own, claims, world.now, is_settled=False)):
+            self._stay(world, host, turn)
             return
+        turn.known = {claim.lot for claim in claims}
         store_s, read_s = world.generator.uniform(*DHT_S, size=2)
         world.claims[own.peer_id] = own, world.now + store_s
         world.at(store_s + SETTLE_S + read_s, lambda: self._settle(world, host, turn, own))
@@ -383,10 +428,13 @@ class SwarmRule:
         """It may move, or not; if so it reads all once more. The claim of one that has died stays till its end."""
         if host.died_at <= world.now:
             return
-        if not self._wins(world, own, turn.patience, is_settled=True):
+        claims = turn.patience.respected(own, world.claims_seen(), world.now)
+        before = claims_before(own, claims, world.now, is_settled=True, known=turn.known)
+        if not self._fits(world, host, turn, own, before):
             world.claims.pop(own.peer_id)
-            self._stay(host, turn)
+            self._stay(world, host, turn)
             return
+        turn.moves = goals(before)
         lease_s, read_s = world.generator.uniform(*DHT_S, size=2)  # the lease is stored, and all records read
 
         def read() -> None:
@@ -397,9 +445,17 @@ class SwarmRule:
 
         world.at(lease_s, lambda: turn.when_asked(lambda: world.at(read_s, read)))
 
-    def _stay(self, host: Host, turn: "Turn") -> None:
+    def _fits(self, world: World, host: Host, turn: "Turn", own: Claim, before: Sequence[Claim]) -> bool:
+        if turn.move.fills_gap:
+            return still_fills(world.seen_by(host, goals(before)), host.holding, turn.move.blocks)
+        return touch_nothing(own, before)
+
+    def _stay(self, world: World, host: Host, turn: "Turn") -> None:
         def stay() -> None:
-            host.is_busy = False
+            if turn.move.fills_gap:
+                self._fill_gap(world, host, turn.num_left)
+            else:
+                host.is_busy = False
 
         turn.when_asked(stay)
 
@@ -410,10 +466,10 @@ class SwarmRule:
         move, again = turn.move, None if turn.move.fills_gap else self._find(world, host)
         is_right = again is not None and again.blocks == move.blocks
         if move.fills_gap:
-            is_right = still_fills(world.seen_by(host), host.holding, move)
+            is_right = still_fills(world.seen_by(host, turn.moves), host.holding, move.blocks)
         if not is_right:
-            host.is_busy = False
             world.claims.pop(host.machine.name)
+            self._stay(world, host, turn)
             return
 
         def release() -> None:
@@ -426,10 +482,6 @@ class SwarmRule:
             world.move(host, move.blocks, drain_s=drain_s)
             world.at(drain_s + UNLOAD_S + host.machine.load_s, release)
 
-    def _wins(self, world: World, own: Claim, patience: Patience, *, is_settled: bool) -> bool:
-        claims = patience.respected(own, world.claims_seen(), world.now)
-        return wins(own, claims, world.now, is_settled=is_settled)
-
 
 class Turn:
     """One server's try to move.
@@ -437,10 +489,15 @@ class Turn:
     Args:
         move: what it would do.
         patience: how long it waits for others.
+        num_left: how often it may look at once for what is left.
     """
 
-    def __init__(self, move: Move, patience: Patience):
-        self.move, self.patience = move, patience
+    def __init__(self, move: Move, patience: Patience, num_left: int = 0):
+        self.move, self.patience, self.num_left = move, patience, num_left
+        self.known: set[bytes] = set()
+        """Lots of the claims that were there before its own."""
+        self.moves: dict[str, BlockRange] = {}
+        """What those do that come before it."""
         self._is_asking = move.fills_gap
         """Whether the silent are being asked once more."""
         self._then: Callable[[], None] = lambda: None
@@ -456,6 +513,11 @@ class Turn:
             self._then = action
         else:
             action()
+
+
+def _claim(world: World, host: Host, takes: BlockRange) -> Claim:
+    expires_at = world.now + host.machine.load_s + DRAIN_S + LEASE_MARGIN_S
+    return Claim(peer_id=host.machine.name, leaves=host.blocks, takes=takes, expires_at=expires_at)
 
 
 class PetalsRule:

@@ -11,7 +11,7 @@ from swarm.errors import PeerTimeout, PeerUnreachable
 from swarm.leases import LeaseDesk
 from swarm.placement import Holding, Move
 from swarm.server import mover as mover_module
-from swarm.server.mover import GAP_DRAIN_S, MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, may_others_follow, yields
+from swarm.server.mover import GAP_DRAIN_S, MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, may_others_follow
 from swarm.types import BlockRange
 
 NUM_BLOCKS = 12
@@ -40,6 +40,9 @@ class FakeScout:
     @property
     def holdings(self):
         return [it for it in self.world.holdings.values() if it.peer_id != self.own_id]
+
+    def holdings_after(self, moves):
+        return [replace(it, blocks=moves.get(it.peer_id, it.blocks)) for it in self.holdings]
 
     @property
     def loading(self):
@@ -358,6 +361,25 @@ async def test_a_gap_that_another_has_filled_is_no_reason_to_hurry_for_a_gain():
     assert server.moves == [move.blocks]
 
 
+async def test_two_that_fill_a_gap_together_do_not_wait_for_each_other():
+    """It takes both; the second one takes the first one's claim as done, while that one has not even left."""
+    world = World()
+    both = [FakeServer(world, name, (0, 4)) for name in "ab"]
+    for server in (*both, FakeServer(world, "c", (0, 4))):
+        server.serve()
+    have_left = asyncio.Barrier(2)
+    for server in both:
+        leave = server.leave_for
+
+        async def leaving(blocks, *, drain_s, leave=leave):
+            await have_left.wait()
+            await leave(blocks, drain_s=drain_s)
+
+        server.leave_for = leaving
+    await run_until([mover_of(world, it, seed) for seed, it in enumerate(both)], lambda: all(it.moves for it in both))
+    assert covers_all(world)
+
+
 def move_of(**fields) -> Move:
     usual = {
         "blocks": BlockRange(0, 4),
@@ -392,10 +414,9 @@ async def test_in_a_large_swarm_several_load_at_the_same_time():
 
 @pytest.mark.parametrize("opens_gap", [False, True])
 def test_who_would_fill_a_gap_best_comes_first(opens_gap):
-    """Each that is better gets a second; who opens another gap waits until all have looked; nobody yields."""
+    """Each that is better gets a second; who opens another gap waits until all have looked."""
     move = move_of(fills_gap=True, opens_gap=opens_gap)
     generator = np.random.default_rng(0)
     for num_better in range(8):
         ahead_s = RANK_S * min(num_better, MAX_RANK) + mover_module.LOOK_S * opens_gap
         assert ahead_s <= delay(move, num_better, generator) <= ahead_s + mover_module.GAP_DELAY_S
-        assert not yields(move, num_better, 0)

@@ -298,6 +298,19 @@ async def test_servers_that_leave_or_drain_hold_nothing_and_those_that_load_do()
     assert ids(scout.others) == {"ONLINE", "JOINING"} and scout.loading == {"JOINING"}
 
 
+async def test_who_has_claimed_to_move_holds_what_it_goes_to():
+    """As it serves, and as it drains for that; not who drains to leave, nor who is silent whatever it has claimed."""
+    states = {"serves": ServerState.ONLINE, "moves": ServerState.DRAINING, "leaves": ServerState.DRAINING}
+    records = [record("stays", blocks=BlockRange(4, 8)), record("dead", blocks=BlockRange(4, 8))]
+    records += [record(name, state=state) for name, state in states.items()]
+    scout, _, _ = watcher_of(records, dead=["dead"])
+    await scout.look()
+    moves = dict.fromkeys(("serves", "moves", "dead", "stranger"), BlockRange(8, 12))
+    held = {it.peer_id: it.blocks for it in scout.holdings_after(moves)}
+    assert held == {"stays": BlockRange(4, 8), "serves": BlockRange(8, 12), "moves": BlockRange(8, 12)}
+    assert scout.holdings_after({}) == scout.holdings
+
+
 async def test_who_only_says_that_it_loads_covers_blocks_for_a_quarter_of_an_hour(clock):
     """It answers, as those do that load; a newcomer takes its place then."""
     loading = record("promises", state=ServerState.JOINING)

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from swarm import leases as leases_module
 from swarm.errors import PeerMisbehaved
-from swarm.leases import CLAIM_S, FORGET_S, GAP_PATIENCE_S, MAX_LEASE_S, Claim, LeaseDesk, Patience, wins
+from swarm.leases import (
+    CLAIM_S,
+    FORGET_S,
+    GAP_PATIENCE_S,
+    MAX_LEASE_S,
+    Claim,
+    LeaseDesk,
+    Patience,
+    claims_before,
+    touch_nothing,
+)
 from swarm.network import Node, NodeConfig
 from swarm.types import BlockRange
 
@@ -26,18 +36,21 @@ claims = st.builds(
 @given(st.lists(claims, max_size=8, unique_by=lambda claim: claim.peer_id))
 def test_of_settled_rivals_one_may_move_in_each_region(found):
     """No two rivals both win, and of all that are there somebody does."""
-    winners = [claim for claim in found if wins(claim, found, 50.0, is_settled=True)]
+    winners = [claim for claim in found if touch_nothing(claim, claims_before(claim, found, 50.0, is_settled=True))]
     assert not any(one.rivals(two) for one in winners for two in winners if one is not two)
     assert bool(winners) == bool(found)
 
 
-@given(claims, st.lists(claims, max_size=8))
-def test_whoever_comes_later_waits(own, found):
-    """Before a claim has settled, any rival comes first; claims that have ended, or last too long, don't count."""
-    rivals = [claim for claim in found if claim.peer_id != own.peer_id and claim.rivals(own)]
-    assert wins(own, found, 50.0, is_settled=False) == (not rivals)
-    assert wins(own, found, 200.0, is_settled=False)
-    assert wins(own, found, -MAX_LEASE_S, is_settled=False)
+@given(claims, st.lists(claims, max_size=8), st.data())
+def test_what_was_claimed_before_comes_before(own, found, data):
+    """Before a claim has settled all others do, then those that were known; none that has ended or lasts too long."""
+    others = [claim for claim in found if claim.peer_id != own.peer_id]
+    assert claims_before(own, found, 50.0, is_settled=False) == others
+    known = {claim.lot for claim in data.draw(st.lists(st.sampled_from(found)))} if found else set()
+    settled = claims_before(own, found, 50.0, is_settled=True, known=known)
+    assert settled == [claim for claim in others if claim.lot in known or claim.lot < own.lot]
+    for now in (200.0, -MAX_LEASE_S):
+        assert claims_before(own, found, now, is_settled=False) == []
 
 
 @given(claims)
@@ -103,7 +116,12 @@ def desks(count):
     return [LeaseDesk(FakeTable(values, f"p{index}"), MODEL, settle_s=0.01, now=lambda: 0.0) for index in range(count)]
 
 
-async def at_once(rivals, *, lease_s, fills_gap=False):
+def alone(claims):
+    """Whether one fills a gap that needs one: nobody comes before it."""
+    return not claims
+
+
+async def at_once(rivals, *, lease_s, fills_gap=None):
     """Who gets the right to move of those that have all looked before any of them has claimed."""
     for desk in rivals:
         desk._node.may_store.clear()
@@ -116,7 +134,7 @@ async def at_once(rivals, *, lease_s, fills_gap=False):
         await desk._node.stores.wait()
     for desk in rivals:
         desk._node.may_store.set()
-    return await asyncio.gather(*trying)
+    return [lease is not None for lease in await asyncio.gather(*trying)]
 
 
 async def test_of_servers_that_claim_at_the_same_moment_one_gets_the_lease():
@@ -149,9 +167,30 @@ async def test_a_server_whose_claim_took_long_to_store_does_not_move_beside_one_
     assert not await slow_one
 
 
+async def test_of_those_that_fill_a_gap_as_many_go_as_it_takes():
+    """Five want to at the same moment and two are needed: each takes the claims before its own as done."""
+    rivals = desks(5)
+    results = await at_once(rivals, lease_s=60.0, fills_gap=lambda claims: len(claims) < 2)
+    assert sum(results) == 2
+
+
+async def test_who_fills_a_gap_knows_who_else_does():
+    """Also those with the higher lot, if they came first; and it leaves alone who is waited for no more."""
+    both = desks(2)
+    here, there, beside = BlockRange(0, 4), BlockRange(8, 12), BlockRange(10, 14)
+    for one, other in (both, reversed(both)):
+        first = await one.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=alone)
+        second = await other.acquire(here, beside, delay_s=0.0, lease_s=60.0, fills_gap=lambda claims: True)
+        assert first is not None and first.moves == {}
+        assert second is not None and second.moves == {one._node.peer_id: there}
+        assert [claim.peer_id for claim in await other.respected(here, there)] == [one._node.peer_id]
+        await one.release(here, there)
+        await other.release(here, beside)
+
+
 async def test_of_slow_servers_one_fills_a_gap_and_none_moves_for_a_gain():
     """Nobody can be sure of being seen: a gap is not left open for that."""
-    for fills_gap, num_winners in ((True, 1), (False, 0)):
+    for fills_gap, num_winners in ((alone, 1), (None, 0)):
         both = desks(2)
         for desk in both:
             desk._now = count(step=5.0).__next__
@@ -164,7 +203,7 @@ async def test_a_table_that_takes_no_more_claims_keeps_gaps_from_nobody():
     desk._node.is_full = True
     here, there = BlockRange(0, 4), BlockRange(8, 12)
     assert not await desk.acquire(here, there, delay_s=0.0, lease_s=60.0)
-    assert await desk.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=True)
+    assert await desk.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=alone)
 
 
 async def test_claims_of_those_that_did_not_win_are_soon_gone_from_the_table():
@@ -230,7 +269,7 @@ async def test_a_gap_is_not_left_open_for_a_claim_that_leads_to_nothing(monkeypa
     while True:
         await liar._store(claim_of("p0", now))
         tries += 1
-        if await honest.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=True):
+        if await honest.acquire(here, there, delay_s=0.0, lease_s=60.0, fills_gap=alone):
             break
         now += 5.0
     assert GAP_PATIENCE_S < now - began <= GAP_PATIENCE_S + 5.0 and tries > 2

@@ -99,9 +99,9 @@ def test_a_move_into_a_gap_holds_until_somebody_else_has_filled_it(swarm, data):
     own = swarm.holdings[data.draw(st.integers(0, len(swarm.holdings) - 1))]
     move = decide_move(swarm, own, reload_s=[60.0] * 12, num_sessions=0)
     assume(move is not None)
-    assert still_fills(swarm, own, move) == move.fills_gap
+    assert still_fills(swarm, own, move.blocks) == move.fills_gap
     filled = swarm.plus(Holding(peer_id="other", blocks=move.blocks, capacity_tps=own.capacity_tps))
-    assert not still_fills(filled, own, move)
+    assert not still_fills(filled, own, move.blocks)
 
 
 @given(surveys())
