@@ -51,6 +51,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve a range of a model's transformer blocks. Without --initial-peers a new swarm begins.",
         formatter_class=HelpFormatter,
     )
+    add_initial_peers(parser, without="none: a new swarm begins")
+    _add_blocks(parser)
+    _add_memory(parser)
+    _add_network(parser)
+    _add_operation(parser)
+    parser.add_argument("--version", action="version", version=f"swarm {__version__}")
+    return parser
+
+
+def _add_blocks(parser: argparse.ArgumentParser) -> None:
+    """Which blocks of which model, and how they are run."""
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="embedded model, checkpoint directory or Hugging Face hub id")
     add(
@@ -60,7 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
         " swarm gains most, and later others if it would gain more there",
     )
     add("--num-blocks", type=int, metavar="N", help="how many blocks to choose; as many as fit if not given")
-    add_initial_peers(parser, without="none: a new swarm begins")
     add(
         "--quantization",
         choices=("auto", "none", "int8", "nf4"),
@@ -74,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: 16 bits on GPUs, float32 on CPU",
     )
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one")
+    add_threads(parser, what="the blocks")
+    add_checkpoint(parser)
+    add("--token", metavar="TOKEN", help="access token for the hub")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """What memory is for, and the adapters that are kept in it."""
+    add = parser.add_argument
     add("--kv-cache", default="16384", metavar="SIZE", help="room for the KV cache in tokens (16384) or bytes (2GiB)")
     add(
         "--history-memory",
@@ -81,14 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="memory for what was sent to the next servers, so that a lost one can be replaced without asking the"
         " client for everything again; 0 keeps nothing",
-    )
-    add(
-        "--drain-timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long a server that is told to stop waits for its sessions to move to others; 0 doesn't wait, and a"
-        " second signal ends it at once",
     )
     add("--adapters", nargs="+", default=(), metavar="ADAPTER", help="PEFT adapters to have from the start: directories"
         " or hub ids; clients may bring others")  # fmt: skip
@@ -100,7 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory of the device for what training keeps until gradients come; what does not fit is computed again;"
         " 0 takes no training",
     )
-    add_threads(parser, what="the blocks")
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """How it is reached, and who it is."""
+    add = parser.add_argument
     add("--host", default="0.0.0.0", metavar="IP", help="address to listen on")
     add("--port", type=int, default=0, metavar="PORT", help="TCP port for discovery and control; 0 picks a free one")
     add("--data-port", type=int, default=0, metavar="PORT", help="TCP port for direct connections; 0 picks a free one")
@@ -121,13 +135,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="file with this peer's key, made when missing; a new identity if not given",
     )
     add_credentials(parser)
-    add_checkpoint(parser)
-    add("--token", metavar="TOKEN", help="access token for the hub")
+
+
+def _add_operation(parser: argparse.ArgumentParser) -> None:
+    """How it ends, and what its owner sees of it."""
+    add = parser.add_argument
+    add(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a server that is told to stop waits for its sessions to move to others; 0 doesn't wait, and a"
+        " second signal ends it at once",
+    )
     add("--metrics-port", type=int, metavar="PORT", help="TCP port of metrics for Prometheus; none if not given")
     add("--metrics-host", default="127.0.0.1", metavar="IP", help="address on which the metrics can be read")
     logs.add_arguments(parser)
-    add("--version", action="version", version=f"swarm {__version__}")
-    return parser
 
 
 def _config(args: argparse.Namespace) -> ServerConfig:
@@ -206,7 +229,7 @@ async def _serve(config: ServerConfig, plan: "Plan") -> None:
 
 async def _serve_until(stop: asyncio.Event, server: "Server", screen: "Screen") -> None:
     from swarm.server.lean import settle_heap
-    from swarm.server.server import LoadingStopped
+    from swarm.server.loading import LoadingStopped
 
     async with server:
         joining = asyncio.create_task(server.join())

@@ -13,6 +13,8 @@ import gc
 import importlib.util
 import os
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -20,6 +22,8 @@ from typing import Any
 
 import torch
 
+GARBAGE_PAUSE_S = 0.001
+"""How long another thread that collects garbage is left alone with it."""
 _HIDDEN = frozenset({"scipy", "sklearn", "pandas"})
 
 
@@ -60,8 +64,31 @@ def thaw_heap() -> bool:
     """Undo `settle_heap`, so that blocks that are given up are found and freed; whether it had been called."""
     was_settled = gc.get_freeze_count() > 0
     gc.unfreeze()
-    gc.collect()
+    collect_garbage()
     return was_settled
+
+
+def collect_garbage() -> None:
+    """Free all that nobody can reach any more, even if another thread is about to do so.
+
+    `gc.collect` does nothing while any thread is in the middle of a collection, where it may wait in a finalizer; then
+    this waits, and collects.
+    """
+    own_thread, has_run = threading.get_ident(), False
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        nonlocal has_run
+        has_run |= phase == "stop" and info["generation"] == 2 and threading.get_ident() == own_thread
+
+    gc.callbacks.append(note)
+    try:
+        while True:
+            gc.collect()
+            if has_run:
+                return
+            time.sleep(GARBAGE_PAUSE_S)
+    finally:
+        gc.callbacks.remove(note)
 
 
 class _Compiler(types.ModuleType):

@@ -48,8 +48,8 @@ class ServerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics of now; to be called on the server's loop."""
         yield _gauge("state", "0 offline, 1 joining, 2 online, 3 draining.", self._server.state)
-        handler = self._server.handler
-        if handler is not None:
+        if self._server.serving is not None:
+            handler = self._server.serving.handler
             yield from _what_it_is(handler, self._server.transport)
             yield from _sessions(handler)
             yield from _batches(handler.executor)

@@ -1,92 +1,80 @@
 """What a server does about its place in the swarm, put together: what it takes, whom it measures, when it moves.
 
-FactsStore, hardware ─► sizing.fit_blocks ─► how many     Scout ─► place, pings for the record
-                            └─► Mover.choose ─► which       └────► Mover.run ─► Server.leave_for, arrive
+LatestFacts, hardware ─► sizing.fit_blocks ─► how many     Scout ─► place, pings for the record
+                             └─► Mover.choose ─► which       └────► Mover.run ─► Tenancy.leave_for, arrive
 
-It knows what blocks take and give on this machine; not how they are loaded, nor who is served.
+It does not know how blocks are loaded, nor who is served.
 """
 
 import asyncio
-import gc
-import logging
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from swarm.checkpoint.partial import shards_by_block
 from swarm.directory import Directory
-from swarm.errors import ConfigError
 from swarm.leases import LeaseDesk
-from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.placement import Choice, Survey
 from swarm.registry import Registry
-from swarm.server.block_facts import BlockFacts, FactsStore, largest_part
-from swarm.server.blocks.span import BlockSpan
+from swarm.server.block_facts import BlockFacts, largest_part
 from swarm.server.config import ServerConfig
 from swarm.server.hardware import free_bytes
+from swarm.server.latest_facts import LatestFacts
+from swarm.server.loading import Loader
 from swarm.server.mover import Movable, Mover
 from swarm.server.plan import Plan
 from swarm.server.scout import Scout
 from swarm.server.sizing import Fit, fit_blocks
-from swarm.server.speeds import Plain, SpeedCheck
-from swarm.server.weight_files import MeasuredFiles
 from swarm.transport import Transport
 from swarm.types import BlockRange, name_ranges
 
-logger = logging.getLogger(__name__)
-
-LOAD_BLOCK_S = 2.0
-"""What loading a block from disk takes, before one was loaded."""
 STORED_PART = {"int8": 2.0, "nf4": 4.0}
 """How much larger a block is in the files, which have 16 bits, than in memory; otherwise the dtype says it."""
 
 
-class PlacedServer(Movable, Protocol):
-    """A server, as far as its place is concerned."""
+class Placed(Movable, Protocol):
+    """What a server holds, as far as its place is concerned."""
 
-    config: ServerConfig
     plan: Plan
-    node: Node
 
 
 class Placing:
     """The place of one server.
 
     Args:
-        server: which one; it has joined the swarm.
+        config: what it was told.
+        held: its blocks.
+        facts: what a block takes and gives here.
+        loader: what loading one takes.
         transport: how to measure others.
         registry: where their records are.
-        files: the model's weights.
     """
 
-    def __init__(self, server: PlacedServer, transport: Transport, registry: Registry, files: MeasuredFiles):
-        plan = server.plan
-        self.facts: BlockFacts | None = None
-        """Of one block, once they are known."""
-        self._server, self._files = server, files
+    def __init__(
+        self,
+        config: ServerConfig,
+        held: Placed,
+        *,
+        facts: LatestFacts,
+        loader: Loader,
+        transport: Transport,
+        registry: Registry,
+    ):
+        plan = held.plan
+        self._config, self._held, self._facts, self._loader = config, held, facts, loader
+        self._node = transport.node
         self._generator = np.random.default_rng()
-        self._store = FactsStore(
-            plan.checkpoint,
-            device=plan.device,
-            dtype=plan.dtype,
-            quantization=plan.quantization,
-            cache_dir=server.config.cache_dir,
-        )
         self.scout = Scout(
             Pinger(transport, self._generator),
             Directory(registry, model=plan.checkpoint.digest, num_blocks=plan.num_blocks),
-            own_id=server.node.peer_id,
-            own_blocks=lambda: server.plan.blocks,
+            own_id=self._node.peer_id,
+            own_blocks=lambda: held.plan.blocks,
             generator=self._generator,
         )
-        self._speeds = SpeedCheck()
         self._mover: Mover | None = None
         self._length = 0
-        self._block_s = LOAD_BLOCK_S
         self._shards: list[tuple[str, ...]] = []
         """Weight files of each block, once they are known."""
 
@@ -103,41 +91,26 @@ class Placing:
             PeerTimeout: the records of the swarm can't be read.
             UnsupportedModel: the block runner would run this model wrongly.
         """
-        plan, config = self._server.plan, self._server.config
+        plan, config = self._held.plan, self._config
         await self.scout.look_closely()
         weakest = Survey(self.scout.holdings, plan.num_blocks).weakest.start
-        self.facts = await asyncio.to_thread(self._of_block, weakest)
+        facts = await self._facts.of_block(weakest)
         if config.num_blocks is None:
-            fit = await asyncio.to_thread(self._fit, self.facts, weakest)
+            fit = await asyncio.to_thread(self._fit, facts, weakest)
             self._length, why = fit.num_blocks, str(fit)
         else:
             self._length, why = config.num_blocks, f"{config.num_blocks} asked"
         self._mover = Mover(
-            self._server,
+            self._held,
             self.scout,
-            LeaseDesk(self._server.node, plan.checkpoint.digest, num_blocks=plan.num_blocks),
+            LeaseDesk(self._node, plan.checkpoint.digest, num_blocks=plan.num_blocks),
             num_blocks=plan.num_blocks,
             length=self._length,
             reload_s=self._reload_s,
             generator=self._generator,
         )
-        choice = await self._mover.choose(self.facts.batch_tps)
-        return choice.blocks, explained(choice, why, self.facts, num_servers=len(self.scout.holdings) + 1)
-
-    def loaded(self, span: BlockSpan, seconds: float) -> None:
-        """The server has loaded its blocks, in so many seconds after their files were here; nobody uses them yet."""
-        self._block_s = seconds / len(span.blocks)
-        self.facts = self._store.of_span(span)
-
-    def ran(self, plain: Plain) -> None:
-        """These batches have run so far: what is said of the machine's speed is set right if it is far off."""
-        if self.facts is None:
-            return
-        before, self.facts = self.facts, self._speeds.corrected(self.facts, plain, time.monotonic())
-        if self.facts is not before:
-            rates = (self.facts.single_tps, self.facts.batch_tps, before.single_tps, before.batch_tps)
-            logger.info("one row gives %.0f tokens/s and full batches %.0f, not %.0f and %.0f", *rates)
-            self._store.remember(self.facts)
+        choice = await self._mover.choose(facts.batch_tps)
+        return choice.blocks, explained(choice, why, facts, num_servers=len(self.scout.holdings) + 1)
 
     async def keep_moving(self) -> None:
         """Move whenever that pays, if the blocks were chosen here; until cancelled.
@@ -148,22 +121,11 @@ class Placing:
         if self._mover is None:
             await asyncio.Event().wait()
         assert self._mover is not None
-        self._shards = await asyncio.to_thread(shards_by_block, self._server.plan.checkpoint)
+        self._shards = await asyncio.to_thread(shards_by_block, self._held.plan.checkpoint)
         await self._mover.run()
 
-    def _of_block(self, block: int) -> BlockFacts:
-        try:
-            facts = self._store.of_block(block)
-        except (RuntimeError, MemoryError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"block {block} can't be loaded here: {reason}") from error
-        gc.collect()  # what was measured is gone, and free memory is asked for next
-        if self._server.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return facts
-
     def _fit(self, facts: BlockFacts, block: int) -> Fit:
-        plan, config = self._server.plan, self._server.config
+        plan, config = self._held.plan, self._config
         return fit_blocks(
             facts,
             free_bytes=free_bytes(plan.device),
@@ -177,13 +139,13 @@ class Placing:
 
     def _reload_s(self) -> list[float]:
         """Seconds to load blocks [i, i + length), for each i, by what is on disk now."""
-        assert self.facts is not None, "asked after the blocks were chosen"
-        checkpoint, plan = self._server.plan.checkpoint, self._server.plan
-        stored_bytes = int(self.facts.weight_bytes * STORED_PART.get(plan.quantization, 2.0 / plan.dtype.itemsize))
-        here = {shard for shard in checkpoint.shards if self._files.is_here(shard)}
+        plan, files, facts = self._held.plan, self._loader.files, self._facts.latest
+        assert facts is not None, "asked after the blocks were chosen"
+        stored_bytes = int(facts.weight_bytes * STORED_PART.get(plan.quantization, 2.0 / plan.dtype.itemsize))
+        here = {shard for shard in plan.checkpoint.shards if files.is_here(shard)}
         far = [0 if here.issuperset(shards) else stored_bytes for shards in self._shards]
         return reload_times(
-            far or [0] * plan.num_blocks, self._length, block_s=self._block_s, bytes_per_s=self._files.bytes_per_s
+            far or [0] * plan.num_blocks, self._length, block_s=self._loader.block_s, bytes_per_s=files.bytes_per_s
         )
 
 

@@ -1,6 +1,6 @@
 """What a server will do: its configuration with every "auto" but the blocks resolved against machine and model.
 
-ServerConfig ─resolve, choose─► Plan ─► swarm.server.server       (which blocks: swarm.server.mover, in the swarm)
+ServerConfig ─resolve, choose─► Plan ─► swarm.server.tenancy       (which blocks: swarm.server.mover, in the swarm)
 """
 
 from dataclasses import dataclass

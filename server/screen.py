@@ -84,12 +84,15 @@ class Screen:
 
     def online(self, server: "Server") -> None:
         """It serves."""
-        plan = self._plan = server.plan
+        plan, serving = server.plan, server.serving
+        assert serving is not None, "called when it serves"
+        self._plan = plan
         weights = f"{plan.quantization if plan.quantization != 'none' else 'unquantised'} {_name(plan.dtype)}"
-        text = f": blocks {plan.blocks}, {weights} on {plan.device}, KV cache for {server.executor.total_tokens} tokens"
+        num_tokens = serving.executor.total_tokens
+        text = f": blocks {plan.blocks}, {weights} on {plan.device}, KV cache for {num_tokens} tokens"
         line = Text("ONLINE", style="bold green").append(text, style="not bold default")
         self._console.print(line, soft_wrap=True)
-        for name, digest in server.adapters.items():
+        for name, digest in serving.adapters.items():
             self._line(f"adapter {name}: {digest}")
         if server.metrics_url is not None:
             self._line(f"metrics on {server.metrics_url}")

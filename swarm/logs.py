@@ -2,7 +2,7 @@
 
 add_arguments(parser) ─► args ─► configure(args) ─► the root logger writes to stderr
 
-{"time": "2026-11-27T09:30:00.123Z", "level": "warning", "logger": "swarm.server.server", "message": "..."}
+{"time": "2026-11-27T09:30:00.123Z", "level": "warning", "logger": "swarm.server.tenancy", "message": "..."}
 """
 
 import argparse

@@ -81,10 +81,11 @@ async def serve() -> None:
         await server.load()
         print(json.dumps({"address": server.node.addresses[0], "model": server.plan.checkpoint.digest}), flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
-            assert server.handler is not None
+            serving = server.serving
+            assert serving is not None
             state = {
-                "pages": await server.executor.pages_in_use(),
-                "sessions": server.handler.num_sessions,
+                "pages": await serving.executor.pages_in_use(),
+                "sessions": server.tenancy.num_sessions,
                 "streams": server.transport._handling.total(),
                 "connections": server.transport.num_connections,
                 "restarts": server.node.num_restarts,
@@ -93,7 +94,7 @@ async def serve() -> None:
                 "fds": len(os.listdir("/proc/self/fd")),
                 "messages": counts["messages"],
                 "loop_errors": counts["loop errors"],
-                "died": server.executor.died.is_set(),
+                "died": serving.executor.died.is_set(),
             }
             print(json.dumps(state), flush=True)
 

@@ -62,7 +62,7 @@ def test_a_server_that_drains_serves_nobody_and_comes_back_elsewhere():
 
 
 def test_files_are_fetched_while_a_server_drains():
-    """As `Server.leave_for` does: what is left of them when it has let go of its blocks takes time of its own."""
+    """As `Tenancy.leave_for` does: what is left of them when it has let go of its blocks takes time of its own."""
     for fetch_s, served_s in ((25.0, LOAD_S), (5.0, 10.0 + UNLOAD_S + LOAD_S - 5.0)):
         world = World(12, SwarmRule(), np.random.default_rng(0))
         world.join(Machine(name="p", length=4, capacity_tps=1.0, load_s=LOAD_S, fetch_s=fetch_s), load_s=0.0)

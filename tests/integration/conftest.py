@@ -133,7 +133,7 @@ async def _stop(server: Server, politely: bool, serving: asyncio.Task[None] | No
 
 
 async def _pages_in_use(server: Server) -> int:
-    return await server.executor.pages_in_use()
+    return await server.serving.executor.pages_in_use()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def distributed(swarm: LocalSwarm, adapters: dict[str, Path] | None = None, **co
 
 
 def loaders(swarm: LocalSwarm):
-    return [server.handler.adapters.loader for server in swarm.servers]
+    return [server.serving.handler.adapters.loader for server in swarm.servers]
 
 
 def wait_until_nothing_is_used(swarm: LocalSwarm) -> None:
@@ -223,15 +223,15 @@ def test_a_server_gets_an_adapter_from_another_after_the_client_has_gone(make_sw
 
 
 async def announce(server) -> None:
-    await server._announce()
+    await server._announcer.tell()
 
 
 async def forget_sessions(server) -> None:
     """End all sessions here, and take no more; the server lives and gives away its adapters."""
     from swarm.types import ServerState
 
-    server.handler.state = ServerState.DRAINING
-    for session in list(server.handler._sessions):
+    server.serving.handler.state = ServerState.DRAINING
+    for session in list(server.serving.handler._sessions):
         session.end(PeerBusy("draining", retry_after_s=60.0))
 
 
@@ -260,14 +260,14 @@ def test_an_adapter_that_is_evicted_in_mid_session_comes_back_for_the_next_token
         digest = model.adapters["0"].digest
         with model.inference_session(max_length=64, adapter_name="0") as session:
             ids = model.generate(PROMPTS[:1], session=session, do_sample=False, max_new_tokens=4, min_new_tokens=4)
-            assert digest in server.executor.attached_adapters
+            assert digest in server.serving.executor.attached_adapters
             ids_of_others = torch.randint(1, 120, (1, 300), generator=torch.Generator().manual_seed(1))
             others = itertools.chain(*itertools.repeat(range(1, 16), 4))
-            while digest in server.executor.attached_adapters:
+            while digest in server.serving.executor.attached_adapters:
                 model.generate(ids_of_others, adapter_name=str(next(others)), max_new_tokens=2, do_sample=False)
             rest = {**GREEDY, "max_new_tokens": 6, "min_new_tokens": 6}
             assert torch.equal(model.generate(ids, session=session, **rest)[0, -NEW_TOKENS:], expected)
-            assert digest in server.executor.attached_adapters
+            assert digest in server.serving.executor.attached_adapters
     wait_until_nothing_is_used(swarm)
 
 
@@ -286,7 +286,7 @@ def test_sixty_four_sessions_with_sixteen_adapters_at_once(make_swarm, tiny_llam
 
         assert all(pool.map(run, range(64)))
     wait_until_nothing_is_used(swarm)
-    assert 1 <= len(server.executor.attached_adapters) <= 16
+    assert 1 <= len(server.serving.executor.attached_adapters) <= 16
 
 
 def test_a_quota_is_told_and_harms_nobody_else(make_swarm, tiny_llama, adapters):
@@ -325,7 +325,7 @@ def test_a_server_brings_its_own_adapters(make_swarm, tiny_llama, adapters):
     """Those that it was started with are there before any client, announced, and preferred by routes."""
     swarm = make_swarm("0:6")
     server = swarm.add_server("0:6", adapters=(str(adapters["lora"]),))
-    (digest,) = server.adapters.values()
+    (digest,) = server.serving.adapters.values()
     swarm.loop.run(announce(server))
     with distributed(swarm, {"lora": adapters["lora"]}) as model:
         record = next(it for it in records_of(model) if it.peer_id == server.node.peer_id)

@@ -79,8 +79,8 @@ def test_a_server_that_drains_for_long_says_so_again(make_swarm):
     swarm.loop.run(server.load(), 30)
 
     stays = asyncio.Event()
-    server.handler.drain = lambda timeout_s: stays.wait()
-    draining = asyncio.run_coroutine_threadsafe(server.drain(600.0), swarm.loop._loop)
+    server.serving.handler.drain = lambda timeout_s: stays.wait()
+    draining = asyncio.run_coroutine_threadsafe(server.tenancy.drain(600.0), swarm.loop._loop)
     swarm.loop.run(next_record(swarm, server, ServerState.DRAINING), 30)
     swarm.loop.post(stays.set)
     draining.result(30)
@@ -100,7 +100,7 @@ def test_a_renewal_that_fails_is_not_the_last(make_swarm, monkeypatch):
             raise ValueError("a defect")
         await renew()
 
-    monkeypatch.setattr(server, "renew", fail_once)
+    monkeypatch.setattr(server._announcer, "_renew", fail_once)
     swarm.loop.run(next_record(swarm, server, ServerState.JOINING), 30)
     assert num_failed == 1
 

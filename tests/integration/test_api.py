@@ -196,7 +196,7 @@ def test_each_account_is_a_client_of_its_own(
     keys = {name: add_key(path, name) for name in ("ann", "bob")}
     clients: list[str] = []
     for server in swarm.servers:
-        monkeypatch.setattr(server.handler, "_admit", _noting(server.handler._admit, clients))
+        monkeypatch.setattr(server.serving.handler, "_admit", _noting(server.serving.handler._admit, clients))
     api = gateway(swarm, keys=Keys([path]))
     for name, key in keys.items():
         clients.clear()

@@ -40,9 +40,9 @@ BEAMS = {"num_beams": 3, **GREEDY}
 def drain(swarm: LocalSwarm, peer_id: str) -> None:
     """What a server does on SIGTERM; all its sessions and pages are gone when this returns."""
     server = next(server for server in swarm.servers if server.node.peer_id == peer_id)
-    swarm.loop.run(server.drain(DRAIN_S), DRAIN_S + 10)
-    assert server.handler is not None and not server.handler.num_sessions
-    assert swarm.loop.run(server.executor.pages_in_use()) == 0
+    swarm.loop.run(server.tenancy.drain(DRAIN_S), DRAIN_S + 10)
+    assert server.serving is not None and not server.tenancy.num_sessions
+    assert swarm.loop.run(server.serving.executor.pages_in_use()) == 0
     swarm.remove_server(server)
 
 
@@ -112,8 +112,8 @@ def test_a_replica_without_room_leaves_a_replay(make_swarm, local_model):
             victim = next(it for it in swarm.servers if it.node.peer_id == session.route[1].peer_id)
             other = next(it for it in swarm.servers[1:] if it is not victim)
             pages = swarm.loop.run(_take_all_pages(other))
-            swarm.loop.run(victim.drain(1.0), 30)
-            assert victim.handler is not None and victim.handler.num_sessions == 1
+            swarm.loop.run(victim.tenancy.drain(1.0), 30)
+            assert victim.tenancy.num_sessions == 1
             swarm.loop.run(_free(other, pages))
             swarm.remove_server(victim)
 
@@ -125,12 +125,12 @@ def test_a_replica_without_room_leaves_a_replay(make_swarm, local_model):
 
 
 async def _take_all_pages(server) -> list[int]:
-    allocator = server.executor._allocator
-    return await server.executor._ask(lambda: allocator.allocate(allocator.num_free))
+    allocator = server.serving.executor._allocator
+    return await server.serving.executor._ask(lambda: allocator.allocate(allocator.num_free))
 
 
 async def _free(server, pages: list[int]) -> None:
-    await server.executor._ask(lambda: server.executor._allocator.free(pages))
+    await server.serving.executor._ask(lambda: server.serving.executor._allocator.free(pages))
 
 
 def test_a_server_that_is_short_of_cache_has_a_session_moved_to_one_with_room(tiny_llama, local_model):
@@ -149,10 +149,10 @@ def test_a_server_that_is_short_of_cache_has_a_session_moved_to_one_with_room(ti
 
         for which in range(2):
             step(which, 0)
-        assert tight.executor.meter.num_swapped_out
+        assert tight.serving.executor.meter.num_swapped_out
         roomy = swarm.add_server("0:6")
         for _ in range(2):  # the second time there is no more need
-            swarm.loop.run(_renew_until(tight, lambda: tight.handler.num_sessions == roomy.handler.num_sessions == 1))
+            swarm.loop.run(_renew_until(tight, lambda: tight.tenancy.num_sessions == roomy.tenancy.num_sessions == 1))
         for which in range(2):
             rows[which] = torch.cat([rows[which], torch.tensor([[5 + which]])], dim=1)
             step(which, 40)
@@ -187,11 +187,11 @@ def test_a_training_run_at_a_server_that_drains_goes_on_elsewhere(moment, make_s
         swarm.add_server("2:6")
 
         def leave():
-            training = victim.training
+            training = victim.serving.training
             if moment == "for a gap":
-                swarm.loop.run(victim.leave_for(BlockRange(0, 3), drain_s=GAP_DRAIN_S), DRAIN_S)
+                swarm.loop.run(victim.tenancy.leave_for(BlockRange(0, 3), drain_s=GAP_DRAIN_S), DRAIN_S)
             else:
-                swarm.loop.run(victim.drain(DRAIN_S), DRAIN_S + 10)
+                swarm.loop.run(victim.tenancy.drain(DRAIN_S), DRAIN_S + 10)
             swarm.loop.run(_until(lambda: not training.num_runs), 20)
 
         if moment == "before forward":

@@ -21,7 +21,7 @@ from .test_swarm import embed, expected_logits, logits, wait_for_free_pages
 @contextmanager
 def held(swarm: LocalSwarm, index: int) -> Iterator[threading.Event]:
     """One server's device thread stands still until the end; yields what tells that it does."""
-    span = swarm.servers[index].executor.span
+    span = swarm.servers[index].serving.executor.span
     run, reached, go = span.run, threading.Event(), threading.Event()
 
     def waiting(chunks):

@@ -125,7 +125,7 @@ def test_files_are_fetched_while_sessions_leave(make_swarm, monkeypatch):
     """Handing sessions over takes nothing from the time in which a gap is filled, where files must come first."""
     swarm = make_swarm("0:6")
     (server,) = swarm.servers
-    fetched, store, states = threading.Event(), server._files._store, []
+    fetched, store, states = threading.Event(), server._loader.files._store, []
 
     class SlowStore:
         is_here = store.is_here
@@ -138,11 +138,11 @@ def test_files_are_fetched_while_sessions_leave(make_swarm, monkeypatch):
     async def last_until_fetched(timeout_s):
         assert await asyncio.to_thread(fetched.wait, 10)
 
-    monkeypatch.setattr(server._files, "_store", SlowStore())
-    monkeypatch.setattr(server.handler, "drain", last_until_fetched)
-    swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=5.0), 30)
+    monkeypatch.setattr(server._loader.files, "_store", SlowStore())
+    monkeypatch.setattr(server.serving.handler, "drain", last_until_fetched)
+    swarm.loop.run(server.tenancy.leave_for(BlockRange(0, 2), drain_s=5.0), 30)
     assert states[0] is ServerState.DRAINING
-    assert swarm.loop.run(server.arrive(), 30) is True
+    assert swarm.loop.run(server.tenancy.arrive(), 30) is True
 
 
 def test_files_that_cannot_be_fetched_do_not_keep_a_server_from_leaving(make_swarm, monkeypatch):
@@ -150,10 +150,10 @@ def test_files_that_cannot_be_fetched_do_not_keep_a_server_from_leaving(make_swa
     swarm = make_swarm("0:6")
     (server,) = swarm.servers
     with monkeypatch.context() as broken:
-        broken.setattr(server._files, "fetch", fail_to_fetch)
-        swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
-        swarm.loop.run(wait_for(server._fetching), 30)
-    assert swarm.loop.run(server.arrive(), 30) is True
+        broken.setattr(server._loader.files, "fetch", fail_to_fetch)
+        swarm.loop.run(server.tenancy.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
+        swarm.loop.run(wait_for(server.tenancy._fetching), 30)
+    assert swarm.loop.run(server.tenancy.arrive(), 30) is True
     assert server.plan.blocks == BlockRange(0, 2)
 
 
@@ -170,7 +170,7 @@ def test_fetching_files_is_no_part_of_what_loading_takes(make_swarm, monkeypatch
     swarm = make_swarm()
     server = swarm.loop.run(join_only(swarm), 30)
     swarm.servers.append(server)
-    now, store, load, loaded = [0.0], server._files._store, BlockSpan.load, []
+    now, store, load = [0.0], server._loader.files._store, BlockSpan.load
 
     class SlowStore:
         is_here = store.is_here
@@ -186,31 +186,30 @@ def test_fetching_files_is_no_part_of_what_loading_takes(make_swarm, monkeypatch
     def clock():
         return now[0]
 
-    monkeypatch.setattr(server._files, "_store", SlowStore())
-    monkeypatch.setattr(server._files, "_clock", clock)
-    monkeypatch.setattr("swarm.server.server.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(server._loader.files, "_store", SlowStore())
+    monkeypatch.setattr(server._loader.files, "_clock", clock)
+    monkeypatch.setattr("swarm.server.loading.time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(BlockSpan, "load", load_slowly)
-    monkeypatch.setattr("swarm.server.placing.Placing.loaded", lambda placing, span, seconds: loaded.append(seconds))
     swarm.loop.run(server.load(), 30)
-    assert loaded == [7.0] and server._files.seconds >= 100.0
+    assert server._loader.block_s == 7.0 / NUM_BLOCKS and server._loader.files.seconds >= 100.0
 
 
 def test_what_a_server_leaves_is_freed_before_it_loads_other_blocks(make_swarm):
     """It took as much as fits: both would not."""
     swarm = make_swarm("0:6")
     (server,) = swarm.servers
-    old = weakref.ref(server.executor.span)
-    swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
+    old = weakref.ref(server.serving.executor.span)
+    swarm.loop.run(server.tenancy.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
     assert old() is None
-    assert swarm.loop.run(server.arrive(), 30) is True
+    assert swarm.loop.run(server.tenancy.arrive(), 30) is True
 
 
 def test_blocks_that_cannot_be_loaded_are_given_up_for_those_of_before(make_swarm, local_model, monkeypatch):
     """The server goes back to what it had, and serves it."""
     swarm = make_swarm("0:6")
     (server,) = swarm.servers
-    swarm.loop.run(server.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
-    load, loads = server.load, []
+    swarm.loop.run(server.tenancy.leave_for(BlockRange(0, 2), drain_s=0.0), 30)
+    load, loads = server.tenancy.load, []
 
     async def fails_once(*args):
         loads.append(server.plan.blocks)
@@ -218,8 +217,8 @@ def test_blocks_that_cannot_be_loaded_are_given_up_for_those_of_before(make_swar
             server.plan.checkpoint.ensure(["no such file"])
         await load(*args)
 
-    monkeypatch.setattr(server, "load", fails_once)
-    assert swarm.loop.run(server.arrive(), 30) is False
+    monkeypatch.setattr(server.tenancy, "load", fails_once)
+    assert swarm.loop.run(server.tenancy.arrive(), 30) is False
     assert loads == [BlockRange(0, 2), BlockRange(0, 6)] and server.state is ServerState.ONLINE
     with closing(swarm.connect()) as service, service.open_session(batch_size=1, max_length=8) as session:
         outputs = session.step(embed(local_model, [1, 2, 3]), positions=[0], num_tokens=[3])
@@ -248,8 +247,8 @@ def test_three_processes_cover_a_model_and_fill_the_place_of_one_that_is_killed(
 
 def move(swarm, server, start, end):
     """Make a server move, whatever it thinks of it."""
-    swarm.loop.run(server.leave_for(BlockRange(start, end), drain_s=0.5), 30)
-    swarm.loop.run(server.arrive(), 30)
+    swarm.loop.run(server.tenancy.leave_for(BlockRange(start, end), drain_s=0.5), 30)
+    swarm.loop.run(server.tenancy.arrive(), 30)
 
 
 def assert_right(model, outputs, tokens):

@@ -360,7 +360,7 @@ def test_an_adapter_comes_from_a_member(private_swarm: tuple[LocalSwarm, Any], t
     with AutoDistributedModelForCausalLM.from_pretrained(tiny_llama, credentials=ana) as model:
         model.load_adapter(path)
         assert model.generate(ids, **options).tolist() == expected.tolist()
-    assert all(server.handler.adapters.loader.num_uploaded_bytes > 0 for server in swarm.servers)
+    assert all(server.serving.handler.adapters.loader.num_uploaded_bytes > 0 for server in swarm.servers)
 
 
 def test_a_client_can_not_serve(private_swarm: tuple[LocalSwarm, Any]):

@@ -20,7 +20,7 @@ SLOW_S = 0.05
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     """As if somebody else used its device: its record says nothing of it."""
-    span = server.executor.span
+    span = server.serving.executor.span
     run = span.run
 
     def slowly(batch):

@@ -22,9 +22,11 @@ from swarm.errors import (
 )
 from swarm.protocol import INFO_SERVICE, SESSION_SERVICE, Info, InfoRequest, OpenSession, SessionOpened, Step
 from swarm.registry import Registry, peer_tag
+from swarm.server import loading as loading_module
 from swarm.server.config import ServerConfig
+from swarm.server.loading import LoadingStopped
 from swarm.server.plan import make_plan
-from swarm.server.server import LoadingStopped, Server
+from swarm.server.server import Server
 from swarm.types import ServerState
 
 from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing, save_tiny_llama
@@ -159,13 +161,9 @@ def test_a_server_announces_joining_then_online_then_offline(make_swarm):
 def test_a_server_told_to_stop_while_it_fetches_adapters_never_says_online(make_swarm, monkeypatch):
     """They may take minutes; what is announced last is OFFLINE."""
     swarm = make_swarm()
-    server = swarm.loop.run(join_only(swarm), 30)
+    server = swarm.loop.run(join_only(swarm, adapters=("mine",)), 30)
     swarm.servers.append(server)
-
-    async def told_to_stop(desk) -> None:
-        await server.leave()
-
-    monkeypatch.setattr(server, "_keep_adapters", told_to_stop)
+    monkeypatch.setattr(loading_module, "load_adapter", lambda *args, **options: swarm.loop.run(server.leave(), 30))
     with pytest.raises(LoadingStopped):
         swarm.loop.run(server.load(), 30)
     assert server.state is ServerState.OFFLINE
@@ -195,18 +193,20 @@ def test_a_server_told_to_stop_while_it_loads_never_says_online(make_swarm, monk
     server = swarm.loop.run(join_only(swarm), 30)
     swarm.servers.append(server)
 
-    def told_to_stop(placing, span, seconds) -> None:
-        server.state = ServerState.OFFLINE
+    async def told_to_stop(span) -> None:
+        await server.leave()
 
-    monkeypatch.setattr("swarm.server.placing.Placing.loaded", told_to_stop)
+    monkeypatch.setattr(server._facts, "of_span", told_to_stop)
     with pytest.raises(LoadingStopped):
         swarm.loop.run(server.load(), 30)
-    assert server.handler is None
+    assert server.serving is None and server.state is ServerState.OFFLINE
 
 
-async def join_only(swarm: LocalSwarm) -> Server:
+async def join_only(swarm: LocalSwarm, **settings) -> Server:
     """A server that has not begun to load."""
-    config = ServerConfig(model=str(swarm.model), initial_peers=(swarm.address,), host="127.0.0.1", device="cpu")
+    config = ServerConfig(
+        model=str(swarm.model), initial_peers=(swarm.address,), host="127.0.0.1", device="cpu", **settings
+    )
     server = Server(config, await asyncio.to_thread(make_plan, config))
     await server.join()
     return server

@@ -53,7 +53,7 @@ def test_a_link_that_breaks_costs_a_chain_and_no_bit(make_swarm):
         expected = remote_gradients(model, batch)
 
         def break_link():
-            (run,) = swarm.servers[1].handler.pushes._targets.values()
+            (run,) = swarm.servers[1].serving.handler.pushes._targets.values()
             swarm.loop.run(run._links.previous._stream.abort(PeerDisconnected("cut")))
 
         found = remote_gradients(model, batch, break_link)
@@ -90,7 +90,7 @@ def test_servers_that_cannot_reach_each_other_train_through_the_client(make_swar
         asked.append(peer_id)
         raise PeerUnreachable("no way there")
 
-    monkeypatch.setattr(swarm.servers[0].handler.pushes, "open", unreachable)
+    monkeypatch.setattr(swarm.servers[0].serving.handler.pushes, "open", unreachable)
     with closing(swarm.connect()) as service:
         model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
         first = remote_gradients(model, make_batch())
@@ -128,7 +128,8 @@ def test_a_server_that_comes_too_late_ends_the_wait(make_swarm):
 def test_with_little_memory_micro_batches_take_turns(make_swarm, local_model):
     """What a server could not keep goes forth again when its gradients are there, until all have come back."""
     swarm = make_swarm("0:6")
-    swarm.servers[0].executor.trainer.budget = HostBudget(3 * 40 * HIDDEN * 4)  # inputs of one of two micro-batches
+    inputs_bytes = 3 * 40 * HIDDEN * 4  # of one of two micro-batches
+    swarm.servers[0].serving.executor.trainer.budget = HostBudget(inputs_bytes)
     with closing(swarm.connect()) as service:
         model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
         batch = make_batch()
@@ -139,7 +140,7 @@ def test_with_little_memory_micro_batches_take_turns(make_swarm, local_model):
 def test_a_server_without_memory_is_not_waited_for_for_ever(make_swarm):
     """Where not even one micro-batch can be kept, the error says so; evaluation needs no memory."""
     swarm = make_swarm("0:6")
-    swarm.servers[0].executor.trainer.budget = HostBudget(1)
+    swarm.servers[0].serving.executor.trainer.budget = HostBudget(1)
     with closing(swarm.connect(max_wait_s=0.5)) as service:
         model = distribute(resolve(str(swarm.model)), service, dtype=torch.float32)
         with pytest.raises(PeerBusy, match="may keep this micro-batch"):
@@ -161,12 +162,12 @@ def test_a_client_that_leaves_leaves_nothing(make_swarm):
 
 
 def held_now(swarm):
-    return swarm.servers[0].executor.trainer.budget.used
+    return swarm.servers[0].serving.executor.trainer.budget.used
 
 
 def held(swarm):
     done = threading.Event()
-    swarm.servers[0].executor.train(lambda trainer: done.set())
+    swarm.servers[0].serving.executor.train(lambda trainer: done.set())
     assert done.wait(10)
     return held_now(swarm)
 

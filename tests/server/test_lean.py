@@ -1,10 +1,16 @@
 """A server process stays free of what it never uses, and still runs every kind of block."""
 
+import gc
 import subprocess
 import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from swarm.server.lean import collect_garbage
 
 SCRIPT = """
 import gc, sys, torch
@@ -35,3 +41,36 @@ def test_a_lean_process_runs_blocks_without_compiler_scipy_or_distributed_tensor
     paths = [str(tmp_path / "llama"), str(tmp_path / "falcon")]
     result = subprocess.run([sys.executable, "-c", SCRIPT, *paths], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_garbage_is_freed_though_another_thread_is_in_the_middle_of_it():
+    """Python's own collection does nothing then; a server that leaves its blocks needs their memory."""
+    entered, may_end = threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            entered.set()
+            may_end.wait(10)
+
+    class Blocks:
+        def __init__(self):
+            self.itself = self
+
+    gc.disable()  # only who is told to collects
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            Slow()
+            other = pool.submit(gc.collect)
+            assert entered.wait(10)
+            blocks = weakref.ref(Blocks())
+            assert gc.collect() == 0 and blocks() is not None
+            freeing = pool.submit(collect_garbage)
+            may_end.set()
+            freeing.result(10)
+            assert blocks() is None
+            other.result(10)
+    finally:
+        gc.enable()

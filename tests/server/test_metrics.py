@@ -50,7 +50,8 @@ async def test_a_running_server_tells_everything_that_is_documented(nodes: list[
         hops = await chain.open_route(0, 1)
         await hops[0].step(0, [tokens(4)], positions=[0])
         await hops[1].results(0, [4])
-        server = SimpleNamespace(handler=chain.handlers[0], transport=chain.transports[0], state=ServerState.ONLINE)
+        blocks = SimpleNamespace(handler=chain.handlers[0])
+        server = SimpleNamespace(serving=blocks, transport=chain.transports[0], state=ServerState.ONLINE)
         async with serving(server) as metrics:
             status, text = await ask(metrics)
     assert status.endswith("200 OK")
@@ -67,7 +68,7 @@ async def test_a_running_server_tells_everything_that_is_documented(nodes: list[
 
 async def test_a_server_that_loads_tells_that():
     """The port is open before there is anything to count."""
-    async with serving(SimpleNamespace(handler=None, state=ServerState.JOINING)) as metrics:
+    async with serving(SimpleNamespace(serving=None, state=ServerState.JOINING)) as metrics:
         _, text = await ask(metrics)
     assert "swarm_server_state 1.0" in text and text.count("# TYPE") == 1
 
@@ -86,7 +87,7 @@ async def test_a_server_that_loads_tells_that():
 )
 async def test_only_get_metrics_is_answered_with_metrics(request_: bytes, status: str):
     """Anything else gets its status; what is too long gets nothing."""
-    async with serving(SimpleNamespace(handler=None, state=ServerState.JOINING)) as metrics:
+    async with serving(SimpleNamespace(serving=None, state=ServerState.JOINING)) as metrics:
         line, _ = await ask(metrics, request_)
     assert status in line and bool(line) == bool(status)
 
@@ -95,7 +96,7 @@ async def test_who_says_nothing_is_dropped_and_others_are_served(monkeypatch):
     """Half-open connections take no place for long, and beyond the limit none at all."""
     monkeypatch.setattr(metrics_module, "SCRAPE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(metrics_module, "MAX_SCRAPERS", 2)
-    async with serving(SimpleNamespace(handler=None, state=ServerState.JOINING)) as metrics:
+    async with serving(SimpleNamespace(serving=None, state=ServerState.JOINING)) as metrics:
         port = int(re.search(r":(\d+)/", metrics.url)[1])
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         silent[0][1].write(b"GET /metr")

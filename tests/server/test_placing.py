@@ -8,11 +8,10 @@ import torch
 from swarm.checkpoint.partial import shards_by_block, shards_for
 from swarm.checkpoint.source import resolve
 from swarm.placement import Choice
-from swarm.server import placing as placing_module
 from swarm.server.block_facts import BlockFacts
 from swarm.server.config import ServerConfig
-from swarm.server.placing import LOAD_BLOCK_S, Placing, explained, reload_times
-from swarm.server.speeds import WINDOW_S
+from swarm.server.loading import LOAD_BLOCK_S, Loader
+from swarm.server.placing import Placing, explained, reload_times
 from swarm.server.weight_files import DOWNLOAD_BYTES_PER_S, MeasuredFiles
 from swarm.types import BlockRange
 from tests.integration.conftest import NUM_BLOCKS, save_tiny_llama
@@ -43,37 +42,21 @@ def test_only_blocks_with_a_missing_file_are_far(tmp_path):
         device=torch.device("cpu"),
         num_blocks=NUM_BLOCKS,
     )
-    server = SimpleNamespace(
-        plan=plan, config=ServerConfig(model="tiny", cache_dir=tmp_path), node=SimpleNamespace(peer_id="own")
+    config = ServerConfig(model="tiny", cache_dir=tmp_path)
+    placing = Placing(
+        config,
+        SimpleNamespace(plan=plan),
+        facts=SimpleNamespace(latest=FACTS),
+        loader=Loader(config, plan, MeasuredFiles(checkpoint.store)),
+        transport=SimpleNamespace(node=SimpleNamespace(peer_id="own")),
+        registry=None,
     )
-    placing = Placing(server, transport=None, registry=None, files=MeasuredFiles(checkpoint.store))
-    placing.facts, placing._length, placing._shards = FACTS, 2, shards_by_block(checkpoint)
+    placing._length, placing._shards = 2, shards_by_block(checkpoint)
     assert placing._reload_s() == [2 * LOAD_BLOCK_S] * (NUM_BLOCKS - 1)
     for path in (tmp_path / "tiny").glob("*.safetensors"):
         path.unlink()
     expected_s = 2 * LOAD_BLOCK_S + 2 * 20_000_000 / DOWNLOAD_BYTES_PER_S
     assert placing._reload_s() == pytest.approx([expected_s] * (NUM_BLOCKS - 1))
-
-
-def test_a_speed_that_batches_do_not_bear_out_is_set_right_and_remembered(tmp_path, monkeypatch):
-    """Measured while the machine was busy: ten minutes of use say that it is twice as fast."""
-    now = 1000.0
-    monkeypatch.setattr(placing_module.time, "monotonic", lambda: now)
-    checkpoint = resolve(str(save_tiny_llama(tmp_path / "tiny")))
-    plan = SimpleNamespace(
-        checkpoint=checkpoint, quantization="none", dtype=torch.float32, device=torch.device("cpu"), num_blocks=4
-    )
-    config = ServerConfig(model="tiny", cache_dir=tmp_path)
-    server = SimpleNamespace(plan=plan, config=config, node=SimpleNamespace(peer_id="own"))
-    files = MeasuredFiles(checkpoint.store)
-    placing = Placing(server, transport=None, registry=None, files=files)
-    placing.ran({})
-    placing.facts = FACTS
-    placing.ran({})
-    now += WINDOW_S
-    placing.ran({(1, 4): (100_000, 100_000 * 4 / 100.0)})
-    assert placing.facts.single_tps == pytest.approx(100.0, rel=1e-3)
-    assert Placing(server, transport=None, registry=None, files=files)._store.known() == placing.facts
 
 
 def test_the_owner_is_told_in_one_line_why_the_server_is_where_it_is():

@@ -38,8 +38,8 @@ def show(
     screen.joined([ADDRESS] if relays is None else [], plan, reason, relays=relays)
     for done in range(1, 4):
         screen.loaded(done, 3)
-    executor = SimpleNamespace(total_tokens=4096)
-    screen.online(SimpleNamespace(plan=plan, adapters={}, metrics_url=metrics_url, executor=executor))
+    serving = SimpleNamespace(executor=SimpleNamespace(total_tokens=4096), adapters={})
+    screen.online(SimpleNamespace(plan=plan, metrics_url=metrics_url, serving=serving))
     screen.stopped()
     return console.file.getvalue()
 
