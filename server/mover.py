@@ -120,21 +120,24 @@ class Mover:
         """
         own_id = self._server.holding.peer_id
         await self._scout.look_closely(max_age_s=REFRESH_S)
-        choice = choose_span(Survey(self._scout.holdings, self._num_blocks), self._length, capacity_tps, own_id)
+        moves = self._left(await self._claimed() if self._scout.leaving else {})
+        survey = Survey(self._scout.holdings_after(moves), self._num_blocks)
+        choice = choose_span(survey, self._length, capacity_tps, own_id)
         for _ in range(MAX_SETTLES if self._scout.holdings else 0):
             await self._server.announce_blocks(choice.blocks)
             await asyncio.sleep(SETTLE_S * self._generator.uniform(0.5, 1.5))
             await self._scout.look_closely()
-            again = choose_span(Survey(self._before(own_id), self._num_blocks), self._length, capacity_tps, own_id)
+            survey = Survey(self._before(own_id, moves), self._num_blocks)
+            again = choose_span(survey, self._length, capacity_tps, own_id)
             if again.blocks == choice.blocks:
                 break
             choice = again
         return choice
 
-    def _before(self, own_id: str) -> list[Holding]:
-        """The holdings of those that serve, and of those that load and come before us: of two newcomers one yields."""
-        loading = self._scout.loading
-        return [it for it in self._scout.holdings if it.peer_id not in loading or it.peer_id < own_id]
+    def _before(self, own_id: str, moves: Mapping[str, BlockRange]) -> list[Holding]:
+        """The holdings of those that serve, move, or load and come before us: of two newcomers one yields."""
+        loading, held = self._scout.loading, self._scout.holdings_after(self._left(moves))
+        return [it for it in held if it.peer_id not in loading or it.peer_id < own_id or it.peer_id in moves]
 
     async def run(self) -> None:
         """Look after gaps with every look of the scout, and after gains now and then; until cancelled."""
@@ -171,7 +174,7 @@ class Mover:
             if not await self._scout.confirm():  # in a large swarm, what we have read may be old
                 return
             found = self._decide(goals(claims))
-            if found is None or not found.fills_gap:
+            if found is None or not found.fills_gap or not self._fills(found.blocks, {}):
                 return
             move = found
             num_better = await self._num_better(move, goals(claims))
@@ -197,6 +200,23 @@ class Mover:
     def _survey(self, moves: Mapping[str, BlockRange] = NOBODY) -> Survey:
         """The swarm as it would be if these had moved."""
         return Survey([*self._scout.holdings_after(moves), self._server.holding], self._num_blocks)
+
+    def _fills(self, blocks: BlockRange, moves: Mapping[str, BlockRange]) -> bool:
+        """Whether going there leaves fewer blocks missing, if those have moved, and if they never do."""
+        own = self._server.holding
+        return all(still_fills(self._survey(those), own, blocks) for those in (moves, NOBODY))
+
+    async def _claimed(self) -> dict[str, BlockRange]:
+        """Where others have claimed to go; nothing if that can't be read."""
+        try:
+            return goals(await self._leases.claims())
+        except SwarmError as error:
+            logger.info("can't read who else is about to move: %s", error)
+            return {}
+
+    def _left(self, moves: Mapping[str, BlockRange]) -> dict[str, BlockRange]:
+        """Those of them that have begun to move, by what their records say now."""
+        return {peer_id: blocks for peer_id, blocks in moves.items() if peer_id in self._scout.leaving}
 
     def _decide(self, moves: Mapping[str, BlockRange] = NOBODY) -> Move | None:
         return decide_move(
@@ -243,14 +263,12 @@ class Mover:
         """Whether it is right by the records of all as they are now; not if they can't be read."""
         try:
             if move.fills_gap:  # who is silent was asked again by now
-                await self._scout.read_closely()
-            else:
-                await self._scout.look_closely()
+                moves, _ = await asyncio.gather(self._claimed(), self._scout.read_closely())
+                return self._fills(move.blocks, lease.moves | self._left(moves))
+            await self._scout.look_closely()
         except SwarmError as error:
             logger.info("not moving, the records of the swarm can't be read: %s", error)
             return False
-        if move.fills_gap:
-            return still_fills(self._survey(lease.moves), self._server.holding, move.blocks)
         again = self._decide()
         return again is not None and again.blocks == move.blocks
 
@@ -265,7 +283,7 @@ class Mover:
         leaves, takes = self._server.holding.blocks, move.blocks
 
         def fills_gap(claims: Sequence[Claim]) -> bool:
-            return still_fills(self._survey(goals(claims)), self._server.holding, takes)
+            return self._fills(takes, goals(claims))
 
         try:
             return await self._leases.acquire(

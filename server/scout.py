@@ -113,6 +113,12 @@ class Scout:
         return [holding_of(record, moves.get(record.peer_id)) for record in present]
 
     @property
+    def leaving(self) -> set[str]:
+        """Those that drain: if they have claimed other blocks they are on their way."""
+        records = (seen.record for seen in self._directory.seen)
+        return {record.peer_id for record in records if record.state is ServerState.DRAINING}
+
+    @property
     def loading(self) -> set[str]:
         """Those of them that load their blocks still."""
         present = _present(self._standings(self._directory.seen))
@@ -130,7 +136,7 @@ class Scout:
         return late / max(1, len(sample)) + silent / max(1, len(known))
 
     async def look(self) -> None:
-        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt.
+        """Read the records if they are old, measure the neighbours, and ask whoever is in doubt, all at the same time.
 
         Reading takes as long as the DHT does, asking ends soon. A look that is under way will do for another one.
         """
@@ -138,11 +144,20 @@ class Scout:
             async with self._looking:
                 return
         async with self._looking:
+            reading = asyncio.create_task(self._read_if_old(), name="read records")
             try:
-                await self._read(REFRESH_S)
-            except SwarmError as error:
-                logger.info("could not read the records of the other servers: %s", error)
-            await self._ask_for_a_while(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
+                if not self._directory.seen:  # nobody to ask
+                    await asyncio.wait([reading])
+                await self._ask_for_a_while(again=self._silent(time.monotonic() - AGAIN_S)[:MAX_AGAIN])
+                await reading
+            finally:
+                reading.cancel()
+
+    async def _read_if_old(self) -> None:
+        try:
+            await self._read(REFRESH_S)
+        except SwarmError as error:
+            logger.info("could not read the records of the other servers: %s", error)
 
     async def look_closely(self, *, max_age_s: float = 0.0) -> None:
         """Read all records, and ask the silent once more; as `read_closely` and `ask_again`."""

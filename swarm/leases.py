@@ -15,8 +15,8 @@ where one will do.
 What was claimed when a server looked first comes before it. Lots decide between claims that came later. A value is
 taken to be seen by all SETTLE_S / 4 after its store ended. Who needed no more than SETTLE_S / 2 from its first look to
 the end of its store is seen, then, by whoever it did not see at first, before that one looks again. Who needed longer
-may not be: all come before it, unless it would fill a gap: where all are slow, two that come are better than none, and
-who is second sees the first one's record.
+may not be: all come before it, unless it would fill a gap: where all are slow, two that come are better than none. Who
+has the lease looks a last time at the claims of those that drain, which are on their way whatever the lots say.
 
 One key has room for 2,048 peers. A claim is good for CLAIM_S until it has won, so that those that withdrew are soon
 gone from it. Still, somebody with so many identities can fill it: then nobody moves for a gain, and gaps are filled
@@ -49,11 +49,13 @@ CLAIM_S = 90.0
 """So long a claim is good before it has won: for five reads and stores of 15 s at most, and SETTLE_S."""
 MAX_LEASE_S = 1800.0
 PATIENCE_S = MAX_LEASE_S
-"""So long after a peer's claims have first kept us from a gain, further ones don't; no move takes longer ..."""
+"""When a peer's claims have kept us from a gain for so long, further ones don't; no move takes longer ..."""
 GAP_PATIENCE_S = 10.0
 """... or, for a gap, so long: by then records tell what a mover leaves and takes, whether it has loaded or not ..."""
 FORGET_S = 3600.0
-"""... until it has kept us from nothing for so long."""
+"""... until it has kept us from nothing for so long ..."""
+GAP_FORGET_S = 60.0
+"""... or, for a gap, for so long: the next gap is another matter, where honest servers claim again."""
 _FORMAT = 1
 _claim = struct.Struct("!BHHHHd")
 
@@ -137,22 +139,28 @@ class Patience:
     """How long one server waits for each of the others; `now` is unix time. Pure.
 
     Args:
-        limit_s: how long after its claims came in our way first.
+        limit_s: how long a peer's claims may be in our way, in all ...
+        forget_s: ... until they were not for so long.
     """
 
-    def __init__(self, limit_s: float):
-        self._limit_s = limit_s
+    def __init__(self, limit_s: float, forget_s: float):
+        self._limit_s, self._forget_s = limit_s, forget_s
         self._met: dict[str, tuple[float, float]] = {}
-        """When each peer's claims were in our way first, and last."""
+        """For how long each peer's claims were in our way, and when last."""
 
     def respected(self, own: Claim, claims: Iterable[Claim], now: float) -> list[Claim]:
         """The claims that are still waited for; rivals among them are in our way from now on, or still."""
-        self._met = {peer_id: met for peer_id, met in self._met.items() if now - met[1] < FORGET_S}
-        found = [claim for claim in claims if now - self._met.get(claim.peer_id, (now, now))[0] <= self._limit_s]
+        self._met = {peer_id: met for peer_id, met in self._met.items() if now - met[1] < self._forget_s}
+        found = [claim for claim in claims if self._waited_s(claim.peer_id, now) <= self._limit_s]
         for claim in found:
             if claim.peer_id != own.peer_id and claim.rivals(own) and _is_valid(claim, now):
-                self._met[claim.peer_id] = self._met.get(claim.peer_id, (now, now))[0], now
+                self._met[claim.peer_id] = self._waited_s(claim.peer_id, now), now
         return found
+
+    def _waited_s(self, peer_id: str, now: float) -> float:
+        """If its claims are in our way again; after a long while we can't tell for how much of it they were."""
+        waited_s, last = self._met.get(peer_id, (0.0, now))
+        return waited_s + min(now - last, self._limit_s / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +216,7 @@ class LeaseDesk:
         self._node, self._key, self._settle_s, self._now = node, f"swarm/moves/v1/{model}", settle_s, now
         self._num_blocks = num_blocks
         self._last_expiry = 0.0
-        self._patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
+        self._patience = {True: Patience(GAP_PATIENCE_S, GAP_FORGET_S), False: Patience(PATIENCE_S, FORGET_S)}
         """For moves that fill a gap, and others."""
 
     async def claims(self) -> list[Claim]:

@@ -191,7 +191,7 @@ class Dht:
         return {
             key: {subkey: item.value for subkey, item in result.value.items()} if result is not None else {}
             for key, result in found.items()
-            if search.was_read(DHTID.generate(key), doubtful, num_keepers=node.num_replicas)
+            if search.was_read(DHTID.generate(key), doubtful)
         }
 
     def drop_invalid(self) -> None:

@@ -4,7 +4,8 @@
                                             of each key, who has answered: was it read? ◄─┘
 
 hivemind's search takes silence for "nothing there": if all who keep a key are too busy to answer within 3 s, its values
-seem to be gone. Here a key counts as read if one of the nodes nearest to it has answered: those keep its values.
+seem to be gone. Here a key counts as read if one of the nodes nearest to it has answered: those keep its values. Who is
+slow is waited for until COPIES of them have answered, so that dead nodes, which nobody knows yet, cost a second.
 """
 
 import asyncio
@@ -18,6 +19,10 @@ from swarm.network.store_search import StoreSearchNode
 Answer = dict[Any, Any] | None
 Ask = Callable[[Any, Collection[Any]], Awaitable[Answer]]
 
+SLOW_S = 1.0
+"""Who has not answered after so long is slow: a search goes on without it ..."""
+COPIES = 2
+"""... when so many of those nearest to each key have answered, each of which keeps all that was stored under it."""
 GRACE_S = 1.0
 """How long hivemind may take to end a search in which nobody is asked any longer."""
 
@@ -29,15 +34,18 @@ class Search:
         keys: ids of what is looked for.
         asks_for_all: ask everybody once for all keys, in place of some keys at a time. Where everybody is asked for
             everything, this saves calls.
+        num_keepers: how many nodes keep a value, those nearest to its key.
     """
 
-    def __init__(self, keys: Sequence[Any], *, asks_for_all: bool) -> None:
-        self._keys, self._asks_for_all = keys, asks_for_all
+    def __init__(self, keys: Sequence[Any], *, asks_for_all: bool, num_keepers: int) -> None:
+        self._keys, self._asks_for_all, self._num_keepers = keys, asks_for_all, num_keepers
         self._calls: dict[Any, asyncio.Future[Answer]] = {}
         """To each peer the last one."""
         self._answered: dict[Any, set[Any]] = {key: set() for key in keys}
         """Of each key, the ids of nodes that have answered."""
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._news = asyncio.Event()
+        """Set when somebody has answered; each time a new one."""
 
     @property
     def has_answers(self) -> bool:
@@ -62,26 +70,43 @@ class Search:
         if asking is None:
             asking = asyncio.ensure_future(call(peer_id, self._keys if self._asks_for_all else keys))
             self._calls[peer_id] = asking
-        ends: set[asyncio.Future[Any]] = {asking, self._over}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await self._wait_for(asking, keys)
         if not asking.done() or not (answer := asking.result()):
             return None
         known = {key: answer[key] for key in keys if key in answer}  # of a malformed answer hivemind keeps a part
         for key in known:
             self._answered[key].add(node_id_of(peer_id))
+        self._news.set()
+        self._news = asyncio.Event()
         return known
 
-    def was_read(self, key: Any, doubtful: Iterable[Any], *, num_keepers: int) -> bool:
+    async def _wait_for(self, call: asyncio.Future[Answer], keys: Collection[Any]) -> None:
+        """Until it has ended, the search is over, or it is slow and enough others have answered."""
+        await asyncio.wait({call, self._over}, timeout=SLOW_S, return_when=asyncio.FIRST_COMPLETED)
+        while not (call.done() or self._over.done() or all(map(self._has_copies, keys))):
+            news = asyncio.ensure_future(self._news.wait())
+            await asyncio.wait({call, self._over, news}, return_when=asyncio.FIRST_COMPLETED)
+            news.cancel()
+
+    def _has_copies(self, key: Any) -> bool:
+        """Whether enough of those have answered that should keep a key's values, of all that may answer."""
+        keepers = self._keepers(key, self.open_calls)
+        return len(self._answered[key].intersection(keepers)) >= min(COPIES, len(keepers))
+
+    def was_read(self, key: Any, doubtful: Iterable[Any]) -> bool:
         """Whether one of those that should keep a key's values has answered; True where nobody is known.
 
         Args:
             key: its id.
             doubtful: peers that have not answered, and may be there.
-            num_keepers: how many nodes keep a value, those nearest to its key.
         """
-        answered = self._answered[key]
-        keepers = sorted(answered | {node_id_of(peer_id) for peer_id in doubtful}, key=key.xor_distance)[:num_keepers]
-        return not keepers or not answered.isdisjoint(keepers)
+        keepers = self._keepers(key, doubtful)
+        return not keepers or not self._answered[key].isdisjoint(keepers)
+
+    def _keepers(self, key: Any, doubtful: Iterable[Any]) -> list[Any]:
+        """Ids of the nodes nearest to a key, of those that have answered and these."""
+        known = self._answered[key] | {node_id_of(peer_id) for peer_id in doubtful}
+        return sorted(known, key=key.xor_distance)[: self._num_keepers]
 
 
 _running: ContextVar[Search | None] = ContextVar("running search", default=None)
@@ -102,7 +127,8 @@ class SearchNode(StoreSearchNode):
         """
         table = self.protocol.routing_table.uid_to_peer_id
         is_small = len(table) <= self.protocol.bucket_size  # then it asks everybody for every key
-        search = Search([DHTID.generate(key) for key in keys], asks_for_all=is_small)
+        ids = [DHTID.generate(key) for key in keys]
+        search = Search(ids, asks_for_all=is_small, num_keepers=self.num_replicas)
         ending = asyncio.get_running_loop().call_later(timeout_s, search.end)
         token = _running.set(search)
         try:

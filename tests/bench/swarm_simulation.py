@@ -4,13 +4,13 @@
                                   ▲                                              │
                                   └── announced, drained, loaded ◄───────────────┘
 
-The decisions are the real ones: `swarm.placement`, `swarm.leases.wins`, the neighbours and doubts of `server.scout`,
-with the waits of `server.mover`: a server decides when it has looked, after it has waited for those that are silent,
-asks them again beside the wait for the right to move into a gap, or after it, and reads all records once more. Who
-would fill a gap goes by records as they were when it began its turn until then.
-Simulated are the clock, the network (each question to the DHT takes its time; the dead are silent, and their records
+The decisions are the real ones: `swarm.placement`, `swarm.leases`, the neighbours and doubts of `server.scout`, with
+the waits of `server.mover`: a server decides when it has looked, after it has waited for those that are silent, asks
+them again beside the wait for the right to move into a gap, or after it, and reads all records once more. Who would
+fill a gap goes by records as they were when it began its turn until then. Simulated are the clock, the network (each
+question to the DHT takes its time, and more where it meets dead nodes first; the dead are silent, and their records
 stay until they expire), draining, which takes all the time that it may, unloading, and loading, whose files are fetched
-from the moment on that a server moves. Every server sees all records, as they are now.
+from the moment on that a server moves. Every server sees all records.
 """
 
 import heapq
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from swarm.coordinates import Place
 from swarm.leases import (
+    FORGET_S,
+    GAP_FORGET_S,
     GAP_PATIENCE_S,
     GAP_SETTLE_S,
     PATIENCE_S,
@@ -34,6 +36,7 @@ from swarm.leases import (
     goals,
     touch_nothing,
 )
+from swarm.network.search import SLOW_S
 from swarm.placement import Holding, Move, Survey, better_movers, choose_span, decide_move, still_fills
 from swarm.registry import TTL_PERIODS, ServerRecord
 from swarm.server.mover import (
@@ -95,7 +98,9 @@ class Host:
         self.num_yields = 0
         self.record: ServerRecord | None = None
         self.suspects: dict[str, float] = {}
-        self.patience = {True: Patience(GAP_PATIENCE_S), False: Patience(PATIENCE_S)}
+        self.read_at: dict[str, float] = {}
+        """When it read what of the DHT last."""
+        self.patience = {True: Patience(GAP_PATIENCE_S, GAP_FORGET_S), False: Patience(PATIENCE_S, FORGET_S)}
         self.found: tuple[tuple[Holding, ...], Move | None] | None = None
         """What it decided last, and the swarm that this was for: most looks see the same one again."""
         self.take(blocks)
@@ -155,6 +160,8 @@ class World:
         self.hosts: dict[str, Host] = {}
         self.claims: dict[str, tuple[Claim, float]] = {}
         self.covered_since: float | None = None
+        self.lost_at = float("-inf")
+        """When servers have died last."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._holders: NDArray[np.int64] = np.zeros(num_blocks, dtype=np.int64)
@@ -184,6 +191,7 @@ class World:
 
     def kill(self, names: Sequence[str]) -> None:
         """These servers die at once, without a word."""
+        self.lost_at = self.now
         for name in names:
             host = self.hosts[name]
             if host.state is ServerState.ONLINE:
@@ -221,6 +229,12 @@ class World:
                 self.at(fetching_s + machine.load_s - machine.fetch_s, lambda: self._serves(host))
 
         self.at(drain_s + UNLOAD_S, leave)
+
+    def dht_s(self, host: Host, key: str) -> float:
+        """How long it takes to read; what a server reads for the first time after a loss meets dead nodes."""
+        is_first = host.read_at.get(key, float("-inf")) <= self.lost_at
+        host.read_at[key] = self.now
+        return self.generator.uniform(*DHT_S) + (SLOW_S if is_first and self.lost_at > float("-inf") else 0.0)
 
     @property
     def living(self) -> list[Host]:
@@ -350,13 +364,13 @@ class SwarmRule:
             world.at(LOOK_S, lambda: self._look(world, host, until))
 
     def _ask_around(self, world: World, host: Host, then: Callable[[], None], *, again: bool = False) -> None:
-        """As `Scout.look`, after the records were read; with `again` as `Scout.ask_again`, which reads nothing."""
+        """As `Scout.look`, which reads records meanwhile; with `again` as `Scout.ask_again`, which reads nothing."""
         host.is_busy = True
-        look = Look(world, host, then)
         if again:
-            look.begin(again=True)
-        else:
-            world.at(world.generator.uniform(*DHT_S), look.begin)
+            Look(world, host, then).begin(again=True)
+            return
+        read_at = world.now + world.dht_s(host, "records")
+        Look(world, host, lambda: world.at(max(0.0, read_at - world.now), then)).begin()
 
     def _check_later(self, world: World, host: Host) -> None:
         def check() -> None:
@@ -412,19 +426,19 @@ class SwarmRule:
         def read_claims() -> None:
             moves = goals(host.patience[True].respected(own, world.claims_seen(), world.now))
             moves.pop(host.machine.name, None)
-            world.at(world.generator.uniform(*DHT_S), lambda: decide(moves))
+            world.at(world.dht_s(host, "records"), lambda: decide(moves))
 
         def decide(moves: dict[str, BlockRange]) -> None:
             records = world.read()
             found = self._find(world, host, moves, records)
-            if found is None or not found.fills_gap:
+            if found is None or not found.fills_gap or not self._fills(world, host, found.blocks, {}, records):
                 host.is_busy = False
                 return
             turn = Turn(found, host.patience[True], num_turns - 1, records)
             self._ask_around(world, host, turn.has_asked, again=True)
             self._wait(world, host, turn, self._num_better(world, host, found, moves, records))
 
-        world.at(world.generator.uniform(*DHT_S), read_claims)
+        world.at(world.dht_s(host, "claims"), read_claims)
 
     def _num_better(
         self,
@@ -478,9 +492,19 @@ class SwarmRule:
 
     def _fits(self, world: World, host: Host, turn: "Turn", own: Claim, before: Sequence[Claim]) -> bool:
         if turn.move.fills_gap:
-            survey = world.seen_by(host, goals(before), turn.records)
-            return still_fills(survey, host.holding, turn.move.blocks)
+            return self._fills(world, host, turn.move.blocks, goals(before), turn.records)
         return touch_nothing(own, before)
+
+    def _fills(
+        self,
+        world: World,
+        host: Host,
+        blocks: BlockRange,
+        moves: Mapping[str, BlockRange],
+        records: Sequence[Seen] | None,
+    ) -> bool:
+        surveys = (world.seen_by(host, those, records) for those in (moves, NOBODY))
+        return all(still_fills(survey, host.holding, blocks) for survey in surveys)
 
     def _stay(self, world: World, host: Host, turn: "Turn") -> None:
         def stay() -> None:
@@ -498,7 +522,10 @@ class SwarmRule:
         move, again = turn.move, None if turn.move.fills_gap else self._find(world, host)
         is_right = again is not None and again.blocks == move.blocks
         if move.fills_gap:
-            is_right = still_fills(world.seen_by(host, turn.moves), host.holding, move.blocks)
+            records = world.read()
+            leaving = {it.holding.peer_id for it in records if it.state is ServerState.DRAINING}
+            left = {name: blocks for name, blocks in goals(world.claims_seen()).items() if name in leaving}
+            is_right = self._fills(world, host, move.blocks, turn.moves | left, records)
         if not is_right:
             world.claims.pop(host.machine.name)
             self._stay(world, host, turn)

@@ -115,13 +115,33 @@ async def test_a_key_was_read_if_one_of_those_that_should_keep_it_has_answered(i
     key = DHTID.generate("a key")
     near_first = sorted(PEERS, key=lambda peer: key.xor_distance(node_id_of(peer)))
     silent = near_first[:2] if is_nearest_silent else near_first[1:3]
-    search = Search([key], asks_for_all=True)
+    search = Search([key], asks_for_all=True, num_keepers=2)
     for peer in PEERS:
         if peer not in silent:
             assert await search.ask(peer, [key], answer) == {key: (None, {})}
     assert search.has_answers and not search.open_calls
-    assert search.was_read(key, silent, num_keepers=2) is not is_nearest_silent
-    assert search.was_read(key, [], num_keepers=2)
+    assert search.was_read(key, silent) is not is_nearest_silent
+    assert search.was_read(key, [])
+
+
+@pytest.mark.parametrize("num_near", [1, 2])
+async def test_who_is_slow_is_waited_for_until_two_of_those_near_the_key_have_answered(monkeypatch, num_near: int):
+    """Dead nodes cost a second, not three; while too few have answered, the values may be with those that are slow."""
+    monkeypatch.setattr(search_module, "SLOW_S", 0.01)
+    key = DHTID.generate("a key")
+    near_first = sorted(PEERS, key=lambda peer: key.xor_distance(node_id_of(peer)))
+    search = Search([key], asks_for_all=True, num_keepers=4)
+    slow = near_first[num_near:4]
+    asking = [asyncio.ensure_future(search.ask(peer, [key], hang)) for peer in slow]
+    for peer in [*near_first[:num_near], *near_first[4:]]:
+        assert await search.ask(peer, [key], answer) == {key: (None, {})}
+    done, waiting = await asyncio.wait(asking, timeout=1.0 if num_near == 1 else 20.0)
+    assert len(waiting) == (len(slow) if num_near == 1 else 0) and {task.result() for task in done} <= {None}
+    assert search.open_calls == slow, "they may answer yet, which says whether they are there"
+    search.end()
+    assert await asyncio.gather(*asking) == [None] * len(slow)
+    for call in search._calls.values():
+        call.cancel()
 
 
 async def test_an_answer_that_leaves_keys_out_says_nothing_of_them():
@@ -131,10 +151,10 @@ async def test_an_answer_that_leaves_keys_out_says_nothing_of_them():
     async def answer_half(peer_id: Any, asked: Any) -> Any:
         return {keys[0]: (None, {})}
 
-    search = Search(keys, asks_for_all=True)
+    search = Search(keys, asks_for_all=True, num_keepers=5)
     assert await search.ask(PEERS[0], keys, answer_half) == {keys[0]: (None, {})}
-    assert search.was_read(keys[0], [PEERS[1]], num_keepers=5)
-    assert not search.was_read(keys[1], [PEERS[1]], num_keepers=5)
+    assert search.was_read(keys[0], [PEERS[1]])
+    assert not search.was_read(keys[1], [PEERS[1]])
 
 
 async def test_reading_ends_though_the_search_breaks(monkeypatch: pytest.MonkeyPatch):
@@ -150,13 +170,13 @@ async def test_reading_ends_though_the_search_breaks(monkeypatch: pytest.MonkeyP
 async def test_a_search_that_is_over_waits_for_nobody_and_asks_nobody():
     """Who was asked and has not answered may be there."""
     key = DHTID.generate("a key")
-    search = Search([key], asks_for_all=False)
+    search = Search([key], asks_for_all=False, num_keepers=5)
     asking = asyncio.ensure_future(search.ask(PEERS[0], [key], hang))
     await asyncio.sleep(0)
     search.end()
     assert await asking is None
     assert await search.ask(PEERS[1], [key], answer) is None
     assert search.open_calls == [PEERS[0]] and not search.has_answers
-    assert not search.was_read(key, search.open_calls, num_keepers=5)
+    assert not search.was_read(key, search.open_calls)
     for call in search._calls.values():
         call.cancel()

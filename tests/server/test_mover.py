@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swarm.errors import PeerTimeout, PeerUnreachable
-from swarm.leases import LeaseDesk
+from swarm.leases import Claim, LeaseDesk
 from swarm.placement import Holding, Move
 from swarm.server import mover as mover_module
 from swarm.server.mover import GAP_DRAIN_S, MAX_RANK, MAX_YIELDS, RANK_S, Mover, delay, may_others_follow
@@ -24,6 +24,7 @@ class World:
     def __init__(self):
         self.holdings: dict[str, Holding] = {}
         self.loading: set[str] = set()
+        self.leaving: set[str] = set()
         self.claims: dict[str, tuple[bytes, float]] = {}
         self.most_at_once = 0
         """Servers that loaded at the same time."""
@@ -46,6 +47,10 @@ class FakeScout:
     def holdings_after(self, moves):
         seen = self.holdings if self.seen is None else self.seen
         return [replace(it, blocks=moves.get(it.peer_id, it.blocks)) for it in seen]
+
+    @property
+    def leaving(self):
+        return self.world.leaving
 
     @property
     def loading(self):
@@ -383,6 +388,60 @@ async def test_who_has_given_its_claim_back_is_seen_by_its_record():
     mover._leases._node.dht_get = dht_get
     await mover._consider(may_gain=False)
     assert not world.claims and not server.moves
+
+
+async def test_a_claim_that_may_never_come_true_makes_no_gap():
+    """A liar claims to leave blocks that it serves: the spare server fills the gap that there is, not that one."""
+    world = World()
+    spare = FakeServer(world, "a", (3, 6))
+    for server in (
+        spare,
+        FakeServer(world, "b", (3, 6)),
+        FakeServer(world, "c", (6, 9)),
+        FakeServer(world, "liar", (0, 3)),
+    ):
+        server.serve()
+    claim = Claim(peer_id="liar", leaves=BlockRange(0, 3), takes=BlockRange(9, 12), expires_at=time.time() + 60.0)
+    world.claims["liar"] = claim.encode(), claim.expires_at
+    mover = mover_of(world, spare)
+    await mover._consider(may_gain=False)
+    assert not spare.moves and spare.holding.blocks == BlockRange(3, 6)
+    del world.claims["liar"]
+    await mover._consider(may_gain=False)
+    assert spare.moves == [BlockRange(9, 12)]
+
+
+async def test_who_has_the_lease_looks_who_is_on_its_way():
+    """One with the higher lot, whose claim it did not wait for, drains already for the same place: one of both goes."""
+    world = World()
+    server, other = FakeServer(world, "a", (0, 6)), FakeServer(world, "b", (0, 6))
+    for it in (server, other, FakeServer(world, "c", (0, 6))):
+        it.serve()
+    mover = mover_of(world, server)
+    acquire = mover._leases.acquire
+
+    async def acquiring(*args, **kwargs):
+        lease = await acquire(*args, **kwargs)
+        claim = Claim(peer_id="b", leaves=BlockRange(0, 6), takes=BlockRange(6, 12), expires_at=time.time() + 60.0)
+        world.claims["b"] = claim.encode(), claim.expires_at
+        world.leaving.add("b")
+        return lease
+
+    mover._leases.acquire = acquiring
+    await mover._consider(may_gain=False)
+    assert not server.moves
+
+
+async def test_a_newcomer_counts_those_that_are_on_their_way():
+    """They hold nothing yet, and their place is not free."""
+    world = World()
+    FakeServer(world, "a", (0, 4)).serve()
+    FakeServer(world, "b", (0, 4)).serve()
+    claim = Claim(peer_id="b", leaves=BlockRange(0, 4), takes=BlockRange(4, 8), expires_at=time.time() + 60.0)
+    world.claims["b"] = claim.encode(), claim.expires_at
+    world.leaving.add("b")
+    choice = await mover_of(world, FakeServer(world, "new", (0, 4))).choose(10.0)
+    assert choice.blocks == BlockRange(8, 12)
 
 
 async def test_two_that_fill_a_gap_together_do_not_wait_for_each_other():

@@ -15,6 +15,7 @@ from swarm.errors import PeerMisbehaved
 from swarm.leases import (
     CLAIM_S,
     FORGET_S,
+    GAP_FORGET_S,
     GAP_PATIENCE_S,
     MAX_LEASE_S,
     Claim,
@@ -240,7 +241,7 @@ def claim_of(peer_id, now, start=0) -> Claim:
 @given(st.lists(st.floats(1.0, 120.0), min_size=200, max_size=200))
 def test_who_claims_for_ever_without_moving_is_waited_for_until_patience_ends(pauses):
     """However it times its claims, it keeps us for little more than half an hour, and not again for an hour."""
-    patience, now, waited_s = Patience(MAX_LEASE_S), 0.0, 0.0
+    patience, now, waited_s = Patience(MAX_LEASE_S, FORGET_S), 0.0, 0.0
     for pause_s in pauses:
         now += pause_s
         if patience.respected(claim_of("own", now), [claim_of("liar", now)], now):
@@ -250,13 +251,21 @@ def test_who_claims_for_ever_without_moving_is_waited_for_until_patience_ends(pa
 
 def test_patience_ends_with_one_peer_and_not_with_others():
     """A claim elsewhere costs none, and after an hour without claims in our way a peer starts anew."""
-    patience, own = Patience(60.0), claim_of("own", 0.0)
+    patience, own = Patience(60.0, FORGET_S), claim_of("own", 0.0)
     assert len(patience.respected(own, [claim_of("liar", 0.0), claim_of("other", 0.0, start=16)], 0.0)) == 2
-    assert len(patience.respected(own, [claim_of("liar", 60.0)], 60.0)) == 1
+    for now in (30.0, 60.0):
+        assert len(patience.respected(own, [claim_of("liar", now)], now)) == 1
     rivals = [claim_of("liar", 61.0), claim_of("other", 61.0)]
     assert [it.peer_id for it in patience.respected(own, rivals, 61.0)] == ["other"]
     late = 60.0 + FORGET_S
     assert len(patience.respected(own, [claim_of("liar", late)], late)) == 1
+
+
+def test_the_time_between_two_gaps_costs_no_patience():
+    """Two servers that have met at one are to keep out of each other's way at the next one as well."""
+    patience, own = Patience(GAP_PATIENCE_S, GAP_FORGET_S), claim_of("own", 0.0)
+    for now in (0.0, 3.0, 6.0, 100.0, 103.0, 106.0):
+        assert patience.respected(own, [claim_of("other", now)], now)
 
 
 async def test_a_gap_is_not_left_open_for_a_claim_that_leads_to_nothing(monkeypatch):
