@@ -82,10 +82,11 @@ class Search:
 
     async def _wait_for(self, call: asyncio.Future[Answer], keys: Collection[Any]) -> None:
         """Until it has ended, the search is over, or it is slow and enough others have answered."""
-        await asyncio.wait({call, self._over}, timeout=SLOW_S, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {call, self._over}
+        await asyncio.wait(ends, timeout=SLOW_S, return_when=asyncio.FIRST_COMPLETED)
         while not (call.done() or self._over.done() or all(map(self._has_copies, keys))):
             news = asyncio.ensure_future(self._news.wait())
-            await asyncio.wait({call, self._over, news}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*ends, news}, return_when=asyncio.FIRST_COMPLETED)
             news.cancel()
 
     def _has_copies(self, key: Any) -> bool:
