@@ -10,7 +10,9 @@ models or sessions.
 """
 
 import asyncio
+import hashlib
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -37,14 +39,15 @@ from swarm.network.daemon import claim_port
 from swarm.network.dialler import Dialled, Dialler, PeerRefused, ReachedOurselves
 from swarm.network.greeter import IncomingGreeting
 from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome
+from swarm.network.guest import Guest
 from swarm.network.links import Links
-from swarm.network.listener import TlsListener
+from swarm.network.listener import Entrance, Handshake, TlsListener
 from swarm.network.records import MemberRecords
 from swarm.network.roll import MEMBERS, Roll
 from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
-from swarm.network.whereabouts import WHERE, Whereabouts
+from swarm.network.whereabouts import HERE, WHERE, Whereabouts
 from swarm.private.certificates import Passport, Proven, read_invitation, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
@@ -100,7 +103,7 @@ class MemberNetwork:
 
     def __init__(self, config: NodeConfig, credentials: Credentials, identity: Identity) -> None:
         self.gate = Gate(credentials, identity)
-        self.endpoints: tuple[str, ...] = ()
+        self.listening: tuple[str, ...] = ()
         self.denied = asyncio.Event()
         self.has_news = asyncio.Event()
         """Set when somebody was revoked: what that member has stored is to be forgotten."""
@@ -113,8 +116,12 @@ class MemberNetwork:
         self._links = Links()
         self._whereabouts = Whereabouts(self._links)
         self.roll = Roll(self._links, self.gate)
-        self._desk.handlers |= {WHERE: self._whereabouts.answer, MEMBERS: self.roll.answer}
-        self._card: Card | None = None
+        self._desk.handlers |= {
+            WHERE: self._whereabouts.answer,
+            HERE: self._whereabouts.hear,
+            MEMBERS: self.roll.answer,
+        }
+        self._is_hidden = False
         self._linking: dict[str, asyncio.Lock] = {}
         self._found: dict[str, str] = {}
         """Of each initial address: who was there last."""
@@ -147,9 +154,35 @@ class MemberNetwork:
         )
         listener.start(self._config.host, claim_port(self._config.host, self._config.port))
         self._listener = listener
-        endpoints = listening_endpoints(listener.host, listener.port, self._config.announce)
-        self._card = self._whereabouts.own = Card.make(self._identity, endpoints, time.time())
-        self.endpoints = tuple(as_text(endpoint, self._identity.peer_id) for endpoint in endpoints)
+        self._whereabouts.own = self._make_card(listener, self._config.announce)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """See Underlay."""
+        return () if self._is_hidden else self.listening
+
+    @property
+    def entrance(self) -> Entrance | None:
+        """See Underlay."""
+        if self._listener is None:
+            return None
+        fingerprint = hashlib.sha256(self.gate.passport.process).digest()
+        return Entrance(port=self._listener.port, fingerprint=fingerprint)
+
+    async def present(self, announce: Sequence[str], *, is_hidden: bool) -> None:
+        """See Underlay. Our card says where we listen in any case: neighbours reach us there."""
+        self._is_hidden = is_hidden
+        if self._listener is None:
+            return
+        before = self.listening
+        card = self._make_card(self._listener, announce)
+        if self.listening != before:
+            await self._whereabouts.move(card)
+
+    def _make_card(self, listener: TlsListener, announce: Sequence[str]) -> Card:
+        endpoints = listening_endpoints(listener.host, listener.port, announce)
+        self.listening = tuple(as_text(endpoint, self._identity.peer_id) for endpoint in endpoints)
+        return Card.make(self._identity, endpoints, time.time())
 
     @property
     def caller(self) -> "MemberNetwork":
@@ -246,6 +279,30 @@ class MemberNetwork:
         self._take(dialled)
         dialled.greeting.switch(protocol)
 
+    async def open_stream_on(
+        self, pipe: socket.socket, peer_id: str, name: str, protocol: asyncio.Protocol, *, timeout_s: float
+    ) -> None:
+        """Open a raw stream to a peer over a socket that leads to it somehow. Errors as `open_stream`."""
+        dialled = await self._dialler.dial_on(pipe, self._hello(name), peer_id=peer_id, timeout_s=timeout_s)
+        self._take(dialled)
+        dialled.greeting.switch(protocol)
+
+    async def take_stream_on(
+        self, pipe: socket.socket, peer_id: str, name: str, factory: StreamFactory, *, timeout_s: float
+    ) -> None:
+        """Be at the other end of that. Returns after TLS, before Hello, whose time is short.
+
+        Raises:
+            OSError, TimeoutError: nobody comes, or a stranger.
+        """
+        guest = Guest(self, peer_id, name, factory)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: Handshake(lambda: IncomingGreeting(guest)),
+            pipe,
+            ssl=self._server_context,
+            ssl_handshake_timeout=timeout_s,
+        )
+
     async def add_stream_factory(self, name: str, factory: StreamFactory) -> None:
         """See Underlay."""
         self._factories[name] = factory
@@ -296,7 +353,7 @@ class MemberNetwork:
             raise PeerUnreachable("that is ourselves", peer_id=card.peer_id) from error
 
     def _hello(self, service: str) -> Hello:
-        return Hello(VERSION, service, self.gate.passport.invitation, self._card)
+        return Hello(VERSION, service, self.gate.passport.invitation, self._whereabouts.own)
 
     def _keep_link(self, dialled: Dialled) -> CallLink:
         link = self._make_link(dialled.proven)
@@ -339,15 +396,7 @@ class MemberNetwork:
         Raises:
             AccessDenied, PeerMisbehaved, PeerBusy, PeerUnreachable: why not.
         """
-        proven = self.gate.admit(Passport(process=process, invitation=hello.invitation), time.time())
-        if hello.version != VERSION:
-            raise PeerMisbehaved(f"greeting of version {hello.version}, we speak {VERSION}")
-        if hello.card is not None:
-            self._whereabouts.learn(hello.card, proven)
-        num_connections = sum(other.member.id == proven.member.id for other in self._connections.values())
-        if num_connections >= MAX_CONNECTIONS_PER_MEMBER:
-            raise PeerBusy(f"{num_connections} connections of {proven.member}, limit {MAX_CONNECTIONS_PER_MEMBER}")
-        welcome = Welcome(self.gate.passport.invitation, self._card)
+        proven, welcome = self.admit(process, hello)
         if hello.service == CALLS:
             for link in self._links.surplus(
                 proven, max_per_peer=MAX_LINKS_PER_PEER, max_per_member=MAX_LINKS_PER_MEMBER
@@ -357,6 +406,22 @@ class MemberNetwork:
         if (factory := self._factories.get(hello.service)) is None:
             raise PeerUnreachable(f"{hello.service!r} is not served here")
         return proven, factory(proven.peer_id), welcome
+
+    def admit(self, process: bytes, hello: Hello) -> tuple[Proven, Welcome]:
+        """Whether a peer is a member, and has not all connections already that a member may have.
+
+        Raises:
+            AccessDenied, PeerMisbehaved, PeerBusy: why not.
+        """
+        proven = self.gate.admit(Passport(process=process, invitation=hello.invitation), time.time())
+        if hello.version != VERSION:
+            raise PeerMisbehaved(f"greeting of version {hello.version}, we speak {VERSION}")
+        if hello.card is not None:
+            self._whereabouts.learn(hello.card, proven)
+        num_connections = sum(other.member.id == proven.member.id for other in self._connections.values())
+        if num_connections >= MAX_CONNECTIONS_PER_MEMBER:
+            raise PeerBusy(f"{num_connections} connections of {proven.member}, limit {MAX_CONNECTIONS_PER_MEMBER}")
+        return proven, Welcome(self.gate.passport.invitation, self._whereabouts.own)
 
     def on_connected(self, transport: asyncio.Transport, proven: Proven) -> None:
         """A connection with a member stands."""

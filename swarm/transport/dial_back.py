@@ -39,10 +39,10 @@ DIALS = Rate(burst=4, per_s=1 / 15)
 
 async def ask_around(transport: Transport, control_port: int, peer_ids: Collection[str]) -> Verdict | None:
     """Ask some of these peers whether they can connect to us; None if nobody could tell."""
-    port, fingerprint = transport.direct_port, transport.fingerprint
-    if port is None or fingerprint is None:
+    entrance = transport.entrance
+    if entrance is None:
         return None
-    question = DialBack(port=port, fingerprint=fingerprint, control_port=control_port)
+    question = DialBack(port=entrance.port, fingerprint=entrance.fingerprint, control_port=control_port)
     asked = random.sample(sorted(peer_ids), min(NUM_ASKED, len(peer_ids)))
     answers = await asyncio.gather(*(_ask(transport, peer_id, question) for peer_id in asked))
     return judge([answer for answer in answers if answer is not None])
@@ -123,7 +123,8 @@ def gateways(routes: Path) -> frozenset[str]:
 async def _can_reach(host: str, message: DialBack) -> bool:
     try:
         await reach(host, message.port, fingerprint=message.fingerprint, timeout_s=DIAL_TIMEOUT_S)
-        await reach(host, message.control_port, timeout_s=DIAL_TIMEOUT_S)
+        if message.control_port != message.port:  # they are one in a private swarm
+            await reach(host, message.control_port, timeout_s=DIAL_TIMEOUT_S)
     except PeerUnreachable as error:
         log.debug("can't reach %s: %s", host, error)
         return False

@@ -92,7 +92,7 @@ async def test_a_server_that_nobody_reaches_takes_relays_and_keeps_its_identity(
     monkeypatch.setattr(reach_module, "ask_around", nobody)
     async with entered(helpful) as reach:
         assert reach.is_relayed and reach.relays == (helpful.node.peer_id,)
-        assert reach.node.addresses == () and reach.transport.direct_port is not None
+        assert reach.node.addresses == () and reach.transport.entrance is not None
         assert asked == [(reach.node.peer_id, asked[0][1])] and asked[0][1] > 0
         assert reach.relay_desk is None
 
