@@ -64,7 +64,7 @@ class Hosts:
         return self.processes[-1]
 
 
-@pytest.fixture(scope="module", params=["open", "private"])
+@pytest.fixture(scope="module")
 def hosts(
     tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Hosts]:
@@ -85,11 +85,15 @@ def hosts(
         yield hosts
 
 
+in_both = pytest.mark.parametrize("hosts", ["open", "private"], indirect=True)
+
+
 def carriers(service: SwarmService) -> dict[str, set[str]]:
     """How the client is connected, by peer."""
     return {peer_id: {it.carrier for it in found} for peer_id, found in service._transport._by_peer.items()}
 
 
+@in_both
 def test_a_server_that_nobody_can_connect_to_is_reached_through_others(hosts: Hosts, local_model):
     """It finds that out, says so, and serves a client that nobody can connect to either; servers push as ever."""
     assert hosts.processes[2].wait_for("nobody can connect to this machine", 1)
@@ -106,6 +110,7 @@ def test_a_server_that_nobody_can_connect_to_is_reached_through_others(hosts: Ho
     assert_right(local_model, outputs)
 
 
+@in_both
 def test_a_session_goes_on_when_the_relay_that_carries_it_is_killed(hosts: Hosts, local_model):
     """Through the other one: the bootstrap peer, which carries it, is stopped between two steps."""
     with closing(hosts.connect()) as service:
@@ -142,6 +147,7 @@ async def only_through(service: SwarmService, peer_id: str, relay: str) -> None:
         await service._transport._ways.connect(peer_id, "relay", 10)
 
 
+@pytest.mark.parametrize("hosts", ["open"], indirect=True)
 def test_a_server_whose_ports_are_forwarded_announces_the_address_that_others_see(hosts: Hosts, local_model):
     """It knows only its inside address; whom it asked told it the other one. Clients connect to it directly."""
     server = hosts.start_server(FORWARDED, "3:6")

@@ -157,6 +157,7 @@ async def test_a_member_that_is_hidden_is_asked_by_nobody(start: Start):
         assert await ask_echo(c, b.peer_id) == c.peer_id
         await b.present()
         assert b.addresses == b.listening
+        await b.dht_get("anything")
         await until(lambda: a.knows(b.peer_id))
 
 
