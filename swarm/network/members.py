@@ -4,9 +4,9 @@
     call, open_stream ──► Dialler ──TLS, Hello──► Welcome ──► the same, at the other side
     links carry revocations, too ──► whom they concern is dropped at once
 
-Who has no invitation gets no further than the TLS handshake: no protocol is spoken without one, nothing is relayed, and
-nobody is dialled who is not named by an initial address or by a member's signed card. It knows nothing of the DHT,
-models or sessions.
+Who has no invitation gets no further than the TLS handshake: no protocol is spoken without one, and nobody is dialled
+who is not named by an initial address or by a member's signed card. A raw stream may also pass a pipe that leads
+through a relay: all of this is the same inside. It knows nothing of relays, the DHT, models or sessions.
 """
 
 import asyncio
@@ -103,7 +103,6 @@ class MemberNetwork:
 
     def __init__(self, config: NodeConfig, credentials: Credentials, identity: Identity) -> None:
         self.gate = Gate(credentials, identity)
-        self.listening: tuple[str, ...] = ()
         self.denied = asyncio.Event()
         self.has_news = asyncio.Event()
         """Set when somebody was revoked: what that member has stored is to be forgotten."""
@@ -157,6 +156,11 @@ class MemberNetwork:
         self._whereabouts.own = self._make_card(listener, self._config.announce)
 
     @property
+    def listening(self) -> tuple[str, ...]:
+        """See Underlay."""
+        return self._whereabouts.listening
+
+    @property
     def endpoints(self) -> tuple[str, ...]:
         """See Underlay."""
         return () if self._is_hidden else self.listening
@@ -172,16 +176,11 @@ class MemberNetwork:
     async def present(self, announce: Sequence[str], *, is_hidden: bool) -> None:
         """See Underlay. Our card says where we listen in any case: neighbours reach us there."""
         self._is_hidden = is_hidden
-        if self._listener is None:
-            return
-        before = self.listening
-        card = self._make_card(self._listener, announce)
-        if self.listening != before:
-            await self._whereabouts.move(card)
+        if self._listener is not None:
+            await self._whereabouts.move(self._make_card(self._listener, announce))
 
     def _make_card(self, listener: TlsListener, announce: Sequence[str]) -> Card:
         endpoints = listening_endpoints(listener.host, listener.port, announce)
-        self.listening = tuple(as_text(endpoint, self._identity.peer_id) for endpoint in endpoints)
         return Card.make(self._identity, endpoints, time.time())
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from swarm.errors import PeerError, PeerMisbehaved, PeerUnreachable
-from swarm.network.addresses import AddressBook, Card
+from swarm.network.addresses import AddressBook, Card, as_text
 from swarm.network.calls import CallLink
 from swarm.network.links import Links
 from swarm.private.certificates import Proven
@@ -85,8 +85,15 @@ class Whereabouts:
             raise PeerUnreachable(f"none of {len(asked)} peers knows the address of {peer_id}", peer_id=peer_id)
         return found
 
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Full addresses on our own card."""
+        return () if self.own is None else tuple(as_text(it, self.own.peer_id) for it in self.own.endpoints)
+
     async def move(self, card: Card) -> None:
-        """Say where we are now; who doesn't hear it asks others when it doesn't find us."""
+        """Say where we are, if that is elsewhere now; who doesn't hear it asks others when it doesn't find us."""
+        if self.own is not None and self.own.endpoints == card.endpoints:
+            return
         self.own = card
         await asyncio.gather(*(_tell(link, card) for link in self._links))
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved, PeerUnreachable, SwarmError
+from swarm.errors import AccessDenied, InvalidRequest, PeerBusy, PeerMisbehaved, PeerUnreachable, SwarmError
 from swarm.network.tasks import TaskSet
 from swarm.protocol import CircuitBytes, CircuitOpened, OpenCircuit
 from swarm.rates import Rate, Rates
@@ -167,7 +167,9 @@ class Circuits:
             await self._ends.dial(pipe, target, make_protocol)
         except SwarmError as error:
             pipe.abandon()
-            raise (pipe.error or error) from error
+            if pipe.error is None or isinstance(error, AccessDenied):
+                raise
+            raise pipe.error from error
         except BaseException:
             pipe.abandon()
             raise

@@ -176,7 +176,7 @@ class Transport:
 
         Args:
             timeout_s: deadline for the connection, in seconds. That the service is missing shows at `receive`.
-            carrier: "direct", "p2p", "relay", or whichever works, direct ones first.
+            carrier: "direct", "p2p" (direct in a private swarm), "relay", or whichever works, direct ones first.
 
         Raises:
             PeerUnreachable, PeerTimeout, PeerBusy: no connection. RelaysBusy: none for now. ProtocolMismatch: the peer

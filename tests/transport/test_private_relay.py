@@ -221,9 +221,11 @@ async def test_a_relay_can_not_change_a_byte(swarm: SimpleNamespace):
 
 
 async def test_a_relay_can_not_let_a_stranger_in(swarm: SimpleNamespace):
-    """It lends its circuit to one with an invitation into another swarm of the same name: TLS is as far as he comes."""
+    """Who was invited into another swarm of the same name gets no further than TLS: at a relay, and on its circuit."""
     await held(swarm)
     foreign = lab_now().invite("mallory")
+    with pytest.raises(PeerUnreachable, match="no member of our swarm"):
+        await Node.start(NodeConfig(initial_peers=swarm.relays[0].node.addresses, credentials=foreign))
     identity = Identity.generate()
     gate = Gate(foreign, identity)
     _, context = member_contexts(gate, identity)
