@@ -15,14 +15,11 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 from swarm.errors import (
     AccessDenied,
-    InvalidRequest,
     InvitationRevoked,
     PeerBusy,
     PeerError,
@@ -42,20 +39,17 @@ from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome
 from swarm.network.guest import Guest
 from swarm.network.links import Links
 from swarm.network.listener import Entrance, Handshake, TlsListener
+from swarm.network.news import News
 from swarm.network.records import MemberRecords
 from swarm.network.roll import MEMBERS, Roll
 from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
 from swarm.network.whereabouts import HERE, WHERE, Whereabouts
-from swarm.private.certificates import Passport, Proven, read_invitation, read_passport
+from swarm.private.certificates import Passport, Proven, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import (
-    MAX_BY_ADMIN,
-    MAX_BY_AUTHORITY,
-    Revocation,
-    decode_revocations,
     encode_revocations,
 )
 from swarm.private.store import RevocationStore
@@ -78,12 +72,6 @@ SWEEP_PERIOD_S = 1.0
 """How often expired members are looked for."""
 FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
-RETELL_S = 60.0
-"""How long a peer that was told all our revocations, and knows others, is not told them again."""
-MAX_LOGGED = 16
-"""Of revocations that come together, those that are logged one by one."""
-PORTION = 512
-"""Revocations in one message."""
 IDLE_S = 60.0
 """A link that nobody has used for so long is closed."""
 
@@ -104,17 +92,17 @@ class MemberNetwork:
     def __init__(self, config: NodeConfig, credentials: Credentials, identity: Identity) -> None:
         self.gate = Gate(credentials, identity)
         self.denied = asyncio.Event()
-        self.has_news = asyncio.Event()
-        """Set when somebody was revoked: what that member has stored is to be forgotten."""
         self._config = config
         self._identity = identity
         self._server_context, client_context = member_contexts(self.gate, identity)
-        self._dialler = Dialler(self.gate, client_context, self.learn)
         self._desk = UnaryDesk()
         self._factories: dict[str, StreamFactory] = {}
         self._links = Links()
         self._whereabouts = Whereabouts(self._links)
         self.roll = Roll(self._links, self.gate)
+        store = RevocationStore(config.state_dir, self.gate.authority)
+        self.news = News(self.gate, self._links, self.roll, store, self._sweep)
+        self._dialler = Dialler(self.gate, client_context, self.news.learn)
         self._desk.handlers |= {
             WHERE: self._whereabouts.answer,
             HERE: self._whereabouts.hear,
@@ -129,8 +117,6 @@ class MemberNetwork:
         """Connections that have not said Hello yet, the oldest first."""
         self._listener: TlsListener | None = None
         self._expelled: list[Expelled] = []
-        self._news = asyncio.Event()
-        self._store = RevocationStore(config.state_dir, self.gate.authority)
 
     async def start(self) -> None:
         """Listen, unless we are a client.
@@ -138,8 +124,7 @@ class MemberNetwork:
         Raises:
             ConfigError: the address can't be used. AccessDenied: we are no member any more, or only a client.
         """
-        with suppress(PeerMisbehaved):  # who has changed our file can only make us forget
-            self.gate.learn(self._store.load(), time.time())
+        self.news.load()
         self.check_access()
         if self._config.client_mode:
             return
@@ -366,7 +351,7 @@ class MemberNetwork:
         self.on_connected(dialled.greeting.transport, dialled.proven)
 
     def _make_link(self, proven: Proven) -> CallLink:
-        link = CallLink(self, proven, self._desk, lambda: self.gate.revocations.digest, max_bytes=MAX_UNARY_BYTES)
+        link = CallLink(self.news, proven, self._desk, lambda: self.gate.revocations.digest, max_bytes=MAX_UNARY_BYTES)
         self._links.add(link)
         return link
 
@@ -442,81 +427,7 @@ class MemberNetwork:
             return link.proven
         return next((proven for proven in self._connections.values() if proven.peer_id == peer_id), None)
 
-    # --- revocations ---
-
-    async def revoke(self, statements: Iterable[Revocation], timeout_s: float) -> int:
-        """Tell the swarm; how many of those who have a link with us know it when this returns.
-
-        Raises:
-            PeerMisbehaved: one is not signed by who may. InvalidRequest: one is not taken.
-        """
-        statements = list(statements)
-        self.learn(statements)
-        num_missing = sum(not self.gate.revocations.has(entry) for entry in statements)
-        if num_missing:
-            raise InvalidRequest(
-                f"no room for {num_missing} of {len(statements)} revocations: {MAX_BY_ADMIN} of one admin, and"
-                f" {MAX_BY_AUTHORITY} of the authority are kept until the invitations expire"
-            )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while any(link.known != self.gate.revocations.digest for link in self._links):
-                    self._news.clear()
-                    await self._news.wait()
-        return sum(link.known == self.gate.revocations.digest for link in self._links)
-
-    def on_known(self, link: CallLink) -> None:
-        """A peer has said which revocations it knows; if they are others than ours, it gets ours."""
-        self._news.set()
-        ours, now = self.gate.revocations.digest, time.monotonic()
-        if link.known != ours and (link.told != ours or now - link.told_at > RETELL_S):
-            link.told, link.told_at = ours, now  # who can't take all of it must not be told again with every answer
-            self._tell(link, self.gate.revocations)
-
-    def on_statements(self, link: CallLink, data: bytes) -> None:
-        """Take revocations from a peer, act on those that are new, and pass them on.
-
-        Raises:
-            PeerMisbehaved: one is not signed by who may.
-        """
-        self.learn(decode_revocations(data), source=link)
-
-    def learn(self, statements: Iterable[Revocation], *, source: CallLink | None = None) -> None:
-        """Take revocations, act on those that are new, and pass them on.
-
-        Raises:
-            PeerMisbehaved: one is not signed by who may.
-        """
-        new = self.gate.learn(statements, time.time())
-        if not new:
-            return
-        with suppress(PeerMisbehaved):  # other processes of this swarm may have the same file
-            new += self.gate.learn(self._store.load(), time.time())
-        self._log_revoked(new)
-        self.has_news.set()
-        self._store.save(self.gate.revocations)
-        for link in self._links:
-            if link is not source:
-                self._tell(link, new)
-        self._sweep()
-
-    def _log_revoked(self, statements: Sequence[Revocation]) -> None:
-        for entry in statements[:MAX_LOGGED]:
-            by = read_invitation(entry.signer, self.gate.authority) if entry.signer else "the authority"
-            log.warning("%s was revoked by %s", self.roll.name_of(entry.member), by)
-        if len(statements) > MAX_LOGGED:
-            log.warning("%d more were revoked", len(statements) - MAX_LOGGED)
-
-    def _tell(self, link: CallLink, statements: Iterable[Revocation]) -> None:
-        """Pass statements on, in portions between which others have their turn."""
-        remaining = iter(statements)
-        while portion := list(islice(remaining, PORTION)):
-            link.tell(encode_revocations(portion))
-
-    def on_link_lost(self, link: CallLink) -> None:
-        """A link is over."""
-        self._links.remove(link)
-        self._news.set()
+    # --- who is out ---
 
     def _sweep(self) -> None:
         """Part from members who are none any more, ourselves included, and forget connections that are over."""

@@ -188,7 +188,7 @@ class Node:
         Raises:
             InvalidRequest: the swarm is open. PeerMisbehaved: who has signed that may not.
         """
-        return await self._members.revoke(statements, timeout_s)
+        return await self._members.news.revoke(statements, timeout_s)
 
     @property
     def _members(self) -> MemberNetwork:
@@ -348,7 +348,9 @@ class Node:
         self._tasks.spawn(self._underlay.supervise(self._rejoin), name="supervisor of the underlay")
         self._tasks.spawn(self._keep_joined(), name="supervisor of the routing table")
         if isinstance(self._underlay, MemberNetwork):
-            self._tasks.spawn(self._forget_revoked(self._underlay.has_news), name="forget records of revoked members")
+            self._tasks.spawn(
+                self._forget_revoked(self._underlay.news.has_news), name="forget records of revoked members"
+            )
 
     async def _refuse_private(self) -> None:
         """Nobody answered: perhaps because the swarm is private, and we have no invitation.

@@ -28,7 +28,7 @@ from swarm.errors import (
     SwarmIsPrivate,
 )
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, calls, members, node
+from swarm.network import Node, NodeConfig, calls, members, news, node
 from swarm.network.addresses import Card
 from swarm.network.calls import CallLink
 from swarm.network.greeter import OutgoingGreeting
@@ -548,7 +548,7 @@ async def test_peers_that_can_not_agree_tell_each_other_once(start: Start, monke
         assert await b.revoke([revoke(gpu9.member, lab.der, lab.key, time.time())], 1.0) == 0
         assert told <= 3
         (link,) = members_of(b)._links
-        link.told_at -= members.RETELL_S
+        link.told_at -= news.RETELL_S
         before = told
         await until(lambda: told > before)
 
