@@ -133,6 +133,7 @@ class Reach:
             )
         )
         self._stack.push_async_callback(self.node.close)
+        self.node.check_may_announce()
         listen, announce = (config.host, config.data_port), _hosts(config.announce) or None
         self.transport = Transport(self.node, listen=listen, announce_hosts=announce)
         await self.transport.start()

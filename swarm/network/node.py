@@ -174,6 +174,14 @@ class Node:
         """
         self._underlay.check_access()
 
+    def check_may_announce(self) -> None:
+        """Whether we may store records.
+
+        Raises:
+            AccessDenied: our invitation has expired, was revoked, or is one for clients.
+        """
+        self._underlay.check_may_announce()
+
     async def members(self) -> list[Member]:
         """Members of our private swarm whom those we know have met; for admins.
 
@@ -212,7 +220,7 @@ class Node:
         Raises:
             AccessDenied: we may not announce anything in this private swarm.
         """
-        self._underlay.check_may_announce()
+        self.check_may_announce()
         return await self._dht.store(key, subkey, value, expires_at, timeout_s=DHT_TIMEOUT_S)
 
     async def dht_get(self, key: str) -> dict[str, bytes]:

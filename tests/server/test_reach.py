@@ -6,13 +6,15 @@ In an open swarm, and in a private one.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
 
-from swarm.errors import InvalidRequest, PeerUnreachable
+from swarm.errors import AccessDenied, InvalidRequest, PeerUnreachable
 from swarm.network import Node, NodeConfig
+from swarm.private.certificates import Role
 from swarm.protocol import DIAL_BACK_SERVICE, RELAY_SERVICE, Reserve
 from swarm.server import reach as reach_module
 from swarm.server.config import ServerConfig
@@ -131,6 +133,31 @@ async def test_a_server_that_is_told_where_it_is_does_not_ask(
     monkeypatch.setattr(reach_module, "ask_around", ask)
     async with entered(helpful, **settings) as reach:
         assert not reach.is_relayed
+
+
+@pytest.mark.parametrize("relay", ["auto", "always", "never"])
+async def test_a_member_that_may_not_serve_is_told_so_at_once(tmp_path: Path, relay: str):
+    """However it would be reached."""
+    lab = lab_now()
+    async with await Node.start(NodeConfig(host="127.0.0.1", credentials=lab.invite(), state_dir=tmp_path)) as node:
+        ana = SimpleNamespace(node=node, credentials=lab.invite("ana", Role.CLIENT))
+        with pytest.raises(AccessDenied, match="not for serving"):
+            async with entered(ana, relay=relay):
+                pass
+
+
+async def test_a_server_that_is_told_to_takes_relays_without_asking(
+    helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    """--relay always: it doesn't even listen."""
+
+    async def ask(*args: object) -> Verdict:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(reach_module, "ask_around", ask)
+    async with entered(helpful, relay="always") as reach:
+        assert reach.is_relayed and reach.relays == (helpful.node.peer_id,)
+        assert reach.node.addresses == () and reach.relay_desk is None
 
 
 @pytest.fixture
