@@ -136,7 +136,7 @@ class Screen:
 
     @property
     def _joined(self) -> tuple[str, ...]:
-        """The peers that we were told to join: by whom, depends."""
+        """The peers that we were told to join, by the command line or by our invitation."""
         credentials = self._config.credentials
         return self._config.initial_peers or (credentials.peers if credentials is not None else ())
 
