@@ -159,8 +159,6 @@ def _config(args: argparse.Namespace) -> ServerConfig:
         raise ConfigError(f"--drain-timeout {args.drain_timeout:g}, range 0..{MAX_DRAIN_S:g} seconds")
     require_at_least(args, 1, "num_blocks")
     check_relay_rate(args)
-    if args.relay == "always" and args.credentials:
-        raise ConfigError("--relay always has no meaning in a private swarm, which has no relays")
     if args.adapters and not parse_bytes(args.max_adapter_memory):
         raise ConfigError("--adapters needs memory, but --max-adapter-memory is 0")
     return ServerConfig(

@@ -92,11 +92,11 @@ class Reach:
             AccessDenied: the swarm is private, and we may not join it.
         """
         config = self._config
-        is_hidden = config.relay == "always" and config.credentials is None
+        is_hidden = config.relay == "always"
         await self._open(is_hidden=is_hidden)
         if is_hidden:
             await self._hide()
-        elif config.relay == "auto" and not config.announce and not self.node.is_private:
+        elif config.relay == "auto" and not config.announce:
             self._own, self._source = _hosts(self.node.listening), source_address()
             self._standing = Standing(await self._ask(), Random(), _now())
             self.transport.on_reached, self.transport.on_silence = self._reached, self._hinted
@@ -105,10 +105,11 @@ class Reach:
             self._help()
         if self.is_relayed and not self.relays:
             assert self._reservations is not None
+            one_port = "a port and name it with --port"
+            ports = one_port if self.node.is_private else "two ports and name them with --port and --data-port"
             raise PeerUnreachable(
-                "nobody can connect to this machine, and no peer relays: open two ports and name them with --port and"
-                f" --data-port, or let a peer that can be reached relay"
-                f" ({self._reservations.refusals or 'no peer is known'})"
+                f"nobody can connect to this machine, and no peer relays: open {ports}, or let a peer that can be"
+                f" reached relay ({self._reservations.refusals or 'no peer is known'})"
             )
 
     async def close(self) -> None:
@@ -132,6 +133,7 @@ class Reach:
             )
         )
         self._stack.push_async_callback(self.node.close)
+        self.node.check_may_announce()
         listen, announce = (config.host, config.data_port), _hosts(config.announce) or None
         self.transport = Transport(self.node, listen=listen, announce_hosts=announce)
         await self.transport.start()
@@ -250,8 +252,8 @@ class Reach:
             return None
         if verdict is not None and not verdict.is_reachable:
             asked = f"most of {verdict.num_answers} peers" if verdict.num_answers > 1 else "the peer that was asked"
-            data_port = self.transport.direct_port
-            logger.info("%s can't connect to ports %d and %d of %s", asked, port, data_port, verdict.host)
+            ports = {port, self.transport.entrance.port} if self.transport.entrance else {port}
+            logger.info("%s can't connect to port %s of %s", asked, " and ".join(map(str, sorted(ports))), verdict.host)
         return verdict
 
 

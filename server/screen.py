@@ -132,10 +132,16 @@ class Screen:
             self._say("It can be reached at", *addresses)
         else:
             self._say(f"{NOBODY_CONNECTS[0].upper()}{NOBODY_CONNECTS[1:]}", *relays)
-        peer = (addresses if relays is None else self._config.initial_peers)[0]
+        peer = addresses[0] if relays is None else self._joined[0]
         self._say("Another machine joins with", self._join_command(peer))
         self._say("Ask it with", self._ask_command(peer))
         self._say("See how the swarm is", f"{program('health')} --initial-peers {peer}")
+
+    @property
+    def _joined(self) -> tuple[str, ...]:
+        """The peers that we were told to join, by the command line or by our invitation."""
+        credentials = self._config.credentials
+        return self._config.initial_peers or (credentials.peers if credentials is not None else ())
 
     def _say(self, heading: str, *lines: str) -> None:
         """A heading, and lines that can be copied whole: the terminal may wrap them, we don't."""

@@ -10,8 +10,9 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from swarm.errors import AccessDenied, PeerError, PeerMisbehaved, PeerTimeout, PeerUnreachable
 from swarm.network.addresses import Endpoint
@@ -86,15 +87,41 @@ class Dialler:
                 attempt.add_done_callback(_drop)
         raise PeerUnreachable("; ".join(failures) or f"{peer_id} takes no connections", peer_id=peer_id)
 
+    async def dial_on(self, pipe: socket.socket, hello: Hello, *, peer_id: str, timeout_s: float) -> Dialled:
+        """Connect to a peer over a socket that leads to it somehow; errors as `dial`."""
+        self._gate.check_ourselves(time.time())
+        return await self._greet(self._connect_on(pipe), "through a relay", hello, peer_id, timeout_s)
+
     async def _dial(self, endpoint: Endpoint, hello: Hello, peer_id: str | None, timeout_s: float) -> Dialled:
         host, port = endpoint
+        return await self._greet(self._connect(endpoint), f"{host} port {port}", hello, peer_id, timeout_s)
+
+    async def _connect(self, endpoint: Endpoint) -> OutgoingGreeting:
+        transport, greeting = await asyncio.get_running_loop().create_connection(
+            OutgoingGreeting, *endpoint, ssl=self._context, server_hostname="swarm"
+        )
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return greeting
+
+    async def _connect_on(self, pipe: socket.socket) -> OutgoingGreeting:
+        _, greeting = await asyncio.get_running_loop().create_unix_connection(
+            OutgoingGreeting, sock=pipe, ssl=self._context, server_hostname="swarm"
+        )
+        return greeting
+
+    async def _greet(
+        self,
+        connecting: Coroutine[Any, Any, OutgoingGreeting],
+        where: str,
+        hello: Hello,
+        peer_id: str | None,
+        timeout_s: float,
+    ) -> Dialled:
+        """Say Hello to who is there, if it is who we want."""
         greeting: OutgoingGreeting | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                transport, greeting = await asyncio.get_running_loop().create_connection(
-                    OutgoingGreeting, host, port, ssl=self._context, server_hostname="swarm"
-                )
-                transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                greeting = await connecting
                 self._check_certificate(greeting.process, peer_id)
                 greeting.send(hello)
                 return self._judge(greeting, await greeting.answer)
@@ -102,11 +129,11 @@ class Dialler:
             if greeting is not None:
                 greeting.transport.abort()
             if isinstance(error, TimeoutError):
-                raise PeerTimeout(f"{host} port {port}: no answer within {timeout_s:g} s", peer_id=peer_id) from error
+                raise PeerTimeout(f"{where}: no answer within {timeout_s:g} s", peer_id=peer_id) from error
             if isinstance(error, PeerRefused):
-                raise PeerRefused(f"{host} port {port} {error}", peer_id=peer_id) from error
+                raise PeerRefused(f"{where} {error}", peer_id=peer_id) from error
             if isinstance(error, PeerError | OSError):
-                raise PeerUnreachable(f"{host} port {port}: {self._reason(error)}", peer_id=peer_id) from error
+                raise PeerUnreachable(f"{where}: {self._reason(error)}", peer_id=peer_id) from error
             raise
 
     def _check_certificate(self, process: bytes, peer_id: str | None) -> None:

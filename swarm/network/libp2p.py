@@ -48,6 +48,7 @@ class Libp2p:
     """
 
     is_private = False
+    entrance = None
 
     def __init__(self, config: NodeConfig, identity: Identity) -> None:
         listen, announce = listen_addresses(config)

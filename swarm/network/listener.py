@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from swarm.errors import ConfigError
 from swarm.network.daemon import resolve_host
@@ -29,6 +30,19 @@ BACKLOG = 512
 _ACCEPT_PAUSE_S = 0.1
 _OLD_S = 0.5
 """A handshake that is younger is not given up for another: it may be an honest one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entrance:
+    """Where connections come in.
+
+    Attributes:
+        port: TCP port.
+        fingerprint: SHA-256 of the certificate that is shown there.
+    """
+
+    port: int
+    fingerprint: bytes
 
 
 class TlsListener:

@@ -4,23 +4,22 @@
     call, open_stream ──► Dialler ──TLS, Hello──► Welcome ──► the same, at the other side
     links carry revocations, too ──► whom they concern is dropped at once
 
-Who has no invitation gets no further than the TLS handshake: no protocol is spoken without one, nothing is relayed, and
-nobody is dialled who is not named by an initial address or by a member's signed card. It knows nothing of the DHT,
-models or sessions.
+Who has no invitation gets no further than the TLS handshake: no protocol is spoken without one, and nobody is dialled
+who is not named by an initial address or by a member's signed card. A raw stream may also pass a pipe that leads
+through a relay: all of this is the same inside. It knows nothing of relays, the DHT, models or sessions.
 """
 
 import asyncio
+import hashlib
 import logging
+import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 from swarm.errors import (
     AccessDenied,
-    InvalidRequest,
     InvitationRevoked,
     PeerBusy,
     PeerError,
@@ -37,22 +36,20 @@ from swarm.network.daemon import claim_port
 from swarm.network.dialler import Dialled, Dialler, PeerRefused, ReachedOurselves
 from swarm.network.greeter import IncomingGreeting
 from swarm.network.greeting import CALLS, VERSION, Hello, Refused, Welcome
+from swarm.network.guest import Guest
 from swarm.network.links import Links
-from swarm.network.listener import TlsListener
+from swarm.network.listener import Entrance, Handshake, TlsListener
+from swarm.network.news import News
 from swarm.network.records import MemberRecords
 from swarm.network.roll import MEMBERS, Roll
 from swarm.network.tls import member_contexts
 from swarm.network.unary import Handler, UnaryDesk
 from swarm.network.underlay import Expelled, Restarted, StreamFactory
-from swarm.network.whereabouts import WHERE, Whereabouts
-from swarm.private.certificates import Passport, Proven, read_invitation, read_passport
+from swarm.network.whereabouts import HERE, WHERE, Whereabouts
+from swarm.private.certificates import Passport, Proven, read_passport
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
 from swarm.private.revocations import (
-    MAX_BY_ADMIN,
-    MAX_BY_AUTHORITY,
-    Revocation,
-    decode_revocations,
     encode_revocations,
 )
 from swarm.private.store import RevocationStore
@@ -75,12 +72,6 @@ SWEEP_PERIOD_S = 1.0
 """How often expired members are looked for."""
 FAREWELL_S = 1.0
 """How long an expelled peer may take to read why."""
-RETELL_S = 60.0
-"""How long a peer that was told all our revocations, and knows others, is not told them again."""
-MAX_LOGGED = 16
-"""Of revocations that come together, those that are logged one by one."""
-PORTION = 512
-"""Revocations in one message."""
 IDLE_S = 60.0
 """A link that nobody has used for so long is closed."""
 
@@ -100,21 +91,24 @@ class MemberNetwork:
 
     def __init__(self, config: NodeConfig, credentials: Credentials, identity: Identity) -> None:
         self.gate = Gate(credentials, identity)
-        self.endpoints: tuple[str, ...] = ()
         self.denied = asyncio.Event()
-        self.has_news = asyncio.Event()
-        """Set when somebody was revoked: what that member has stored is to be forgotten."""
         self._config = config
         self._identity = identity
         self._server_context, client_context = member_contexts(self.gate, identity)
-        self._dialler = Dialler(self.gate, client_context, self.learn)
         self._desk = UnaryDesk()
         self._factories: dict[str, StreamFactory] = {}
         self._links = Links()
         self._whereabouts = Whereabouts(self._links)
         self.roll = Roll(self._links, self.gate)
-        self._desk.handlers |= {WHERE: self._whereabouts.answer, MEMBERS: self.roll.answer}
-        self._card: Card | None = None
+        store = RevocationStore(config.state_dir, self.gate.authority)
+        self.news = News(self.gate, self._links, self.roll, store, self._sweep)
+        self._dialler = Dialler(self.gate, client_context, self.news.learn)
+        self._desk.handlers |= {
+            WHERE: self._whereabouts.answer,
+            HERE: self._whereabouts.hear,
+            MEMBERS: self.roll.answer,
+        }
+        self._is_hidden = False
         self._linking: dict[str, asyncio.Lock] = {}
         self._found: dict[str, str] = {}
         """Of each initial address: who was there last."""
@@ -123,8 +117,6 @@ class MemberNetwork:
         """Connections that have not said Hello yet, the oldest first."""
         self._listener: TlsListener | None = None
         self._expelled: list[Expelled] = []
-        self._news = asyncio.Event()
-        self._store = RevocationStore(config.state_dir, self.gate.authority)
 
     async def start(self) -> None:
         """Listen, unless we are a client.
@@ -132,8 +124,7 @@ class MemberNetwork:
         Raises:
             ConfigError: the address can't be used. AccessDenied: we are no member any more, or only a client.
         """
-        with suppress(PeerMisbehaved):  # who has changed our file can only make us forget
-            self.gate.learn(self._store.load(), time.time())
+        self.news.load()
         self.check_access()
         if self._config.client_mode:
             return
@@ -147,9 +138,35 @@ class MemberNetwork:
         )
         listener.start(self._config.host, claim_port(self._config.host, self._config.port))
         self._listener = listener
-        endpoints = listening_endpoints(listener.host, listener.port, self._config.announce)
-        self._card = self._whereabouts.own = Card.make(self._identity, endpoints, time.time())
-        self.endpoints = tuple(as_text(endpoint, self._identity.peer_id) for endpoint in endpoints)
+        self._whereabouts.own = self._make_card(listener, self._config.announce)
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """See Underlay."""
+        return self._whereabouts.listening
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """See Underlay."""
+        return () if self._is_hidden else self.listening
+
+    @property
+    def entrance(self) -> Entrance | None:
+        """See Underlay."""
+        if self._listener is None:
+            return None
+        fingerprint = hashlib.sha256(self.gate.passport.process).digest()
+        return Entrance(port=self._listener.port, fingerprint=fingerprint)
+
+    async def present(self, announce: Sequence[str], *, is_hidden: bool) -> None:
+        """See Underlay. Our card says where we listen in any case: neighbours reach us there."""
+        self._is_hidden = is_hidden
+        if self._listener is not None:
+            await self._whereabouts.move(self._make_card(self._listener, announce))
+
+    def _make_card(self, listener: TlsListener, announce: Sequence[str]) -> Card:
+        endpoints = listening_endpoints(listener.host, listener.port, announce)
+        return Card.make(self._identity, endpoints, time.time())
 
     @property
     def caller(self) -> "MemberNetwork":
@@ -246,6 +263,30 @@ class MemberNetwork:
         self._take(dialled)
         dialled.greeting.switch(protocol)
 
+    async def open_stream_on(
+        self, pipe: socket.socket, peer_id: str, name: str, protocol: asyncio.Protocol, *, timeout_s: float
+    ) -> None:
+        """Open a raw stream to a peer over a socket that leads to it somehow. Errors as `open_stream`."""
+        dialled = await self._dialler.dial_on(pipe, self._hello(name), peer_id=peer_id, timeout_s=timeout_s)
+        self._take(dialled)
+        dialled.greeting.switch(protocol)
+
+    async def take_stream_on(
+        self, pipe: socket.socket, peer_id: str, name: str, factory: StreamFactory, *, timeout_s: float
+    ) -> None:
+        """Be at the other end of that. Returns after TLS, before Hello, whose time is short.
+
+        Raises:
+            OSError, TimeoutError: nobody comes, or a stranger.
+        """
+        guest = Guest(self, peer_id, name, factory)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: Handshake(lambda: IncomingGreeting(guest)),
+            pipe,
+            ssl=self._server_context,
+            ssl_handshake_timeout=timeout_s,
+        )
+
     async def add_stream_factory(self, name: str, factory: StreamFactory) -> None:
         """See Underlay."""
         self._factories[name] = factory
@@ -296,7 +337,7 @@ class MemberNetwork:
             raise PeerUnreachable("that is ourselves", peer_id=card.peer_id) from error
 
     def _hello(self, service: str) -> Hello:
-        return Hello(VERSION, service, self.gate.passport.invitation, self._card)
+        return Hello(VERSION, service, self.gate.passport.invitation, self._whereabouts.own)
 
     def _keep_link(self, dialled: Dialled) -> CallLink:
         link = self._make_link(dialled.proven)
@@ -310,7 +351,7 @@ class MemberNetwork:
         self.on_connected(dialled.greeting.transport, dialled.proven)
 
     def _make_link(self, proven: Proven) -> CallLink:
-        link = CallLink(self, proven, self._desk, lambda: self.gate.revocations.digest, max_bytes=MAX_UNARY_BYTES)
+        link = CallLink(self.news, proven, self._desk, lambda: self.gate.revocations.digest, max_bytes=MAX_UNARY_BYTES)
         self._links.add(link)
         return link
 
@@ -339,15 +380,7 @@ class MemberNetwork:
         Raises:
             AccessDenied, PeerMisbehaved, PeerBusy, PeerUnreachable: why not.
         """
-        proven = self.gate.admit(Passport(process=process, invitation=hello.invitation), time.time())
-        if hello.version != VERSION:
-            raise PeerMisbehaved(f"greeting of version {hello.version}, we speak {VERSION}")
-        if hello.card is not None:
-            self._whereabouts.learn(hello.card, proven)
-        num_connections = sum(other.member.id == proven.member.id for other in self._connections.values())
-        if num_connections >= MAX_CONNECTIONS_PER_MEMBER:
-            raise PeerBusy(f"{num_connections} connections of {proven.member}, limit {MAX_CONNECTIONS_PER_MEMBER}")
-        welcome = Welcome(self.gate.passport.invitation, self._card)
+        proven, welcome = self.admit(process, hello)
         if hello.service == CALLS:
             for link in self._links.surplus(
                 proven, max_per_peer=MAX_LINKS_PER_PEER, max_per_member=MAX_LINKS_PER_MEMBER
@@ -357,6 +390,22 @@ class MemberNetwork:
         if (factory := self._factories.get(hello.service)) is None:
             raise PeerUnreachable(f"{hello.service!r} is not served here")
         return proven, factory(proven.peer_id), welcome
+
+    def admit(self, process: bytes, hello: Hello) -> tuple[Proven, Welcome]:
+        """Whether a peer is a member, and has not all connections already that a member may have.
+
+        Raises:
+            AccessDenied, PeerMisbehaved, PeerBusy: why not.
+        """
+        proven = self.gate.admit(Passport(process=process, invitation=hello.invitation), time.time())
+        if hello.version != VERSION:
+            raise PeerMisbehaved(f"greeting of version {hello.version}, we speak {VERSION}")
+        if hello.card is not None:
+            self._whereabouts.learn(hello.card, proven)
+        num_connections = sum(other.member.id == proven.member.id for other in self._connections.values())
+        if num_connections >= MAX_CONNECTIONS_PER_MEMBER:
+            raise PeerBusy(f"{num_connections} connections of {proven.member}, limit {MAX_CONNECTIONS_PER_MEMBER}")
+        return proven, Welcome(self.gate.passport.invitation, self._whereabouts.own)
 
     def on_connected(self, transport: asyncio.Transport, proven: Proven) -> None:
         """A connection with a member stands."""
@@ -378,81 +427,7 @@ class MemberNetwork:
             return link.proven
         return next((proven for proven in self._connections.values() if proven.peer_id == peer_id), None)
 
-    # --- revocations ---
-
-    async def revoke(self, statements: Iterable[Revocation], timeout_s: float) -> int:
-        """Tell the swarm; how many of those who have a link with us know it when this returns.
-
-        Raises:
-            PeerMisbehaved: one is not signed by who may. InvalidRequest: one is not taken.
-        """
-        statements = list(statements)
-        self.learn(statements)
-        num_missing = sum(not self.gate.revocations.has(entry) for entry in statements)
-        if num_missing:
-            raise InvalidRequest(
-                f"no room for {num_missing} of {len(statements)} revocations: {MAX_BY_ADMIN} of one admin, and"
-                f" {MAX_BY_AUTHORITY} of the authority are kept until the invitations expire"
-            )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while any(link.known != self.gate.revocations.digest for link in self._links):
-                    self._news.clear()
-                    await self._news.wait()
-        return sum(link.known == self.gate.revocations.digest for link in self._links)
-
-    def on_known(self, link: CallLink) -> None:
-        """A peer has said which revocations it knows; if they are others than ours, it gets ours."""
-        self._news.set()
-        ours, now = self.gate.revocations.digest, time.monotonic()
-        if link.known != ours and (link.told != ours or now - link.told_at > RETELL_S):
-            link.told, link.told_at = ours, now  # who can't take all of it must not be told again with every answer
-            self._tell(link, self.gate.revocations)
-
-    def on_statements(self, link: CallLink, data: bytes) -> None:
-        """Take revocations from a peer, act on those that are new, and pass them on.
-
-        Raises:
-            PeerMisbehaved: one is not signed by who may.
-        """
-        self.learn(decode_revocations(data), source=link)
-
-    def learn(self, statements: Iterable[Revocation], *, source: CallLink | None = None) -> None:
-        """Take revocations, act on those that are new, and pass them on.
-
-        Raises:
-            PeerMisbehaved: one is not signed by who may.
-        """
-        new = self.gate.learn(statements, time.time())
-        if not new:
-            return
-        with suppress(PeerMisbehaved):  # other processes of this swarm may have the same file
-            new += self.gate.learn(self._store.load(), time.time())
-        self._log_revoked(new)
-        self.has_news.set()
-        self._store.save(self.gate.revocations)
-        for link in self._links:
-            if link is not source:
-                self._tell(link, new)
-        self._sweep()
-
-    def _log_revoked(self, statements: Sequence[Revocation]) -> None:
-        for entry in statements[:MAX_LOGGED]:
-            by = read_invitation(entry.signer, self.gate.authority) if entry.signer else "the authority"
-            log.warning("%s was revoked by %s", self.roll.name_of(entry.member), by)
-        if len(statements) > MAX_LOGGED:
-            log.warning("%d more were revoked", len(statements) - MAX_LOGGED)
-
-    def _tell(self, link: CallLink, statements: Iterable[Revocation]) -> None:
-        """Pass statements on, in portions between which others have their turn."""
-        remaining = iter(statements)
-        while portion := list(islice(remaining, PORTION)):
-            link.tell(encode_revocations(portion))
-
-    def on_link_lost(self, link: CallLink) -> None:
-        """A link is over."""
-        self._links.remove(link)
-        self._news.set()
+    # --- who is out ---
 
     def _sweep(self) -> None:
         """Part from members who are none any more, ourselves included, and forget connections that are over."""

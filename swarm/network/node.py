@@ -11,6 +11,7 @@ It knows nothing of messages, models or records: that is the business of transpo
 import asyncio
 import logging
 import random
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -24,6 +25,7 @@ from swarm.network.dht import Dht
 from swarm.network.dialler import is_private
 from swarm.network.hive import PeerID
 from swarm.network.libp2p import Libp2p
+from swarm.network.listener import Entrance
 from swarm.network.members import MemberNetwork
 from swarm.network.relay_book import RelayBook
 from swarm.network.tasks import TaskSet
@@ -100,12 +102,17 @@ class Node:
     @property
     def listening(self) -> tuple[str, ...]:
         """Full addresses at which neighbours find us even where nobody else can connect to us."""
-        return self._underlay.listening if isinstance(self._underlay, Libp2p) else self._underlay.endpoints
+        return self._underlay.listening
+
+    @property
+    def entrance(self) -> Entrance | None:
+        """Where others connect to open raw streams; None in an open swarm, where libp2p brings them."""
+        return self._underlay.entrance
 
     async def present(self, announce: Sequence[str] = (), *, is_hidden: bool = False) -> None:
-        """Announce other addresses from now on, or that nobody can connect to us; in open swarms.
+        """Announce other addresses from now on, or that nobody can connect to us.
 
-        Raw streams end; what else is connected stays. Who is hidden leaves the DHT's tables.
+        What is connected stays, but for raw streams in an open swarm. Who is hidden leaves the DHT's tables.
 
         Args:
             announce: hosts, in place of those found.
@@ -114,7 +121,6 @@ class Node:
         Raises:
             PeerTimeout: the daemon does not answer.
         """
-        assert isinstance(self._underlay, Libp2p), "members of a private swarm announce what they were told to"
         async with self._presenting:
             known: tuple[str, ...] = ()
             num_restarts = self.num_restarts
@@ -168,6 +174,14 @@ class Node:
         """
         self._underlay.check_access()
 
+    def check_may_announce(self) -> None:
+        """Whether we may store records.
+
+        Raises:
+            AccessDenied: our invitation has expired, was revoked, or is one for clients.
+        """
+        self._underlay.check_may_announce()
+
     async def members(self) -> list[Member]:
         """Members of our private swarm whom those we know have met; for admins.
 
@@ -182,7 +196,7 @@ class Node:
         Raises:
             InvalidRequest: the swarm is open. PeerMisbehaved: who has signed that may not.
         """
-        return await self._members.revoke(statements, timeout_s)
+        return await self._members.news.revoke(statements, timeout_s)
 
     @property
     def _members(self) -> MemberNetwork:
@@ -206,7 +220,7 @@ class Node:
         Raises:
             AccessDenied: we may not announce anything in this private swarm.
         """
-        self._underlay.check_may_announce()
+        self.check_may_announce()
         return await self._dht.store(key, subkey, value, expires_at, timeout_s=DHT_TIMEOUT_S)
 
     async def dht_get(self, key: str) -> dict[str, bytes]:
@@ -264,6 +278,22 @@ class Node:
             seconds. AccessDenied: when we are no member of this private swarm any more.
         """
         await self._underlay.open_stream(peer_id, name, protocol, timeout_s=timeout_s)
+
+    async def open_stream_on(
+        self, pipe: socket.socket, peer_id: str, name: str, protocol: asyncio.Protocol, *, timeout_s: float
+    ) -> None:
+        """Open a raw stream to a member over a socket that leads to it somehow. Errors as `open_stream_protocol`."""
+        await self._members.open_stream_on(pipe, peer_id, name, protocol, timeout_s=timeout_s)
+
+    async def take_stream_on(
+        self, pipe: socket.socket, peer_id: str, name: str, factory: StreamFactory, *, timeout_s: float
+    ) -> None:
+        """Be at the other end of that, if `peer_id` comes, and for that.
+
+        Raises:
+            OSError, TimeoutError: nobody comes.
+        """
+        await self._members.take_stream_on(pipe, peer_id, name, factory, timeout_s=timeout_s)
 
     async def known_addresses(self) -> tuple[str, ...]:
         """Full addresses of the peers that we have a connection to: other ways into the same swarm.
@@ -326,7 +356,9 @@ class Node:
         self._tasks.spawn(self._underlay.supervise(self._rejoin), name="supervisor of the underlay")
         self._tasks.spawn(self._keep_joined(), name="supervisor of the routing table")
         if isinstance(self._underlay, MemberNetwork):
-            self._tasks.spawn(self._forget_revoked(self._underlay.has_news), name="forget records of revoked members")
+            self._tasks.spawn(
+                self._forget_revoked(self._underlay.news.has_news), name="forget records of revoked members"
+            )
 
     async def _refuse_private(self) -> None:
         """Nobody answered: perhaps because the swarm is private, and we have no invitation.

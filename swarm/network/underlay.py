@@ -7,11 +7,12 @@ Errors are those of `swarm.errors`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from swarm.errors import AccessDenied
 from swarm.network.addresses import PeerAddress
+from swarm.network.listener import Entrance
 from swarm.network.records import SignedRecords
 
 StreamFactory = Callable[[str], asyncio.Protocol]
@@ -50,6 +51,14 @@ class Underlay(Protocol):
         """Full addresses under which others may dial us."""
 
     @property
+    def listening(self) -> tuple[str, ...]:
+        """Full addresses at which neighbours find us, even where nobody else can connect to us."""
+
+    @property
+    def entrance(self) -> Entrance | None:
+        """Where raw streams come in as direct connections; None where libp2p brings them."""
+
+    @property
     def is_up(self) -> bool:
         """Whether it works at the moment."""
 
@@ -58,6 +67,17 @@ class Underlay(Protocol):
 
         Raises:
             ConfigError: a setting can't work.
+        """
+
+    async def present(self, announce: Sequence[str], *, is_hidden: bool) -> None:
+        """Announce other addresses from now on, or none; calls and streams go on as far as that is possible.
+
+        Args:
+            announce: hosts, in place of those found.
+            is_hidden: whether nobody can connect to us.
+
+        Raises:
+            PeerTimeout: it can't be done now.
         """
 
     async def supervise(self, on_restart: Restarted) -> None:

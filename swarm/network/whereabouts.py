@@ -1,6 +1,7 @@
 """Where the members of a private swarm can be dialled: from their own cards, or from peers who have met them.
 
     Hello, Welcome ──learn──► AddressBook ◄──answer── who is asked        ask(peer) ──WHERE──► some of those with a link
+    we are elsewhere: move(card) ──HERE──► all of those, who `hear` it
 
 Cards are signed, so a wrong answer can only be an old one.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from swarm.errors import PeerError, PeerMisbehaved, PeerUnreachable
-from swarm.network.addresses import AddressBook, Card
+from swarm.network.addresses import AddressBook, Card, as_text
 from swarm.network.calls import CallLink
 from swarm.network.links import Links
 from swarm.private.certificates import Proven
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 WHERE = "/swarm/where"
 """Unary call: the address card of a peer, or nothing."""
+HERE = "/swarm/here"
+"""Unary call: the caller's own card, which is another one now."""
 TIMEOUT_S = 2.0
 NUM_ASKED = 8
 """Peers that are asked where another one is."""
@@ -82,11 +85,45 @@ class Whereabouts:
             raise PeerUnreachable(f"none of {len(asked)} peers knows the address of {peer_id}", peer_id=peer_id)
         return found
 
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Full addresses on our own card."""
+        return () if self.own is None else tuple(as_text(it, self.own.peer_id) for it in self.own.endpoints)
+
+    async def move(self, card: Card) -> None:
+        """Say where we are, if that is elsewhere now; who doesn't hear it asks others when it doesn't find us."""
+        if self.own is not None and self.own.endpoints == card.endpoints:
+            return
+        self.own = card
+        await asyncio.gather(*(_tell(link, card) for link in self._links))
+
+    async def hear(self, data: bytes, peer_id: Any) -> bytes:
+        """Serve HERE.
+
+        Raises:
+            PeerMisbehaved: that is no card of the caller's.
+        """
+        link = self._links.live(peer_id.to_base58())
+        if link is not None:
+            try:
+                self.learn(_decoder.decode(data), link.proven)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise PeerMisbehaved(f"a malformed address card: {error}") from error
+        return b""
+
     async def answer(self, data: bytes, peer_id: Any) -> bytes:
         """Serve WHERE."""
         wanted = data.decode(errors="replace")
         card = self.own if self.own is not None and self.own.peer_id == wanted else self._book.get(wanted)
         return b"" if card is None else msgspec.msgpack.encode(card)
+
+
+async def _tell(link: CallLink, card: Card) -> None:
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await link.call(HERE, msgspec.msgpack.encode(card))
+    except (TimeoutError, PeerError) as error:
+        log.debug("%s does not hear where we are: %s", link.proven.member, error)
 
 
 async def _ask(link: CallLink, peer_id: str) -> Card | None:

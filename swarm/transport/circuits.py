@@ -1,75 +1,155 @@
-"""The two ends of a connection through a relay: TLS between them, so that the relay does not know what it carries.
+"""The two ends of a connection through a relay: what both do, whatever makes them sure of each other.
 
     dialler: Circuits.open ── OpenCircuit ─► relay ── CircuitOpened ─► Circuits.answer :target
-                 ◄──────────── CircuitGreeting: fingerprint, nonce, signature ──────┘
-            Connection ─TLS─ socket pair ═ CircuitBytes ═ relay ═ CircuitBytes ═ socket pair ─TLS─ Connection
-            HELLO, its ticket: the dialler's signature of the nonce ──────────────────► who is it?
+            Connection ─TLS─ Pipe ═ CircuitBytes ═ relay ═ CircuitBytes ═ Pipe ─TLS─ Connection
+                          Ends ────────── who are you? ────────────────── Ends
 
-The target's signature proves the certificate to the dialler, and the dialler's signature, seen by nobody but the
-target, proves the dialler: a relay can refuse, delay and count, but neither read, change, nor be anybody. What a
-signature is good for is part of what is signed, as are both ends and the certificate: it is of no use elsewhere.
-
-Each end puts TLS on a pair of sockets: so a relayed connection is like a direct one to all that is above.
+Each end puts TLS on a pair of sockets, so that the relay does not know what it carries, and a relayed connection is
+like a direct one to all that is above.
 """
 
 import asyncio
 import logging
-import secrets
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol
 
-from swarm.errors import InvalidRequest, PeerBusy, PeerError, PeerMisbehaved, PeerUnreachable, SwarmError
-from swarm.identity import Identity, verify
-from swarm.network.listener import Handshake
+from swarm.errors import AccessDenied, InvalidRequest, PeerBusy, PeerMisbehaved, PeerUnreachable, SwarmError
 from swarm.network.tasks import TaskSet
-from swarm.network.tls import trusting_context
-from swarm.protocol import CircuitBytes, CircuitGreeting, CircuitOpened, Message, OpenCircuit
+from swarm.protocol import CircuitBytes, CircuitOpened, OpenCircuit
 from swarm.rates import Rate, Rates
-from swarm.transport.direct import Certificate, check_certificate
 from swarm.transport.stream import EndOfStream, Stream
 
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 << 10
-NONCE_BYTES = 32
 CALL_BACKS = Rate(burst=32, per_s=1)
 """How often one peer may have us connect to it, and how often one relay may say that somebody wants that."""
 SEND_TIMEOUT_S = 30.0
 """How long the other end may leave a piece unread."""
-_GREETING, _TICKET = b"swarm circuit greeting", b"swarm circuit ticket"
 
-Redeem = Callable[[bytes], str | None]
-"""Who a ticket proves its bearer to be."""
+MakeProtocol = Callable[[bytes], asyncio.Protocol]
+"""Makes the protocol of a connection that we make, given the ticket for its HELLO."""
+
+
+class Pipe:
+    """The way through a relay as a socket: what is written to it goes into the stream of a circuit, unchanged.
+
+    Args:
+        stream: of the circuit, on which nothing but `CircuitBytes` passes once the pipe is open.
+        tasks: carries them.
+    """
+
+    def __init__(self, stream: Stream, tasks: TaskSet) -> None:
+        self.stream = stream
+        self._tasks = tasks
+        self.error: SwarmError | None = None
+        """What relay or target have said in place of more bytes."""
+        self._near: socket.socket | None = None
+        self._pump: asyncio.Task[None] | None = None
+
+    async def open(self) -> socket.socket:
+        """Carry from now on."""
+        self._near, far = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=far, limit=PIECE_BYTES)
+        self._pump = self._tasks.spawn(self._carry(reader, writer), name=f"circuit through {self.stream.peer_id}")
+        self._pump.add_done_callback(lambda _: writer.close())  # a task that is cancelled at once never begins
+        return self._near
+
+    async def wait_over(self) -> None:
+        """Wait until either end is gone."""
+        if self._pump is not None:
+            await asyncio.wait([self._pump])
+
+    def stop(self) -> None:
+        """Carry no more."""
+        if self._pump is not None:
+            self._pump.cancel()
+
+    def abandon(self) -> None:
+        """The same where nobody has come to use the socket."""
+        self.stop()
+        if self._near is not None:
+            self._near.close()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Move bytes until either end does; then end the stream."""
+        ways = [asyncio.ensure_future(self._send_all(reader)), asyncio.ensure_future(self._receive_all(writer))]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            await self.stream.close()
+
+    async def _send_all(self, reader: asyncio.StreamReader) -> None:
+        with self._noting_errors():
+            while data := await reader.read(PIECE_BYTES):
+                await self.stream.send(CircuitBytes(), data, timeout_s=SEND_TIMEOUT_S)
+
+    async def _receive_all(self, writer: asyncio.StreamWriter) -> None:
+        with self._noting_errors(), suppress(EndOfStream):
+            while isinstance((received := await self.stream.receive())[0], CircuitBytes):
+                writer.write(received[1])
+                await writer.drain()
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            with suppress(ConnectionError):
+                yield
+        except SwarmError as error:
+            self.error = self.error or error
+
+
+class Ends(Protocol):
+    """Puts TLS on a pipe, and makes sure of who is at its other end."""
+
+    async def dial(self, pipe: Pipe, target: str, make_protocol: MakeProtocol) -> None:
+        """Be the dialler.
+
+        Raises:
+            PeerUnreachable: the way broke. PeerMisbehaved: who answers is not the target. PeerBusy: it has no room.
+            AccessDenied: we are no member of this private swarm any more.
+        """
+
+    async def take(self, pipe: Pipe, dialler: str) -> None:
+        """Be the target.
+
+        Args:
+            dialler: who comes, if what the relay says is right.
+
+        Raises:
+            OSError, TimeoutError, SwarmError: nobody comes.
+        """
 
 
 class Circuits:
     """Makes and takes connections through relays.
 
     Args:
-        identity: who we are.
+        ends: secures them.
         is_relay: whether we have asked a peer to be our relay.
-        accept: makes the protocol of a connection that is taken.
         dial: connects directly to a peer that asks us to.
         timeout_s: deadline of each step.
     """
 
     def __init__(
         self,
-        identity: Identity,
+        ends: Ends,
         *,
         is_relay: Callable[[str], bool],
-        accept: Callable[[Redeem], asyncio.Protocol],
         dial: Callable[[str], Awaitable[object]],
         timeout_s: float,
     ) -> None:
-        self._identity, self._is_relay, self._accept, self._dial = identity, is_relay, accept, dial
+        self._ends, self._is_relay, self._dial = ends, is_relay, dial
         self._timeout_s = timeout_s
         self._call_backs = Rates(CALL_BACKS)
         self._tasks = TaskSet()
 
-    async def open(self, stream: Stream, target: str, make_protocol: Callable[[bytes], asyncio.Protocol]) -> None:
+    async def open(self, stream: Stream, target: str, make_protocol: MakeProtocol) -> None:
         """Connect to `target` over a stream to a relay that was opened for this.
 
         Args:
@@ -82,28 +162,17 @@ class Circuits:
             the relay, or the target. PeerMisbehaved: who answers is not the target.
         """
         await stream.send(OpenCircuit(peer_id=target, is_call_back=False), timeout_s=self._timeout_s)
-        greeting = await self._first(stream, target)
-        if not isinstance(greeting, CircuitGreeting):
-            raise PeerMisbehaved(f"{type(greeting).__name__} in place of CircuitGreeting", peer_id=target)
-        ticket = self._answer_to(greeting, target)
-        near, far = socket.socketpair()
-        pump = await self._start(stream, far)
+        pipe = Pipe(stream, self._tasks)
         try:
-            transport, _ = await asyncio.get_running_loop().create_unix_connection(
-                lambda: make_protocol(ticket),
-                sock=near,
-                ssl=trusting_context(),
-                server_hostname="swarm",
-                ssl_handshake_timeout=self._timeout_s,
-            )
-        except BaseException as error:
-            pump.cancel()
-            near.close()
-            if not isinstance(error, OSError | TimeoutError):
+            await self._ends.dial(pipe, target, make_protocol)
+        except SwarmError as error:
+            pipe.abandon()
+            if pipe.error is None or isinstance(error, AccessDenied):
                 raise
-            reason = f"no TLS with {target} through {stream.peer_id}: {error!r}"
-            raise PeerUnreachable(reason, peer_id=target) from error
-        check_certificate(transport, greeting.fingerprint)
+            raise pipe.error from error
+        except BaseException:
+            pipe.abandon()
+            raise
 
     async def call_back(self, stream: Stream, target: str) -> None:
         """Have `target` connect to us, over a stream to a relay that was opened for this; returns when it says it has.
@@ -145,88 +214,12 @@ class Circuits:
 
     async def _take(self, stream: Stream, *, dialler: str) -> None:
         """Be the target of a circuit, to its end."""
-        nonce, sides = secrets.token_bytes(NONCE_BYTES), {"dialler": dialler, "target": self._identity.peer_id}
-        fingerprint = self._certificate.fingerprint
-        signature = self._identity.sign(statement(_GREETING, fingerprint, nonce, **sides))
-        await stream.send(
-            CircuitGreeting(fingerprint=fingerprint, nonce=nonce, signature=signature), timeout_s=self._timeout_s
-        )
-        expected = statement(_TICKET, fingerprint, nonce, **sides)
-
-        def redeem(ticket: bytes) -> str | None:
-            return dialler if verify(dialler, expected, ticket) else None
-
-        near, far = socket.socketpair()
-        pump = await self._start(stream, far)
+        pipe = Pipe(stream, self._tasks)
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Handshake(lambda: self._accept(redeem)),
-                near,
-                ssl=self._certificate.context,
-                ssl_handshake_timeout=self._timeout_s,
-            )
-            await asyncio.wait([pump])
+            await self._ends.take(pipe, dialler)
+            await pipe.wait_over()
         except (OSError, TimeoutError) as error:
             log.debug("no TLS with %s through %s: %r", dialler, stream.peer_id, error)
-            near.close()
+            pipe.abandon()
         finally:
-            pump.cancel()
-
-    async def _start(self, stream: Stream, pipe: socket.socket) -> asyncio.Task[None]:
-        """Carry bytes between a stream and a socket from now on."""
-        reader, writer = await asyncio.open_unix_connection(sock=pipe, limit=PIECE_BYTES)
-        pump = self._tasks.spawn(_carry(stream, reader, writer), name=f"circuit through {stream.peer_id}")
-        pump.add_done_callback(lambda _: writer.close())  # a task that is cancelled at once never begins
-        return pump
-
-    def _answer_to(self, greeting: CircuitGreeting, target: str) -> bytes:
-        """Our ticket for who greets us.
-
-        Raises:
-            PeerMisbehaved: it is not the target.
-        """
-        sides = {"dialler": self._identity.peer_id, "target": target}
-        if not verify(target, statement(_GREETING, greeting.fingerprint, greeting.nonce, **sides), greeting.signature):
-            raise PeerMisbehaved(f"who answers for {target} is somebody else", peer_id=target)
-        return self._identity.sign(statement(_TICKET, greeting.fingerprint, greeting.nonce, **sides))
-
-    async def _first(self, stream: Stream, target: str) -> Message:
-        try:
-            message, _ = await stream.receive(self._timeout_s)
-        except EndOfStream as error:
-            raise PeerUnreachable(f"{stream.peer_id} ended the circuit to {target}", peer_id=target) from error
-        return message
-
-    @cached_property
-    def _certificate(self) -> Certificate:
-        return Certificate.generate()
-
-
-def statement(kind: bytes, fingerprint: bytes, nonce: bytes, *, dialler: str, target: str) -> bytes:
-    """What is signed. No two meanings have the same bytes: the parts have fixed lengths, or none of their own."""
-    return b"\n".join((kind, fingerprint + nonce, dialler.encode(), target.encode()))
-
-
-async def _carry(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Move bytes until either end does; then end the stream."""
-    ways = [asyncio.ensure_future(_send_all(reader, stream)), asyncio.ensure_future(_receive_all(stream, writer))]
-    try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-        await stream.close()
-
-
-async def _send_all(reader: asyncio.StreamReader, stream: Stream) -> None:
-    with suppress(PeerError, ConnectionError):
-        while data := await reader.read(PIECE_BYTES):
-            await stream.send(CircuitBytes(), data, timeout_s=SEND_TIMEOUT_S)
-
-
-async def _receive_all(stream: Stream, writer: asyncio.StreamWriter) -> None:
-    with suppress(PeerError, ConnectionError, EndOfStream):
-        while isinstance((received := await stream.receive())[0], CircuitBytes):
-            writer.write(received[1])
-            await writer.drain()
+            pipe.stop()

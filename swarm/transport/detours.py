@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from swarm.errors import PeerBusy, PeerTimeout, PeerUnreachable, RelaysBusy, SwarmError
+from swarm.errors import AccessDenied, PeerBusy, PeerTimeout, PeerUnreachable, RelaysBusy, SwarmError
 from swarm.transport.circuits import Circuits
 from swarm.transport.reachability import Reachability
 from swarm.transport.stream import Stream
@@ -46,7 +46,7 @@ class Detours:
 
         Raises:
             PeerUnreachable: none of them knows it. PeerTimeout: one took too long. RelaysBusy: one has no room, and no
-            other one does it.
+            other one does it. AccessDenied: we are no member of this private swarm any more.
         """
 
         async def through(stream: Stream) -> None:
@@ -86,6 +86,8 @@ class Detours:
             except TimeoutError:
                 self._failures.failed(relay_id, self._now)
                 failures[relay_id] = PeerTimeout(f"not within {share_s:g} s")
+            except AccessDenied:
+                raise
             except SwarmError as error:  # whatever one says, others may do better
                 failures[relay_id] = error
         reasons = "; ".join(f"{relay_id}: {error}" for relay_id, error in failures.items()) or "it has none"

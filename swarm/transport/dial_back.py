@@ -22,7 +22,7 @@ from swarm.protocol import DIAL_BACK_SERVICE, DialBack, DialedBack
 from swarm.rates import Rate, Rates
 from swarm.transport.direct import reach
 from swarm.transport.standing import Verdict
-from swarm.transport.stream import Stream
+from swarm.transport.stream import EndOfStream, Stream
 from swarm.transport.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 ROUTES = Path("/proc/net/route")
 NUM_ASKED = 5
 DIAL_TIMEOUT_S = 3.0
-ASK_TIMEOUT_S = 8.0
+CONNECT_TIMEOUT_S, ASK_TIMEOUT_S = 3.0, 8.0
 MAX_DIALS = 16
 """Dials at a time."""
 DIALS = Rate(burst=4, per_s=1 / 15)
@@ -39,11 +39,12 @@ DIALS = Rate(burst=4, per_s=1 / 15)
 
 async def ask_around(transport: Transport, control_port: int, peer_ids: Collection[str]) -> Verdict | None:
     """Ask some of these peers whether they can connect to us; None if nobody could tell."""
-    port, fingerprint = transport.direct_port, transport.fingerprint
-    if port is None or fingerprint is None:
+    entrance = transport.entrance
+    if entrance is None:
         return None
-    question = DialBack(port=port, fingerprint=fingerprint, control_port=control_port)
-    asked = random.sample(sorted(peer_ids), min(NUM_ASKED, len(peer_ids)))
+    question = DialBack(port=entrance.port, fingerprint=entrance.fingerprint, control_port=control_port)
+    known = sorted(peer_id for peer_id in peer_ids if not transport.node.relays.of(peer_id))
+    asked = random.sample(known, min(NUM_ASKED, len(known)))  # who is hidden itself can't be asked directly
     answers = await asyncio.gather(*(_ask(transport, peer_id, question) for peer_id in asked))
     return judge([answer for answer in answers if answer is not None])
 
@@ -66,11 +67,14 @@ def judge(answers: Sequence[DialedBack]) -> Verdict | None:
 
 async def _ask(transport: Transport, peer_id: str, question: DialBack) -> DialedBack | None:
     try:
-        answer = await transport.call(peer_id, DIAL_BACK_SERVICE, question, timeout_s=ASK_TIMEOUT_S, carrier="direct")
+        stream = await transport.open(peer_id, DIAL_BACK_SERVICE, timeout_s=CONNECT_TIMEOUT_S, carrier="direct")
+        async with stream:
+            await stream.send(question)
+            answer, _ = await stream.receive(ASK_TIMEOUT_S)
         if not isinstance(answer, DialedBack):
             raise PeerMisbehaved(f"{type(answer).__name__} in place of DialedBack", peer_id=peer_id)
         ipaddress.ip_address(answer.host)
-    except (SwarmError, ValueError) as error:
+    except (SwarmError, EndOfStream, ValueError) as error:
         log.debug("%s can't tell whether we can be reached: %s", peer_id, error)
         return None
     return answer
@@ -123,7 +127,8 @@ def gateways(routes: Path) -> frozenset[str]:
 async def _can_reach(host: str, message: DialBack) -> bool:
     try:
         await reach(host, message.port, fingerprint=message.fingerprint, timeout_s=DIAL_TIMEOUT_S)
-        await reach(host, message.control_port, timeout_s=DIAL_TIMEOUT_S)
+        if message.control_port != message.port:  # they are one in a private swarm
+            await reach(host, message.control_port, timeout_s=DIAL_TIMEOUT_S)
     except PeerUnreachable as error:
         log.debug("can't reach %s: %s", host, error)
         return False

@@ -1,4 +1,4 @@
-"""What a peer that can be reached does for others, in an open swarm: it relays, and tells whether it can reach them.
+"""What a peer that can be reached does for others: it relays, and tells whether it can reach them.
 
 transport ◄─ help_others ─ RelayDesk, DialBackDesk
 """
@@ -10,9 +10,7 @@ from swarm.transport.transport import Transport
 
 
 def help_others(transport: Transport, *, relayed_bytes_per_s: float) -> RelayDesk | None:
-    """Serve both; None, and no relay, at a rate of 0, and in a private swarm, which has no need of them."""
-    if transport.node.is_private:
-        return None
+    """Serve both; None, and no relay, at a rate of 0."""
     transport.serve(DIAL_BACK_SERVICE, DialBackDesk().serve)
     if relayed_bytes_per_s <= 0:
         return None

@@ -32,10 +32,12 @@ from swarm.errors import (
 )
 from swarm.network import Node
 from swarm.network.daemon import resolve_host
+from swarm.network.listener import Entrance
 from swarm.network.tasks import TaskSet
 from swarm.protocol import CIRCUIT_SERVICE, OFFER_SERVICE, PROTOCOL_VERSION, Message
 from swarm.rates import Rates
-from swarm.transport.circuits import Circuits, Redeem
+from swarm.transport.circuit_ends import MemberEnds, PinnedEnds, Redeem
+from swarm.transport.circuits import Circuits, Ends
 from swarm.transport.connection import Connection
 from swarm.transport.direct import DirectListener
 from swarm.transport.frames import MAX_SERVICE_BYTES
@@ -97,9 +99,8 @@ class Transport:
         """Services that are served no more, and why."""
         self._is_relay: Callable[[str], bool] = lambda peer_id: False
         self._circuits = Circuits(
-            node.identity,
+            self._make_ends(),
             is_relay=lambda peer_id: self._is_relay(peer_id),
-            accept=lambda redeem: self._accept("relay", "", redeem),
             dial=lambda peer_id: self._ways.dial(peer_id, "direct", DIRECT_TIMEOUT_S),
             timeout_s=self.limits.hello_timeout_s,
         )
@@ -131,7 +132,8 @@ class Transport:
             listener.start(*self._listen)
             self._listener = listener
         self.node.on_expelled(self._expel)
-        await self.node.add_stream_protocol(MUX_STREAM, lambda peer_id: self._accept("p2p", peer_id))
+        carrier = "direct" if self.node.is_private else "p2p"  # where raw streams are TLS connections of their own
+        await self.node.add_stream_protocol(MUX_STREAM, lambda peer_id: self._accept(carrier, peer_id))
         self._desk = OfferDesk(
             self.node,
             self._listener,
@@ -174,7 +176,7 @@ class Transport:
 
         Args:
             timeout_s: deadline for the connection, in seconds. That the service is missing shows at `receive`.
-            carrier: "direct", "p2p", "relay", or whichever works, direct ones first.
+            carrier: "direct", "p2p" (direct in a private swarm), "relay", or whichever works, direct ones first.
 
         Raises:
             PeerUnreachable, PeerTimeout, PeerBusy: no connection. RelaysBusy: none for now. ProtocolMismatch: the peer
@@ -216,14 +218,11 @@ class Transport:
         }
 
     @property
-    def direct_port(self) -> int | None:
-        """TCP port for direct connections."""
-        return self._listener.port if self._listener is not None else None
-
-    @property
-    def fingerprint(self) -> bytes | None:
-        """SHA-256 of the certificate that is shown there."""
-        return self._listener.certificate.fingerprint if self._listener is not None else None
+    def entrance(self) -> Entrance | None:
+        """Where direct connections come in, if we take any."""
+        if self._listener is None:
+            return self.node.entrance
+        return Entrance(port=self._listener.port, fingerprint=self._listener.certificate.fingerprint)
 
     @property
     def peer_id(self) -> str:
@@ -319,6 +318,12 @@ class Transport:
             if connection.carrier == carrier and connection.is_greeted and not connection.is_closed:
                 return connection
         return None
+
+    def _make_ends(self) -> Ends:
+        timeout_s = self.limits.hello_timeout_s
+        if self.node.is_private:
+            return MemberEnds(self.node, MUX_STREAM, lambda peer_id: self._accept("relay", peer_id), timeout_s)
+        return PinnedEnds(self.node.identity, lambda redeem: self._accept("relay", "", redeem), timeout_s)
 
     # --- taking connections ---
 

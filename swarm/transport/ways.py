@@ -10,6 +10,7 @@ It makes connections through its owner, and knows nothing of streams or services
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Literal, Protocol
 
 from swarm.errors import (
@@ -88,8 +89,8 @@ class Ways:
         """Peers that were asked to connect to us; set when they have."""
         self._detours = Detours(circuits, open_relay=self._open_relay, distance_s=owner.distance_s)
         self._makers = {
-            "direct": self._dial_direct,
-            "p2p": self._dial_p2p,
+            "direct": partial(self._dial_raw, "direct") if owner.node.is_private else self._dial_direct,
+            "p2p": partial(self._dial_raw, "p2p"),
             "relay": self._dial_relay,
             "call-back": self._dial_back,
         }
@@ -107,6 +108,8 @@ class Ways:
         """
         if peer_id == self._owner.node.peer_id:
             raise InvalidRequest("a peer does not connect to itself")
+        if carrier == "p2p" and self._owner.node.is_private:
+            carrier = "direct"  # a raw stream between members is a direct connection
         if carrier in ("auto", "direct") and (connection := self._owner.live(peer_id, "direct")) is not None:
             return connection
         if carrier == "direct":
@@ -116,8 +119,10 @@ class Ways:
             await self._learn_of(peer_id, timeout_s / 3)
         if carrier == "relay" or (may_detour and relays.of(peer_id)):
             return await self._connect_around(peer_id, carrier, timeout_s)
+        if self._owner.node.is_private:
+            return await self.dial(peer_id, "direct", timeout_s)
         connection = self._owner.live(peer_id, "p2p")
-        if carrier == "auto" and not self._owner.node.is_private and self._reachability.should_try(peer_id, self._now):
+        if carrier == "auto" and self._reachability.should_try(peer_id, self._now):
             if connection is None:
                 connection = await self._try_direct(peer_id, min(timeout_s / 2, DIRECT_TIMEOUT_S))
             else:
@@ -232,8 +237,9 @@ class Ways:
         self._reachability.succeeded(peer_id)
         return connection
 
-    async def _dial_p2p(self, peer_id: str, timeout_s: float) -> Connection:
-        connection = self._owner.make("p2p", peer_id)
+    async def _dial_raw(self, carrier: str, peer_id: str, timeout_s: float) -> Connection:
+        """A raw stream of the node: over libp2p, or between members a TLS connection of its own."""
+        connection = self._owner.make(carrier, peer_id)
         try:
             await self._owner.node.open_stream_protocol(peer_id, MUX_STREAM, connection, timeout_s=timeout_s)
         except BaseException:

@@ -1,20 +1,26 @@
-"""A server whose router closes and opens again while it runs; real nodes on an emulated network."""
+"""A server whose router closes and opens again while it runs; real nodes on an emulated network.
+
+In an open swarm, and in a private one.
+"""
 
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from swarm.network import Node, NodeConfig
+from swarm.private.certificates import Role
 from swarm.protocol import InfoRequest
 from swarm.rates import Rate
 from swarm.server.config import ServerConfig
 from swarm.server.reach import Reach
 from swarm.transport import Stream, Transport, dial_back, standing
 from swarm.transport.public import help_others
+from tests.swarm.private.labs import Lab, lab_now
 from tests.wan import Wan, WanUnavailable
 
 HELPER, SERVER, CLIENT = range(3)
@@ -23,10 +29,10 @@ T = TypeVar("T")
 
 
 class Host:
-    """An event loop in a thread on one host, and what lives there."""
+    """An event loop in a thread on one host, and what lives there: members, where the swarm is private with a lab."""
 
-    def __init__(self, wan: Wan, host: int) -> None:
-        self.address = wan.address(host)
+    def __init__(self, wan: Wan, host: int, lab: Lab | None, home: Path) -> None:
+        self.address, self._lab, self._home = wan.address(host), lab, home
         self._loop, self._stack, ready = asyncio.new_event_loop(), AsyncExitStack(), threading.Event()
 
         def work() -> None:
@@ -44,17 +50,22 @@ class Host:
 
     async def peer(self, *, is_client: bool, initial_peers: tuple[str, ...] = ()) -> Transport:
         """A new peer there."""
-        config = NodeConfig(host=self.address, client_mode=is_client, initial_peers=initial_peers)
+        config = NodeConfig(
+            host=self.address,
+            client_mode=is_client,
+            initial_peers=initial_peers,
+            credentials=self._lab and self._lab.invite(role=Role.CLIENT if is_client else Role.SERVER),
+            state_dir=self._home,
+        )
         node = await self._stack.enter_async_context(await Node.start(config))
         transport = Transport(node, listen=None if is_client else (self.address, 0))
         return await self._stack.enter_async_context(transport)
 
     async def server(self, initial_peers: tuple[str, ...]) -> tuple[Reach, asyncio.Event]:
         """A server's place in the network, and an event that tells of changes."""
-        reach, changed = (
-            Reach(ServerConfig(model="tiny", host=self.address, initial_peers=initial_peers)),
-            asyncio.Event(),
-        )
+        credentials = self._lab and self._lab.invite()
+        config = ServerConfig(model="tiny", host=self.address, initial_peers=initial_peers, credentials=credentials)
+        reach, changed = Reach(config), asyncio.Event()
         self._stack.push_async_callback(reach.close)
         await reach.enter()
         reach.transport.serve("echo", echo)
@@ -88,8 +99,10 @@ async def says(stream: Stream) -> str:
     return stream.carrier
 
 
-@pytest.fixture
-def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Wan, list[Host]]]:
+@pytest.fixture(params=["open", "private"])
+def hosts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Wan, list[Host]]]:
     """Three: the second is behind a router that lets everybody in. Others are asked many times a second."""
     for name, seconds in (("PERIOD_S", 0.5), ("CONFIRM_S", 0.2), ("HOLD_S", 0.2)):
         monkeypatch.setattr(standing, name, seconds)
@@ -99,7 +112,8 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Wan, list[Host]]]:
         wan = Wan(3, nats={SERVER: "open"}).__enter__()
     except WanUnavailable as error:
         pytest.skip(str(error))
-    made = [Host(wan, host) for host in range(3)]
+    lab = lab_now() if request.param == "private" else None
+    made = [Host(wan, host, lab, tmp_path) for host in range(3)]
     try:
         yield wan, made
     finally:

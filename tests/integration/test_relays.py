@@ -1,4 +1,7 @@
-"""Servers and clients behind routers that let nobody in, as processes on an emulated network of their own."""
+"""Servers and clients behind routers that let nobody in, as processes on an emulated network of their own.
+
+In an open swarm and in a private one, where they are members and so are their relays.
+"""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,9 +16,11 @@ from swarm.client.processes import PeerProcess, all_stopped
 from swarm.client.runtime import SwarmService, connect
 from swarm.client.session import SessionConfig
 from swarm.errors import PeerDisconnected
+from swarm.private.certificates import Role
 from swarm.registry import ServerRecord
 from tests.integration.conftest import HIDDEN, NUM_BLOCKS, closing
 from tests.integration.test_swarm import embed, expected_logits, logits
+from tests.swarm.private.labs import Lab, lab_now
 from tests.wan import Wan, WanUnavailable
 
 BOOTSTRAP, PUBLIC, HIDDEN_SERVER, FORWARDED, CLIENT = range(5)
@@ -23,10 +28,11 @@ START_S = 90
 
 
 class Hosts:
-    """A swarm on an emulated network: who is behind a closed router can only connect out."""
+    """A swarm on an emulated network, private with a lab: who is behind a closed router can only connect out."""
 
-    def __init__(self, wan: Wan, model: Path):
+    def __init__(self, wan: Wan, model: Path, home: Path, lab: Lab | None):
         self.wan, self.model, self.processes = wan, model, list[PeerProcess]()
+        self.home, self.lab = home, lab
         self.bootstrap = self._start(BOOTSTRAP, "swarm.bootstrap", [])
         self.address = self.bootstrap.wait_for(r"ONLINE .* --initial-peers (\S+)", START_S)[1]
 
@@ -44,16 +50,24 @@ class Hosts:
                 hidden_size=HIDDEN,
                 initial_peers=[self.address],
                 config=SessionConfig(max_wait_s=30.0),
+                credentials=self.lab and self.lab.invite("ana", Role.CLIENT),
             )
 
     def _start(self, host: int, module: str, options: list[str]) -> PeerProcess:
+        if self.lab is not None:
+            invitation = self.home / f"gpu{len(self.processes)}.credentials"
+            self.lab.invite(invitation.stem).save(invitation)
+            options += ["--credentials", str(invitation)]
         with self.wan.inside(host):
-            self.processes.append(PeerProcess(module, ["--host", self.wan.address(host), *options]))
+            arguments = ["--host", self.wan.address(host), *options]
+            self.processes.append(PeerProcess(module, arguments, env={"SWARM_CACHE": str(self.home)}))
         return self.processes[-1]
 
 
 @pytest.fixture(scope="module")
-def hosts(tiny_llama: Path) -> Iterator[Hosts]:
+def hosts(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Hosts]:
     """A bootstrap peer and two servers: anybody reaches the one of 0:3, nobody that of 3:6."""
     wan = Wan(5, nats={HIDDEN_SERVER: "closed", FORWARDED: "open", CLIENT: "closed"})
     try:
@@ -62,7 +76,8 @@ def hosts(tiny_llama: Path) -> Iterator[Hosts]:
         pytest.skip(str(error))
     with ExitStack() as stack:
         stack.push(entered.__exit__)
-        hosts = Hosts(entered, tiny_llama)
+        lab = lab_now() if request.param == "private" else None
+        hosts = Hosts(entered, tiny_llama, tmp_path_factory.mktemp(request.param), lab)
         stack.enter_context(all_stopped(hosts.processes))
         public, hidden = hosts.start_server(PUBLIC, "0:3"), hosts.start_server(HIDDEN_SERVER, "3:6")
         public.wait_for("^ONLINE", START_S)
@@ -70,11 +85,15 @@ def hosts(tiny_llama: Path) -> Iterator[Hosts]:
         yield hosts
 
 
+in_both = pytest.mark.parametrize("hosts", ["open", "private"], indirect=True)
+
+
 def carriers(service: SwarmService) -> dict[str, set[str]]:
     """How the client is connected, by peer."""
     return {peer_id: {it.carrier for it in found} for peer_id, found in service._transport._by_peer.items()}
 
 
+@in_both
 def test_a_server_that_nobody_can_connect_to_is_reached_through_others(hosts: Hosts, local_model):
     """It finds that out, says so, and serves a client that nobody can connect to either; servers push as ever."""
     assert hosts.processes[2].wait_for("nobody can connect to this machine", 1)
@@ -91,6 +110,7 @@ def test_a_server_that_nobody_can_connect_to_is_reached_through_others(hosts: Ho
     assert_right(local_model, outputs)
 
 
+@in_both
 def test_a_session_goes_on_when_the_relay_that_carries_it_is_killed(hosts: Hosts, local_model):
     """Through the other one: the bootstrap peer, which carries it, is stopped between two steps."""
     with closing(hosts.connect()) as service:
@@ -127,6 +147,7 @@ async def only_through(service: SwarmService, peer_id: str, relay: str) -> None:
         await service._transport._ways.connect(peer_id, "relay", 10)
 
 
+@pytest.mark.parametrize("hosts", ["open"], indirect=True)
 def test_a_server_whose_ports_are_forwarded_announces_the_address_that_others_see(hosts: Hosts, local_model):
     """It knows only its inside address; whom it asked told it the other one. Clients connect to it directly."""
     server = hosts.start_server(FORWARDED, "3:6")

@@ -28,7 +28,7 @@ from swarm.errors import (
     SwarmIsPrivate,
 )
 from swarm.identity import Identity
-from swarm.network import Node, NodeConfig, calls, members, node
+from swarm.network import Node, NodeConfig, calls, members, news, node
 from swarm.network.addresses import Card
 from swarm.network.calls import CallLink
 from swarm.network.greeter import OutgoingGreeting
@@ -37,6 +37,7 @@ from swarm.network.hive import DHTID, DHTRecord, PeerID
 from swarm.network.members import MemberNetwork
 from swarm.network.records import MemberRecords, SignedRecords
 from swarm.network.tls import PRIVATE_PROTOCOL, member_contexts, trusting_context
+from swarm.network.whereabouts import HERE
 from swarm.private.certificates import Role, to_der
 from swarm.private.credentials import Credentials
 from swarm.private.gate import Gate
@@ -119,6 +120,58 @@ async def test_one_file_serves_many_processes(start: Start):
         await until(lambda: len(members_of(a)._links) == 2)
         assert b.peer_id != c.peer_id
         assert a.account_of(b.peer_id) == a.account_of(c.peer_id) == credentials.member.id
+
+
+async def test_a_member_that_is_elsewhere_is_found_there(start: Start):
+    """It tells those that it has a link with, and they tell others; calls that are under way go on."""
+    lab = lab_now()
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(lab.invite("gpu2"), *a.addresses, host="0.0.0.0", announce=("127.0.0.77",)) as b,
+        await start(lab.invite("ana", Role.CLIENT), *a.addresses, client_mode=True) as c,
+    ):
+        await b.add_stream_handler("/test/echo", echo)
+        links = set(members_of(a)._links)
+        await b.present(("127.0.0.1",))
+        assert b.addresses == b.listening == (f"/ip4/127.0.0.1/tcp/{port_of(b)}/p2p/{b.peer_id}",)
+        assert await a.known_addresses() == b.addresses and set(members_of(a)._links) >= links
+        assert await ask_echo(c, b.peer_id) == c.peer_id
+
+
+async def test_a_member_that_is_hidden_is_asked_by_nobody(start: Start):
+    """It leaves the tables, announces no address, and stores and reads records through others; neighbours find it."""
+    lab = lab_now()
+    async with (
+        await start(lab.invite("gpu1")) as a,
+        await start(lab.invite("gpu2"), *a.addresses) as b,
+        await start(lab.invite("gpu3"), *a.addresses) as c,
+    ):
+        await b.present(is_hidden=True)
+        assert b.addresses == () and len(b.listening) == 1
+        assert await b.dht_store("key", b.peer_id, b"hello", time.time() + 60)
+        assert await c.dht_get("key") == await b.dht_get("key") == {b.peer_id: b"hello"}
+        for peer in (a, c):
+            await peer.dht_get("anything")  # whoever asks it learns that it is gone
+        await until(lambda: not a.knows(b.peer_id) and not c.knows(b.peer_id))
+        await b.add_stream_handler("/test/echo", echo)
+        assert await ask_echo(c, b.peer_id) == c.peer_id
+        await b.present()
+        assert b.addresses == b.listening
+        await b.dht_get("anything")
+        await until(lambda: a.knows(b.peer_id))
+
+
+async def test_a_member_says_only_where_itself_is(start: Start):
+    """Another's card, and what is none, are refused."""
+    lab = lab_now()
+    async with await start(lab.invite("gpu1")) as a, await start(lab.invite("gpu2"), *a.addresses) as b:
+        link = members_of(b)._links.live(a.peer_id)
+        assert link is not None
+        stranger = Identity.generate()
+        for card in (msgspec.msgpack.encode(Card.make(stranger, [("127.0.0.1", 9)], time.time())), b"nonsense"):
+            with pytest.raises(PeerError, match="address card"):
+                await link.call(HERE, card)
+        assert members_of(a)._whereabouts.known(stranger.peer_id) is None
 
 
 async def test_another_peer_at_the_address_is_noticed(start: Start):
@@ -495,7 +548,7 @@ async def test_peers_that_can_not_agree_tell_each_other_once(start: Start, monke
         assert await b.revoke([revoke(gpu9.member, lab.der, lab.key, time.time())], 1.0) == 0
         assert told <= 3
         (link,) = members_of(b)._links
-        link.told_at -= members.RETELL_S
+        link.told_at -= news.RETELL_S
         before = told
         await until(lambda: told > before)
 

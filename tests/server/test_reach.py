@@ -1,15 +1,20 @@
-"""How a server finds out how it is reached; real peers on loopback (behind routers: tests/integration)."""
+"""How a server finds out how it is reached; real peers on loopback (behind routers: tests/integration).
+
+In an open swarm, and in a private one.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
 
-from swarm.errors import InvalidRequest, PeerUnreachable
+from swarm.errors import AccessDenied, InvalidRequest, PeerUnreachable
 from swarm.network import Node, NodeConfig
+from swarm.private.certificates import Role
 from swarm.protocol import DIAL_BACK_SERVICE, RELAY_SERVICE, Reserve
 from swarm.server import reach as reach_module
 from swarm.server.config import ServerConfig
@@ -17,18 +22,23 @@ from swarm.server.reach import Reach
 from swarm.transport import Transport, standing
 from swarm.transport.public import help_others
 from swarm.transport.standing import Verdict
+from tests.swarm.private.labs import lab_now
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def bootstrap() -> AsyncIterator[SimpleNamespace]:
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=["open", "private"])
+async def bootstrap(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[SimpleNamespace]:
     """A peer that can be reached; it helps nobody until it is told to."""
+    home, lab = tmp_path_factory.mktemp("home"), lab_now() if request.param == "private" else None
+    config = NodeConfig(host="127.0.0.1", credentials=lab and lab.invite("head"), state_dir=home)
     async with (
-        await Node.start(NodeConfig(host="127.0.0.1")) as node,
+        await Node.start(config) as node,
         Transport(node, listen=("127.0.0.1", 0)) as transport,
     ):
-        yield SimpleNamespace(node=node, transport=transport)
+        yield SimpleNamespace(node=node, transport=transport, credentials=lab and lab.invite("gpu1"))
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -43,7 +53,13 @@ async def helpful(bootstrap: SimpleNamespace) -> AsyncIterator[SimpleNamespace]:
 @asynccontextmanager
 async def entered(bootstrap: SimpleNamespace, **settings: object) -> AsyncIterator[Reach]:
     """A server's network, up."""
-    config = ServerConfig(model="tiny", host="127.0.0.1", initial_peers=bootstrap.node.addresses, **settings)  # type: ignore[arg-type]
+    config = ServerConfig(
+        model="tiny",
+        host="127.0.0.1",
+        initial_peers=bootstrap.node.addresses,
+        credentials=bootstrap.credentials,
+        **settings,  # type: ignore[arg-type]
+    )
     reach = Reach(config)
     try:
         await reach.enter()
@@ -92,7 +108,7 @@ async def test_a_server_that_nobody_reaches_takes_relays_and_keeps_its_identity(
     monkeypatch.setattr(reach_module, "ask_around", nobody)
     async with entered(helpful) as reach:
         assert reach.is_relayed and reach.relays == (helpful.node.peer_id,)
-        assert reach.node.addresses == () and reach.transport.direct_port is not None
+        assert reach.node.addresses == () and reach.transport.entrance is not None
         assert asked == [(reach.node.peer_id, asked[0][1])] and asked[0][1] > 0
         assert reach.relay_desk is None
 
@@ -100,7 +116,7 @@ async def test_a_server_that_nobody_reaches_takes_relays_and_keeps_its_identity(
 async def test_without_any_relay_the_error_says_what_to_do(bootstrap: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
     """Open ports, or a peer that relays; and why those who were asked don't."""
     monkeypatch.setattr(reach_module, "RELAY_TIMEOUT_S", 1.0)
-    with pytest.raises(PeerUnreachable, match=r"--port and --data-port, .* relay \(12D3KooW.*: "):
+    with pytest.raises(PeerUnreachable, match=r"name (it|them) with --port.* relay \(12D3KooW.*: "):
         async with entered(bootstrap, relay="always"):
             pass
 
@@ -117,6 +133,31 @@ async def test_a_server_that_is_told_where_it_is_does_not_ask(
     monkeypatch.setattr(reach_module, "ask_around", ask)
     async with entered(helpful, **settings) as reach:
         assert not reach.is_relayed
+
+
+@pytest.mark.parametrize("relay", ["auto", "always", "never"])
+async def test_a_member_that_may_not_serve_is_told_so_at_once(tmp_path: Path, relay: str):
+    """However it would be reached."""
+    lab = lab_now()
+    async with await Node.start(NodeConfig(host="127.0.0.1", credentials=lab.invite(), state_dir=tmp_path)) as node:
+        ana = SimpleNamespace(node=node, credentials=lab.invite("ana", Role.CLIENT))
+        with pytest.raises(AccessDenied, match="not for serving"):
+            async with entered(ana, relay=relay):
+                pass
+
+
+async def test_a_server_that_is_told_to_takes_relays_without_asking(
+    helpful: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    """--relay always: it doesn't even listen."""
+
+    async def ask(*args: object) -> Verdict:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(reach_module, "ask_around", ask)
+    async with entered(helpful, relay="always") as reach:
+        assert reach.is_relayed and reach.relays == (helpful.node.peer_id,)
+        assert reach.node.addresses == () and reach.relay_desk is None
 
 
 @pytest.fixture

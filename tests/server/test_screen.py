@@ -11,6 +11,7 @@ from rich.console import Console
 from swarm.server.config import ServerConfig
 from swarm.server.screen import Screen
 from swarm.types import BlockRange
+from tests.swarm.private.labs import lab_now
 
 ADDRESS = "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooWA1bysvV5nRqkEcKQPY1Z2oW7RjvqCJ4wJ4m6Xb6Yt4bA"
 
@@ -58,6 +59,13 @@ def test_a_server_that_nobody_can_connect_to_says_who_carries_its_connections(te
     text = show(terminal=terminal, relays=["12D3KooWRelay"], initial_peers=(ADDRESS,))
     assert "obody can connect to this machine" in text and "  12D3KooWRelay" in text and "listening" not in text
     assert not terminal or f"--initial-peers {ADDRESS}" in text
+
+
+def test_a_hidden_member_says_at_which_peer_of_its_invitation_others_join():
+    """Where it was told of no other."""
+    credentials = lab_now().invite(peers=("10.0.0.1:31337",))
+    text = show(terminal=True, relays=["12D3KooWRelay"], credentials=credentials)
+    assert "--initial-peers 10.0.0.1:31337" in text and "my-lab, as gpu1 (server)" in text
 
 
 def test_a_server_that_joined_says_no_join_command_in_a_pipe():

@@ -480,7 +480,7 @@ async def test_a_ticket_proves_its_dialler_only(swarm: SimpleNamespace, nodes: l
             await other.close()
 
     circuits = relay._circuits
-    circuits._answer_to = lambda greeting, target: nodes[0].identity.sign(b"as the victim")  # type: ignore[method-assign]
+    circuits._ends._answer_to = lambda greeting, target: nodes[0].identity.sign(b"as the victim")  # type: ignore[method-assign]
 
     def make(ticket: bytes) -> Any:
         made.append(relay.make("relay", swarm.target.peer_id, ticket=ticket))
@@ -567,8 +567,8 @@ async def test_a_peer_learns_that_it_cannot_be_reached(swarm: SimpleNamespace, f
     transport, port = await asking(swarm)
     free_port = claim_port("127.0.0.1", 0)
     question = DialBack(
-        port=free_port if fault == "port" else transport.direct_port,
-        fingerprint=bytes(32) if fault == "certificate" else transport.fingerprint,
+        port=free_port if fault == "port" else transport.entrance.port,
+        fingerprint=bytes(32) if fault == "certificate" else transport.entrance.fingerprint,
         control_port=free_port if fault == "control port" else port,
     )
     call = transport.call(swarm.relays[1].peer_id, DIAL_BACK_SERVICE, question, timeout_s=5, carrier="direct")

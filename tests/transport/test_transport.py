@@ -426,7 +426,7 @@ async def test_strangers_on_the_direct_port_are_dropped(nodes: tuple[Node, Node]
     hello = encode_frame(Kind.HELLO, 0, b"swarm" + PROTOCOL_VERSION.to_bytes(2, "big"))
     async with connected(nodes, server={"limits": Limits(hello_timeout_s=0.5, ping_period_s=0.2)}) as pair:
         for data in (b"", hello[:9], os.urandom(100), hello, encode_frame(Kind.PING, 0, bytes(8))):
-            reader, writer = await asyncio.open_connection("127.0.0.1", pair.server.direct_port, ssl=context)
+            reader, writer = await asyncio.open_connection("127.0.0.1", pair.server.entrance.port, ssl=context)
             writer.write(data)
             async with asyncio.timeout(5):
                 with suppress(ConnectionError):
