@@ -25,6 +25,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.deadlines import Patience
 from swarm.client.peers import Peers
 from swarm.client.training_chain import HopFailed, TrainingChain, open_chain
+from swarm.client.way_back import WayBack
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import (
     InvalidRequest,
@@ -122,6 +123,7 @@ class RemoteTraining:
         """Bodies of messages."""
         self._peers, self._transport, self._config = peers, transport, config
         self._chain: TrainingChain | None = None
+        self._way_back = WayBack(())
         self._parameters: dict[int, Parameters] = {}
         self._stale: set[int] = set()
         """Versions that no call uses any more, and that a hop may still have."""
@@ -161,6 +163,7 @@ class RemoteTraining:
             PeerError: servers kept failing for `max_wait_s`.
         """
         async with self._turn:
+            await self._leave_slow_servers()
             await self._until(lambda: self._chain is not None)
             assert self._chain is not None
             if parameters is not None:
@@ -273,9 +276,26 @@ class RemoteTraining:
             reason = f"nothing from this server for {self._config.step_timeout_s:g} s"
             self.on_failure(index, PeerTimeout(reason))
 
-    async def _open_chain(self) -> None:
+    async def _leave_slow_servers(self) -> None:
+        """Go where it is much quicker, if the chain holds nothing: between two steps."""
+        chain = self._chain
+        if chain is None or not self.pipeline.is_empty:
+            return
+        hops = await self._peers.quicker(chain.hops)
+        if hops and chain is self._chain:
+            logger.info("leaving a slow server: over %s from now on", ", ".join(map(str, hops)))
+            self._give_up_chain()
+            await self._open_chain(hops)
+
+    def _give_up_chain(self) -> None:
+        chain, self._chain = self._chain, None
+        if chain is not None:
+            self.pipeline.chain_lost()
+            self._tasks.spawn(chain.close(), name="close a chain")
+
+    async def _open_chain(self, hops: Sequence[Hop] = ()) -> None:
         try:
-            hops = await self._peers.spread(self.blocks)
+            hops = hops or await self._peers.spread(self.blocks)
             unlinkable = self._peers.pairs_without_push
             chain = await open_chain(
                 self._transport,
@@ -293,7 +313,7 @@ class RemoteTraining:
         except (RouteNotFound, PeerError) as error:
             self._trouble = error
         else:
-            self._chain, self._has_sent = chain, False
+            self._chain, self._has_sent, self._way_back = chain, False, WayBack(chain.hops)
             self.num_chains += 1
             self._heard_at = time.monotonic()
             chain.start(self)
@@ -414,6 +434,10 @@ class RemoteTraining:
         numbers = torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else torch.empty(0)
         parts = numbers.split(list(sizes.values())) if sizes else ()
         self.pipeline.came_back(index, message.micro_batch, inputs, dict(zip(sizes, parts, strict=True)))
+        if len(body):  # else it is a mere word
+            leg = self._way_back.answered(message.micro_batch, index, self._heard_at)
+            if leg is not None:
+                self._peers.trained(leg, sum(micro.num_tokens))
 
     def _checked(self, number: int, spec: TensorSpec, body: memoryview) -> memoryview:
         """The body of a tensor that must be like the micro-batch's inputs."""
@@ -427,13 +451,17 @@ class RemoteTraining:
             raise PeerMisbehaved(f"tensor body of {len(body)} bytes, {spec.num_bytes} declared")
         return body
 
+    def on_sent(self, index: int, message: Message) -> None:
+        """What was posted has gone out."""
+        if isinstance(message, TrainBackward):
+            self._way_back.sent(message.micro_batch, index, time.monotonic())
+
     def on_failure(self, index: int, error: SwarmError) -> None:
         """A hop is lost, and with it the chain."""
-        chain, self._chain = self._chain, None
+        chain = self._chain
         if chain is None:
             return
-        self.pipeline.chain_lost()
-        self._tasks.spawn(chain.close(), name="close a chain")
+        self._give_up_chain()
         if isinstance(error, RequestError) and self._has_sent:
             self._refusal = error
         else:

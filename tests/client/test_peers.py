@@ -180,7 +180,7 @@ async def test_the_honest_hops_of_a_chain_are_cleared_by_other_chains(peers, mon
         share_s = sum(overhead_s[name] for name in chain) / 2
         blocks = dict(zip(chain, (first, second), strict=True))
         peers.measured([timing(name, compute_s=0.0, overhead_s=share_s, blocks=blocks[name]) for name in chain])
-    excess_s = {name: peers._behaviour[name].excess_s(1000.0) for name in "abcl"}
+    excess_s = {name: peers._observed[name].excess_s(1000.0) for name in "abcl"}
     assert excess_s["l"] > 1.0 and all(excess_s[name] < 0.1 * excess_s["l"] for name in "abc"), excess_s
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from swarm.client import route_table as module
-from swarm.client.behaviour import Behaviour
+from swarm.client.observed import Observed
 from swarm.client.route_table import LIFE_S, RouteTable
 from swarm.types import BlockRange
 
@@ -35,7 +35,7 @@ def made(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def table() -> RouteTable:
-    return RouteTable(cast(Any, FakeDirectory()), {"a": Behaviour()}, None)
+    return RouteTable(cast(Any, FakeDirectory()), Observed(), None)
 
 
 @pytest.mark.asyncio
