@@ -62,8 +62,8 @@ class Behaviour:
 
     def has_faded(self, now: float) -> bool:
         """Whether nothing of it counts any more."""
-        left_s = max(self.penalty_s(now), self.excess_s(now), *self.pace.seen(now))
-        return left_s < FADED_S and self.block_s(now) is None
+        left_s = max(self.penalty_s(now), self.excess_s(now))
+        return left_s < FADED_S and self.block_s(now) is None and self.pace.has_faded(now)
 
     def block_s(self, now: float) -> float | None:
         """Seconds per block and step; None where that was not measured lately."""

@@ -14,10 +14,12 @@ from collections.abc import Iterable, Mapping
 
 PRIOR_S = 5.0
 """A server is taken to have done what is typical for so long, before anything was seen of it."""
-HALF_LIFE_S = 60.0
+HALF_LIFE_S = 300.0
 """How fast what was seen fades, so that a server which was slow is tried again."""
 TOLERANCE = 1.5
 """A server that is slower than it should be by less than this factor is as it should be."""
+FADED_S = 0.1
+"""Less of what was seen makes no difference."""
 LEAST_TYPICAL = 1e-3
 """No more than this is put down to what all have in common."""
 
@@ -54,6 +56,10 @@ class Pace:
         """Seconds that its work should have taken and that it took, lately."""
         left = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         return self._due_s * left, self._took_s * left
+
+    def has_faded(self, now: float) -> bool:
+        """Whether what was seen makes no difference any more."""
+        return max(self.seen(now)) < FADED_S
 
     def part(self, now: float, typical: float) -> float:
         """How much of its free capacity it is taken to have, where this part of it is typical."""

@@ -24,9 +24,9 @@ def made(monkeypatch) -> list[str]:
     """The threads in which tables were made."""
     threads = []
 
-    def make_router(*args: Any) -> Any:
+    def make_router(*args: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return router(*args)
+        return router(*args, **options)
 
     router = module.Router
     monkeypatch.setattr(module, "Router", make_router)
