@@ -20,6 +20,9 @@ from swarm.session import Hop
 BACK_WORK = 3.0
 """What a token costs on its way back, by what it costs forth: that again, and gradients of inputs and parameters."""
 
+MUCH_QUICKER = 2.0
+"""A run leaves a server that has less than 1 / so much of what it announces, if another chain is so much quicker."""
+
 
 class Observed(defaultdict[str, Behaviour]):
     """By peer id."""
@@ -62,6 +65,11 @@ class Observed(defaultdict[str, Behaviour]):
         for hop, tps, own_s in zip(leg.hops, believed_tps, due_s, strict=True):
             weight = min(1.0, router.usual_tps / tps)
             self[hop.peer_id].pace.worked(now, due_s=own_s, took_s=took_s * own_s / sum(due_s), weight=weight)
+
+    def is_slow(self, chain: Sequence[Hop], now: float) -> bool:
+        """Whether a server of a chain was seen to train much slower than it announces."""
+        parts = self.parts(now)
+        return min(parts.get(hop.peer_id, 1.0) for hop in chain) <= 1 / MUCH_QUICKER
 
     def parts(self, now: float) -> dict[str, float]:
         """How much of their free capacity servers are taken to have for training; all of it if they are missing."""

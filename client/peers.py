@@ -22,7 +22,7 @@ import numpy as np
 from swarm.catalog import refuse_other_content
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
 from swarm.client.betterment import MoveCosts
-from swarm.client.observed import Observed
+from swarm.client.observed import MUCH_QUICKER, Observed
 from swarm.client.presence import over_present
 from swarm.client.prospects import Outlook, look_ahead
 from swarm.client.route_table import LARGE, RouteTable
@@ -52,8 +52,6 @@ ROOM_TOKENS = 64
 """Tokens beyond those of a session for which a server should have room when the session comes to it."""
 BATCH_TOKENS = 1024
 """What a micro-batch of training has, about."""
-MUCH_QUICKER = 2.0
-"""A training run leaves a server that has less than 1 / so much of its capacity for a chain so much quicker."""
 NUM_PROMISING = 2
 """Servers that a session might go to soon, which are measured, too."""
 NUM_ACQUAINTANCES = 8
@@ -278,10 +276,8 @@ class Peers:
             The other chain; empty if it is better to stay, or nobody knows.
         """
         self.keep_fresh()
-        table = await self._table.fresh(REFRESH_S)
-        parts = self._observed.parts(time.monotonic())
-        is_slow = min(parts.get(hop.peer_id, 1.0) for hop in chain) <= 1 / MUCH_QUICKER
-        if not is_slow or not all(table.router.knows(hop.peer_id) for hop in chain):
+        await self._table.fresh(REFRESH_S)  # what servers announce now is what they are compared with
+        if not self._observed.is_slow(chain, time.monotonic()):
             return ()
         try:
             hops = await self.spread(BlockRange(chain[0].blocks.start, chain[-1].blocks.end))

@@ -59,6 +59,9 @@ from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 10.0
+"""Least time between two looks whether servers turned out slow: another chain takes long to draw in a large swarm."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Parameters:
@@ -135,7 +138,7 @@ class RemoteTraining:
         """What went wrong last, if that was not looked at yet."""
         self._is_closed = False
         self._tasks = TaskSet()
-        self._heard_at = 0.0
+        self._heard_at = self._looked_at = 0.0
         self._has_sent = False
 
     @property
@@ -278,9 +281,10 @@ class RemoteTraining:
 
     async def _leave_slow_servers(self) -> None:
         """Go where it is much quicker, if the chain holds nothing: between two steps."""
-        chain = self._chain
-        if chain is None or not self.pipeline.is_empty:
+        chain, now = self._chain, time.monotonic()
+        if chain is None or not self.pipeline.is_empty or now < self._looked_at + LOOK_S:
             return
+        self._looked_at = now
         hops = await self._peers.quicker(chain.hops)
         if hops and chain is self._chain:
             logger.info("leaving a slow server: over %s from now on", ", ".join(map(str, hops)))

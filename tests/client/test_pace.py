@@ -24,7 +24,7 @@ def test_who_gives_a_tenth_of_what_it_announced_is_taken_to_have_little_more():
 
 @given(st.lists(st.floats(0.9, 1.1), min_size=3, max_size=9), st.floats(0.01, 1.0))
 def test_what_all_servers_have_in_common_is_held_against_none(noise, common):
-    """A crowd that trains, too, a slow line, or a batch that is small: all servers give a part of what they announce."""
+    """A crowd that trains, too, a slow line, small batches: all servers give a part of what they announce."""
     found = parts({f"p{index}": paced(common * it) for index, it in enumerate(noise)}, 0.0)
     assert not found
 

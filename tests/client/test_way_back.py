@@ -74,7 +74,7 @@ def test_each_server_is_charged_what_it_worked_however_much_waits_for_it(work_s,
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max_size=5), st.integers(1, 6))
 def test_servers_whose_answers_show_nothing_share_a_leg_with_the_next_that_does(chain, num_micros):
-    """Who says early that it is done can't make the next one look slow; behind the last that shows, nothing is known."""
+    """Who says too early that it is done makes nobody look slow; behind the last that shows, nothing is known."""
     work_s, shows = zip(*chain, strict=True)
     servers, run = FakeServers(work_s, shows), FakeRun(len(chain))
     servers.send(run, 0, 0.0)
