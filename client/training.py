@@ -13,16 +13,15 @@ request. Of a new version of the parameters servers get what is different from t
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from swarm.adapters.difference import encode_difference
-from swarm.adapters.format import Manifest
 from swarm.client.config import SessionConfig
 from swarm.client.deadlines import Patience
+from swarm.client.parameters import Parameters
 from swarm.client.peers import Peers
 from swarm.client.training_chain import HopFailed, TrainingChain, open_chain
 from swarm.client.way_back import WayBack
@@ -49,7 +48,6 @@ from swarm.protocol import (
     TrainLinked,
     TrainLost,
     TrainOutputs,
-    TrainParameters,
     printable,
 )
 from swarm.session import Hop
@@ -61,42 +59,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 10.0
 """Least time between two looks whether servers turned out slow: another chain takes long to draw in a large swarm."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Parameters:
-    """A version of what is trained in the blocks."""
-
-    version: int
-    manifest: Manifest
-    shards: Mapping[int, bytes]
-    """By block."""
-    num_elements: Mapping[int, int]
-    """Numbers of all tensors, by block."""
-
-    def message(
-        self, blocks: BlockRange, number: int, base: "Parameters | None" = None, base_number: int = -1
-    ) -> tuple[TrainParameters, bytes]:
-        """What a server of these blocks is sent.
-
-        Args:
-            blocks: of the server.
-            number: under which it is to know this version.
-            base: an earlier version that it has; then what is different will do, if that is smaller.
-            base_number: under which it knows that.
-        """
-        data, shards = self.manifest.encode(), self._shards_of(blocks)
-        difference = None if base is None else encode_difference(base._shards_of(blocks), shards)
-        message = TrainParameters(
-            base=-1 if difference is None else base_number,
-            version=number,
-            digest=self.manifest.digest,
-            manifest_bytes=len(data),
-        )
-        return message, b"".join([data, shards if difference is None else difference])
-
-    def _shards_of(self, blocks: BlockRange) -> bytes:
-        return b"".join(self.shards[info.block] for info in self.manifest.within(blocks.start, blocks.end))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

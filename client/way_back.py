@@ -48,9 +48,11 @@ class WayBack:
 
     def answered(self, number: int, hop: int, now: float) -> Leg | None:
         """A hop has shown its work on a micro-batch; None where nothing follows from that."""
-        last, since = self._under_way.pop(number, (-1, now))
-        if hop > last:  # overtaken by those in front of it, with which it shared a leg
-            self._under_way[number] = (last, since)
+        last, since = self._under_way.get(number, (-1, now))
+        if hop > last:  # overtaken by one in front of it, with which it shared a leg
             return None
-        self._under_way[number] = (hop - 1, now)
+        if hop:
+            self._under_way[number] = (hop - 1, now)
+        else:
+            del self._under_way[number]
         return Leg(hops=self._hops[hop : last + 1], since=since)
