@@ -39,11 +39,11 @@ class Pace:
         Args:
             now: the time.
             since: when it got what it answers.
-            way_s: to it and back, which an answer takes besides, unless others were waited for meanwhile.
+            way_s: to it and back, which an answer takes besides, as far as others were not waited for meanwhile.
         """
         waited_s = max(0.0, self._answered_at - since)
         self._answered_at = now
-        return max(0.0, now - since - (waited_s or way_s))
+        return max(0.0, now - since - max(waited_s, way_s))
 
     def worked(self, now: float, *, due_s: float, took_s: float, weight: float) -> None:
         """It did what should have taken so long, and took so long. Being quicker makes up for little of later."""

@@ -79,6 +79,7 @@ def test_work_that_waits_for_other_work_of_ours_is_not_charged_and_the_way_only_
     pace = Pace()
     assert pace.took(10.0, since=5.0, way_s=1.0) == 4.0
     assert pace.took(12.0, since=6.0, way_s=1.0) == 2.0
+    assert pace.took(14.0, since=11.5, way_s=1.0) == 1.5
     assert pace.took(20.0, since=15.0, way_s=9.0) == 0.0
 
 
