@@ -21,7 +21,7 @@ BACK_WORK = 3.0
 """What a token costs on its way back, by what it costs forth: that again, and gradients of inputs and parameters."""
 
 MUCH_QUICKER = 2.0
-"""A run leaves a server that has less than 1 / so much of what it announces, if another chain is so much quicker."""
+"""A run leaves who holds it up with less than 1 / so much of what it announces, for a chain that is so much quicker."""
 
 
 class Observed(defaultdict[str, Behaviour]):
@@ -66,10 +66,16 @@ class Observed(defaultdict[str, Behaviour]):
             weight = min(1.0, router.usual_tps / tps)
             self[hop.peer_id].pace.worked(now, due_s=own_s, took_s=took_s * own_s / sum(due_s), weight=weight)
 
-    def is_slow(self, chain: Sequence[Hop], now: float) -> bool:
-        """Whether a server of a chain was seen to train much slower than it announces."""
+    def is_held_up(self, chain: Sequence[Hop], router: Router, now: float) -> bool:
+        """Whether the slowest server of a training chain was seen to be much slower than it announces."""
+        if not all(router.knows(hop.peer_id) for hop in chain):
+            return False
         parts = self.parts(now)
-        return min(parts.get(hop.peer_id, 1.0) for hop in chain) <= 1 / MUCH_QUICKER
+
+        def tokens_per_s(hop: Hop) -> float:
+            return parts.get(hop.peer_id, 1.0) * router.believed_tps(hop.peer_id) / len(hop.blocks)
+
+        return parts.get(min(chain, key=tokens_per_s).peer_id, 1.0) <= 1 / MUCH_QUICKER
 
     def parts(self, now: float) -> dict[str, float]:
         """How much of their free capacity servers are taken to have for training; all of it if they are missing."""

@@ -268,7 +268,7 @@ class Peers:
         )
 
     async def quicker(self, chain: Sequence[Hop]) -> tuple[Hop, ...]:
-        """Another chain for a training run, if one of its servers turned out slow and it would be much quicker there.
+        """Another chain for a training run, if its slowest server is slower than it announces, and it is much quicker.
 
         Nobody leaves for the sake of what others announce: all would gather at those that announce most.
 
@@ -276,8 +276,8 @@ class Peers:
             The other chain; empty if it is better to stay, or nobody knows.
         """
         self.keep_fresh()
-        await self._table.fresh(REFRESH_S)  # what servers announce now is what they are compared with
-        if not self._observed.is_slow(chain, time.monotonic()):
+        table = await self._table.fresh(REFRESH_S)  # what servers announce now is what they are compared with
+        if not self._observed.is_held_up(chain, table.router, time.monotonic()):
             return ()
         try:
             hops = await self.spread(BlockRange(chain[0].blocks.start, chain[-1].blocks.end))

@@ -89,7 +89,7 @@ def learn(
         for client in clients:
             if not client.chain or generator.random() < STEP_S / run_s:
                 client.router, client.chain = draw(client)
-            elif client.observed.is_slow(client.chain, now):
+            elif client.router is not None and client.observed.is_held_up(client.chain, client.router, now):
                 router, chain = draw(client)
                 if router.throughput_tps(chain) >= MUCH_QUICKER * router.throughput_tps(client.chain):
                     client.router, client.chain = router, chain

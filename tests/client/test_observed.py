@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.client.observed import BACK_WORK, Observed
@@ -24,6 +24,7 @@ def leg(*peer_ids: str, since: float) -> Leg:
     return Leg(hops=tuple(Hop(peer_id=peer_id, blocks=BLOCKS) for peer_id in peer_ids), since=since)
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.floats(500.0, 2000.0), min_size=4, max_size=8),
     st.floats(8.0, 100.0),
@@ -31,7 +32,7 @@ def leg(*peer_ids: str, since: float) -> Leg:
     st.integers(0, 99),
 )
 def test_who_announces_ten_times_its_speed_loses_most_of_its_share_and_others_keep_theirs(real, boast, common, seed):
-    """Routes are drawn, a few steps are made over each, and the next is drawn by what they took."""
+    """Routes are drawn, a few steps are made over each, and the next is drawn by what they took; after twenty of them."""
     names = [f"p{index}" for index in range(len(real))]
     tps = dict(zip(names, real, strict=True))
     claims = {**tps, names[0]: boast * tps[names[0]]}
@@ -47,7 +48,7 @@ def test_who_announces_ten_times_its_speed_loses_most_of_its_share_and_others_ke
             since, now = now, now + BACK_WORK * TOKENS * len(BLOCKS) / (common * tps[hop.peer_id])
             seen.trained(leg(hop.peer_id, since=since), TOKENS, router, now, way_s=0.0)
     fair = real[0] / sum(real)
-    assert np.mean(shares[20:]) - fair < 0.25 * (shares[0] - fair)
+    assert np.mean(shares[20:]) - fair < 0.5 * (shares[0] - fair)
     assert seen.parts(now).keys() <= {names[0]}
 
 
@@ -62,6 +63,19 @@ def test_servers_that_share_a_leg_share_its_time_and_are_told_apart_by_other_leg
     parts = seen.parts(now)
     assert min(parts, key=parts.__getitem__) == "slow" and parts["slow"] < 0.3
     assert parts.keys() <= {"a", "slow"} and parts.get("a", 1.0) > parts["slow"]
+
+
+def test_a_chain_is_held_up_by_who_gives_less_than_it_announces_if_that_is_its_slowest():
+    """Not by one that is slow as announced, or that is still quicker than the others; of strangers nothing is known."""
+    router = Router(offers(liar=10_000.0, a=1000.0, modest=10.0))
+    seen = Observed()
+    assert not seen.is_held_up(leg("liar", "a", since=0.0).hops, router, 0.0)
+    seen["liar"].pace.worked(0.0, due_s=5.0, took_s=100.0, weight=0.1)
+    assert seen.is_held_up(leg("liar", "a", since=0.0).hops, router, 0.0)
+    assert not seen.is_held_up(leg("liar", "modest", since=0.0).hops, router, 0.0)
+    assert not seen.is_held_up(leg("liar", "gone", since=0.0).hops, router, 0.0)
+    seen["liar"].pace.worked(0.0, due_s=25.0, took_s=0.0, weight=0.1)
+    assert seen.parts(0.0) and not seen.is_held_up(leg("liar", "a", since=0.0).hops, router, 0.0)
 
 
 def test_a_far_server_is_not_slow():
