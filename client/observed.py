@@ -19,7 +19,6 @@ from swarm.session import Hop
 
 BACK_WORK = 3.0
 """What a token costs on its way back, by what it costs forth: that again, and gradients of inputs and parameters."""
-
 MUCH_QUICKER = 2.0
 """A run leaves who holds it up with less than 1 / so much of what it announces, for a chain that is so much quicker."""
 
@@ -49,10 +48,14 @@ class Observed(defaultdict[str, Behaviour]):
     def trained(self, leg: Leg, num_tokens: int, router: Router, now: float, *, way_s: float) -> None:
         """Some servers have brought so many tokens back.
 
-        What they took together is shared by what should have taken them; that is little for a server that is busy by
-        what it announces, so that isn't held against it twice.
+        What they took together is put down to each by what it should have taken. That is long for a server which is
+        busy by what it announces, so that its queue isn't held against it twice.
 
         Args:
+            leg: who did it, and since when.
+            num_tokens: of the micro-batch.
+            router: which knows what they announce.
+            now: the time.
             way_s: to the server that has told it, and back.
         """
         if not all(router.knows(hop.peer_id) for hop in leg.hops):

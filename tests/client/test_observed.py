@@ -32,7 +32,7 @@ def leg(*peer_ids: str, since: float) -> Leg:
     st.integers(0, 99),
 )
 def test_who_announces_ten_times_its_speed_loses_most_of_its_share_and_others_keep_theirs(real, boast, common, seed):
-    """Routes are drawn, a few steps are made over each, and the next is drawn by what they took; after twenty of them."""
+    """Routes are drawn, a few steps are made over each, and the next is drawn by what they took; after twenty."""
     names = [f"p{index}" for index in range(len(real))]
     tps = dict(zip(names, real, strict=True))
     claims = {**tps, names[0]: boast * tps[names[0]]}
