@@ -83,7 +83,7 @@ class RemoteTraining:
         self.blocks = blocks
         self.pipeline = Pipeline()
         self.num_chains = 0
-        """Chains that were opened: one more than were lost, where nothing else went wrong."""
+        """Chains that were opened: one more than were lost or left, where nothing else went wrong."""
         self.bytes_sent = self.bytes_received = 0
         """Bodies of messages."""
         self._peers, self._transport, self._config = peers, transport, config
@@ -249,7 +249,8 @@ class RemoteTraining:
         self._looked_at = now
         hops = await self._peers.quicker(chain.hops)
         if hops and chain is self._chain:
-            logger.info("leaving a slow server: over %s from now on", ", ".join(map(str, hops)))
+            names = ", ".join(self._peers.name_of(hop.peer_id) for hop in hops)
+            logger.info("leaving a slow server: training goes over %s from now on", names)
             self._give_up_chain()
             await self._open_chain(hops)
 
