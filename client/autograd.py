@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swarm.adapters.delta import BlockDelta
 from swarm.adapters.format import Manifest, encode_shard, shard_info
-from swarm.client.training import Parameters
+from swarm.client.parameters import Parameters
 
 
 class BlockTraining(Protocol):

@@ -3,7 +3,10 @@
 failed ────► penalty_s   seconds that a visit costs more, fading; hindered: until then, since its relays are busy
 measured ──► block_s     what a block takes at present load, for a while
          └─► excess_s    what its visits take beyond all that was expected, fading
+pace         what training took there, see `client.pace`
 """
+
+from swarm.client.pace import Pace
 
 PENALTY_S = 10.0
 """Cost that one failure adds to a visit ..."""
@@ -27,6 +30,7 @@ class Behaviour:
 
     def __init__(self) -> None:
         self.failed_at = float("-inf")
+        self.pace = Pace()
         self._penalty_s = 0.0
         self._hindered_until = float("-inf")
         self._block_s = self._excess_s = 0.0
@@ -58,7 +62,8 @@ class Behaviour:
 
     def has_faded(self, now: float) -> bool:
         """Whether nothing of it counts any more."""
-        return self.penalty_s(now) < FADED_S and self.excess_s(now) < FADED_S and self.block_s(now) is None
+        left_s = max(self.penalty_s(now), self.excess_s(now))
+        return left_s < FADED_S and self.block_s(now) is None and self.pace.has_faded(now)
 
     def block_s(self, now: float) -> float | None:
         """Seconds per block and step; None where that was not measured lately."""

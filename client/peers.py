@@ -13,7 +13,6 @@ what servers say. Which servers can't send to each other is remembered for a whi
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,20 +21,21 @@ import numpy as np
 
 from swarm.catalog import refuse_other_content
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
-from swarm.client.behaviour import Behaviour
 from swarm.client.betterment import MoveCosts
+from swarm.client.observed import MUCH_QUICKER, Observed
 from swarm.client.presence import over_present
-from swarm.client.prospects import Outlook, Seen, look_ahead
-from swarm.client.route_table import LARGE, RouteTable, said_s
+from swarm.client.prospects import Outlook, look_ahead
+from swarm.client.route_table import LARGE, RouteTable
 from swarm.client.row_adapters import RowAdapters
 from swarm.client.timings import HopTiming
+from swarm.client.way_back import Leg
 from swarm.directory import COPY_BYTES, NUM_COPIES, READ_BYTES_PER_S, Directory
 from swarm.errors import PeerError, PeerUnreachable, RelaysBusy, RouteNotFound, SwarmError
 from swarm.flow import EvenDraws
 from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord
-from swarm.routing import VISIT_S, Need, Route, Router
+from swarm.routing import Need, Route, Router
 from swarm.session import Hop
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -84,11 +84,11 @@ class Peers:
         self._draws = EvenDraws(self._generator)
         """By which chains for training are drawn: one client's, even if they are few, have little in common."""
         self._pinger = None if transport is None else Pinger(transport, self._generator)
-        self._behaviour: defaultdict[str, Behaviour] = defaultdict(Behaviour)
+        self._observed = Observed()
         self._no_push: dict[tuple[str, str], float] = {}
         self._who_has = WhoHas()
         self._reader: asyncio.Task[None] | None = None
-        self._table = RouteTable(self._directory, self._behaviour, self._pinger)
+        self._table = RouteTable(self._directory, self._observed, self._pinger)
         self._all_read_at = float("-inf")
 
     @property
@@ -110,9 +110,7 @@ class Peers:
                 raise
             logger.info("the DHT does not answer, going on with what is known: %s", error)
         self._who_has.announced(self._directory.online)
-        now = time.monotonic()
-        for peer_id in [peer_id for peer_id, seen in self._behaviour.items() if seen.has_faded(now)]:
-            del self._behaviour[peer_id]
+        self._observed.forget_faded(time.monotonic())
 
     def adapters_of(self, adapters: RowAdapters) -> AdapterNeeds | None:
         """What servers need for a session with these adapters; None where that is nothing."""
@@ -135,7 +133,7 @@ class Peers:
         if self._pinger is None or not records:
             return
         promising, self._promising = self._promising, set()
-        known = self._behaviour.keys() | promising
+        known = self._observed.keys() | promising
         used = [it for it in records if it.peer_id in known]
         self._generator.shuffle(used)
         used.sort(key=lambda it: it.peer_id not in promising)
@@ -244,7 +242,7 @@ class Peers:
             version=table.version,
             need=Need(kv_tokens=num_tokens + ROOM_TOKENS),
             penalties=self._penalties(adapters),
-            seen=self._seen(table.records),
+            seen=self._table.compared(table.records, time.monotonic()),
             format_of=lambda peer_id: _format_of(table.records.get(peer_id)),
             without_push=self.pairs_without_push,
         )
@@ -252,15 +250,6 @@ class Peers:
             best = sorted(outlook.prospects, key=lambda it: it.predicted_s)[:NUM_PROMISING]
             self._promising |= {it.target.peer_id for it in best}
         return outlook
-
-    def _seen(self, records: Mapping[str, ServerRecord]) -> dict[str, Seen]:
-        """How those servers that were measured lately compare with what they say."""
-        now, found = time.monotonic(), {}
-        for peer_id, known in self._behaviour.items():
-            record, block_s = records.get(peer_id), known.block_s(now)
-            if record is not None and block_s is not None:
-                found[peer_id] = Seen(slowness=block_s / said_s(record), excess_s=known.excess_s(now))
-        return found
 
     async def spread(self, blocks: BlockRange) -> tuple[Hop, ...]:
         """A chain for a training run: at random, so that all runs load servers by the capacity that these have free.
@@ -277,6 +266,27 @@ class Peers:
                 blocks, self._draws, num_tokens=BATCH_TOKENS, penalties={**self._penalties(None), **silent}
             )
         )
+
+    async def quicker(self, chain: Sequence[Hop]) -> tuple[Hop, ...]:
+        """A much quicker chain for a training run whose slowest server gives much less than it announces.
+
+        Nobody leaves for the sake of what others announce: all would gather at those that announce most.
+
+        Returns:
+            The other chain; empty if it is better to stay, or nobody knows.
+        """
+        self.keep_fresh()
+        table = await self._table.fresh(REFRESH_S)  # what servers announce now is what they are compared with
+        if not self._observed.is_held_up(chain, table.router, time.monotonic()):
+            return ()
+        try:
+            hops = await self.spread(BlockRange(chain[0].blocks.start, chain[-1].blocks.end))
+        except SwarmError:  # whatever it is: the chain works
+            return ()
+        router = (await self._table.fresh()).router
+        if not all(router.knows(hop.peer_id) for hop in (*chain, *hops)):
+            return ()
+        return hops if router.throughput_tps(hops) >= MUCH_QUICKER * router.throughput_tps(chain) else ()
 
     async def _find(self, find: Callable[[Router, Costs], Route]) -> tuple[Hop, ...]:
         """Find a route by what is known; read the records again when that gives none, or one over a failed server."""
@@ -343,32 +353,23 @@ class Peers:
             logger.info("can't read who serves the model: %s", error)
 
     def measured(self, timings: Sequence[HopTiming]) -> None:
-        """A step of one token per row took so long on its hops.
+        """A step of one token per row took so long on its hops."""
+        if self._table.latest is not None:  # however old: it is asked every step
+            self._observed.measured(timings, self._table.latest.router, time.monotonic())
 
-        What it took beyond all that was expected is shared by them all, what it took less as well, so that over several
-        routes it is found with whom the time goes: least mean squares, normalised (Widrow and Hoff's rule). Ways that
-        nobody has measured count as long ones.
-        """
-        if self._table.latest is None:
-            return
-        router = self._table.latest.router  # however old: it is asked every step
-        hops = [Hop(peer_id=timing.peer_id, blocks=timing.blocks) for timing in timings]
-        if not hops or not all(router.knows(hop.peer_id) for hop in hops):
-            return
-        now = time.monotonic()
-        seen = [self._behaviour[timing.peer_id] for timing in timings]
-        expected_s = router.ways_s(hops) + sum(VISIT_S + known.excess_s(now) for known in seen)
-        surprise_s = (sum(timing.overhead_s for timing in timings) - expected_s) / len(hops)
-        for timing, known in zip(timings, seen, strict=True):
-            known.measured(now, block_s=timing.compute_s / len(timing.blocks), surprise_s=surprise_s)
+    def trained(self, leg: Leg, num_tokens: int) -> None:
+        """Some servers have just brought so many tokens of a training run back."""
+        if self._table.latest is not None:
+            way_s = None if self._pinger is None else self._pinger.rtt_s(leg.hops[0].peer_id)
+            self._observed.trained(leg, num_tokens, self._table.latest.router, time.monotonic(), way_s=way_s or 0.0)
 
     def failed(self, peer_id: str, error: Exception) -> None:
         """This peer failed; it becomes costly for a while, longer when it failed before. Busy relays are no fault."""
         if isinstance(error, RelaysBusy):
-            self._behaviour[peer_id].hindered(time.monotonic(), error.retry_after_s)
+            self._observed[peer_id].hindered(time.monotonic(), error.retry_after_s)
             logger.info("no way to server %s for now: %s", self.name_of(peer_id), error)
             return
-        self._behaviour[peer_id].failed(time.monotonic())
+        self._observed[peer_id].failed(time.monotonic())
         level = logging.INFO if isinstance(error, PeerError) else logging.WARNING
         logger.log(level, "server %s failed: %s", self.name_of(peer_id), error)
 
@@ -390,12 +391,11 @@ class Peers:
 
     def _has_failed(self, peer_id: str) -> bool:
         """Whether a server failed after the records were read."""
-        return peer_id in self._behaviour and self._behaviour[peer_id].failed_at > self._directory.refreshed_at
+        return peer_id in self._observed and self._observed[peer_id].failed_at > self._directory.refreshed_at
 
     def _penalties(self, adapters: AdapterNeeds | None) -> dict[str, float]:
         """What visits of some servers cost besides: failures, and adapters that have to be brought there."""
-        now = time.monotonic()
-        penalties = {peer_id: seen.penalty_s(now) for peer_id, seen in self._behaviour.items()}
+        penalties = self._observed.penalties(time.monotonic())
         if adapters is not None:
             for record in self._directory.online:
                 penalties[record.peer_id] = penalties.get(record.peer_id, 0.0) + adapters.load_s(record)

@@ -1,6 +1,6 @@
 """What all servers offer a client, by what they announce and what it saw of them, as a table to find routes in.
 
-    records, Behaviour, round trips ─► Offer of each server ─► Router, made anew when there is news, or it is old
+    records, Observed, round trips ─► Offer of each server ─► Router, made anew when there is news, or it is old
 
 A table of thousands of servers takes long to make: that is done in a thread, once for all who ask for it meanwhile.
 """
@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from swarm.client.behaviour import Behaviour
+from swarm.client.observed import Observed
+from swarm.client.prospects import Seen
 from swarm.coordinates import Place
 from swarm.directory import Directory
 from swarm.pings import Pinger
@@ -42,15 +43,15 @@ class RouteTable:
 
     Args:
         directory: the records.
-        behaviour: what was seen of servers.
+        observed: what was seen of servers.
         pinger: measures the ways to them; None where nobody does.
     """
 
-    def __init__(self, directory: Directory, behaviour: Mapping[str, Behaviour], pinger: Pinger | None) -> None:
+    def __init__(self, directory: Directory, observed: Observed, pinger: Pinger | None) -> None:
         self.pinger = pinger
         self.latest: Table | None = None
         """The last one that was made, however old it is."""
-        self._directory, self._behaviour = directory, behaviour
+        self._directory, self._observed = directory, observed
         self._is_stale = False
         self._making: asyncio.Task[Table] | None = None
 
@@ -58,27 +59,29 @@ class RouteTable:
         """Something else than the records has changed."""
         self._is_stale = True
 
-    async def fresh(self) -> Table:
-        """The table of what is known now."""
-        if self.latest is not None and self._is_fresh(self.latest):
+    async def fresh(self, life_s: float = LIFE_S) -> Table:
+        """The table of what is known now, or one that was made of the present records within `life_s`."""
+        if self.latest is not None and self._is_fresh(self.latest, life_s):
             return self.latest
         if self._making is None or self._making.done():
             records = {record.peer_id: record for record in self._directory.online}
             self._is_stale = False
+            now = time.monotonic()
+            parts = self._observed.parts(now)
             if len(records) < LARGE:
-                self.latest = self._make(records, self._directory.version, time.monotonic())
+                self.latest = self._make(records, self._directory.version, parts, now)
                 return self.latest
-            making = asyncio.to_thread(self._make, records, self._directory.version, time.monotonic())
+            making = asyncio.to_thread(self._make, records, self._directory.version, parts, now)
             self._making = asyncio.create_task(making, name="table of routes")
         self.latest = await asyncio.shield(self._making)
         return self.latest
 
-    def _is_fresh(self, table: Table) -> bool:
-        is_new = table.version == self._directory.version and time.monotonic() - table.made_at <= LIFE_S
+    def _is_fresh(self, table: Table, life_s: float) -> bool:
+        is_new = table.version == self._directory.version and time.monotonic() - table.made_at <= life_s
         return is_new and not self._is_stale
 
-    def _make(self, records: Mapping[str, ServerRecord], version: int, now: float) -> Table:
-        router = Router([self.offer(record, now) for record in records.values()], self.place)
+    def _make(self, records: Mapping[str, ServerRecord], version: int, parts: Mapping[str, float], now: float) -> Table:
+        router = Router([self.offer(record, now) for record in records.values()], self.place, parts=parts)
         return Table(router=router, records=records, version=version, made_at=now)
 
     @property
@@ -86,9 +89,18 @@ class RouteTable:
         """Where we are; None before anything was measured."""
         return self.pinger.place if self.pinger is not None and self.pinger.place.error < 1.0 else None
 
+    def compared(self, records: Mapping[str, ServerRecord], now: float) -> dict[str, Seen]:
+        """How those servers whose steps were measured lately compare with what they say."""
+        found = {}
+        for peer_id, known in self._observed.items():
+            record, block_s = records.get(peer_id), known.block_s(now)
+            if record is not None and block_s is not None:
+                found[peer_id] = Seen(slowness=block_s / said_s(record), excess_s=known.excess_s(now))
+        return found
+
     def offer(self, record: ServerRecord, now: float) -> Offer:
         """What one server offers."""
-        seen = self._behaviour.get(record.peer_id)
+        seen = self._observed.get(record.peer_id)
         block_s = None if seen is None else seen.block_s(now)
         capacity_tps = record.prefill_tps or record.batch_tps or record.decode_tps
         return Offer(

@@ -19,10 +19,11 @@ import torch
 from swarm.adapters.layout import ModelLayout
 from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
+from swarm.client.parameters import Parameters
 from swarm.client.peers import Peers
 from swarm.client.row_adapters import ClientAdapter, RowAdapters
 from swarm.client.session import HopTiming, RemoteSession, WaitingFor
-from swarm.client.training import Call, Parameters, RemoteTraining
+from swarm.client.training import Call, RemoteTraining
 from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.network.node import Node, NodeConfig

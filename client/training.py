@@ -13,18 +13,18 @@ request. Of a new version of the parameters servers get what is different from t
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from swarm.adapters.difference import encode_difference
-from swarm.adapters.format import Manifest
 from swarm.client.config import SessionConfig
 from swarm.client.deadlines import Patience
+from swarm.client.parameters import Parameters
 from swarm.client.peers import Peers
 from swarm.client.training_chain import HopFailed, TrainingChain, open_chain
+from swarm.client.way_back import WayBack
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import (
     InvalidRequest,
@@ -48,7 +48,6 @@ from swarm.protocol import (
     TrainLinked,
     TrainLost,
     TrainOutputs,
-    TrainParameters,
     printable,
 )
 from swarm.session import Hop
@@ -58,41 +57,8 @@ from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Parameters:
-    """A version of what is trained in the blocks."""
-
-    version: int
-    manifest: Manifest
-    shards: Mapping[int, bytes]
-    """By block."""
-    num_elements: Mapping[int, int]
-    """Numbers of all tensors, by block."""
-
-    def message(
-        self, blocks: BlockRange, number: int, base: "Parameters | None" = None, base_number: int = -1
-    ) -> tuple[TrainParameters, bytes]:
-        """What a server of these blocks is sent.
-
-        Args:
-            blocks: of the server.
-            number: under which it is to know this version.
-            base: an earlier version that it has; then what is different will do, if that is smaller.
-            base_number: under which it knows that.
-        """
-        data, shards = self.manifest.encode(), self._shards_of(blocks)
-        difference = None if base is None else encode_difference(base._shards_of(blocks), shards)
-        message = TrainParameters(
-            base=-1 if difference is None else base_number,
-            version=number,
-            digest=self.manifest.digest,
-            manifest_bytes=len(data),
-        )
-        return message, b"".join([data, shards if difference is None else difference])
-
-    def _shards_of(self, blocks: BlockRange) -> bytes:
-        return b"".join(self.shards[info.block] for info in self.manifest.within(blocks.start, blocks.end))
+LOOK_S = 10.0
+"""Least time between two looks whether servers turned out slow: another chain takes long to draw in a large swarm."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,11 +83,12 @@ class RemoteTraining:
         self.blocks = blocks
         self.pipeline = Pipeline()
         self.num_chains = 0
-        """Chains that were opened: one more than were lost, where nothing else went wrong."""
+        """Chains that were opened: one more than were lost or left, where nothing else went wrong."""
         self.bytes_sent = self.bytes_received = 0
         """Bodies of messages."""
         self._peers, self._transport, self._config = peers, transport, config
         self._chain: TrainingChain | None = None
+        self._way_back = WayBack(())
         self._parameters: dict[int, Parameters] = {}
         self._stale: set[int] = set()
         """Versions that no call uses any more, and that a hop may still have."""
@@ -133,7 +100,7 @@ class RemoteTraining:
         """What went wrong last, if that was not looked at yet."""
         self._is_closed = False
         self._tasks = TaskSet()
-        self._heard_at = 0.0
+        self._heard_at = self._looked_at = 0.0
         self._has_sent = False
 
     @property
@@ -161,6 +128,7 @@ class RemoteTraining:
             PeerError: servers kept failing for `max_wait_s`.
         """
         async with self._turn:
+            await self._leave_slow_servers()
             await self._until(lambda: self._chain is not None)
             assert self._chain is not None
             if parameters is not None:
@@ -273,9 +241,28 @@ class RemoteTraining:
             reason = f"nothing from this server for {self._config.step_timeout_s:g} s"
             self.on_failure(index, PeerTimeout(reason))
 
-    async def _open_chain(self) -> None:
+    async def _leave_slow_servers(self) -> None:
+        """Go where it is much quicker, if the chain holds nothing: between two steps."""
+        chain, now = self._chain, time.monotonic()
+        if chain is None or not self.pipeline.is_empty or now < self._looked_at + LOOK_S:
+            return
+        self._looked_at = now
+        hops = await self._peers.quicker(chain.hops)
+        if hops and chain is self._chain:
+            names = ", ".join(self._peers.name_of(hop.peer_id) for hop in hops)
+            logger.info("leaving a slow server: training goes over %s from now on", names)
+            self._give_up_chain()
+            await self._open_chain(hops)
+
+    def _give_up_chain(self) -> None:
+        chain, self._chain = self._chain, None
+        if chain is not None:
+            self.pipeline.chain_lost()
+            self._tasks.spawn(chain.close(), name="close a chain")
+
+    async def _open_chain(self, hops: Sequence[Hop] = ()) -> None:
         try:
-            hops = await self._peers.spread(self.blocks)
+            hops = hops or await self._peers.spread(self.blocks)
             unlinkable = self._peers.pairs_without_push
             chain = await open_chain(
                 self._transport,
@@ -293,7 +280,7 @@ class RemoteTraining:
         except (RouteNotFound, PeerError) as error:
             self._trouble = error
         else:
-            self._chain, self._has_sent = chain, False
+            self._chain, self._has_sent, self._way_back = chain, False, WayBack(chain.hops)
             self.num_chains += 1
             self._heard_at = time.monotonic()
             chain.start(self)
@@ -414,6 +401,10 @@ class RemoteTraining:
         numbers = torch.frombuffer(bytearray(rest), dtype=torch.float32) if rest else torch.empty(0)
         parts = numbers.split(list(sizes.values())) if sizes else ()
         self.pipeline.came_back(index, message.micro_batch, inputs, dict(zip(sizes, parts, strict=True)))
+        if len(body):  # else it is a mere word
+            leg = self._way_back.answered(message.micro_batch, index, self._heard_at)
+            if leg is not None:
+                self._peers.trained(leg, sum(micro.num_tokens))
 
     def _checked(self, number: int, spec: TensorSpec, body: memoryview) -> memoryview:
         """The body of a tensor that must be like the micro-batch's inputs."""
@@ -427,13 +418,17 @@ class RemoteTraining:
             raise PeerMisbehaved(f"tensor body of {len(body)} bytes, {spec.num_bytes} declared")
         return body
 
+    def on_sent(self, index: int, message: Message) -> None:
+        """What was posted has gone out."""
+        if isinstance(message, TrainBackward):
+            self._way_back.sent(message.micro_batch, index, time.monotonic())
+
     def on_failure(self, index: int, error: SwarmError) -> None:
         """A hop is lost, and with it the chain."""
-        chain, self._chain = self._chain, None
+        chain = self._chain
         if chain is None:
             return
-        self.pipeline.chain_lost()
-        self._tasks.spawn(chain.close(), name="close a chain")
+        self._give_up_chain()
         if isinstance(error, RequestError) and self._has_sent:
             self._refusal = error
         else:

@@ -33,6 +33,9 @@ class ChainListener(Protocol):
     def on_message(self, index: int, message: Message, body: memoryview) -> None:
         """A hop has sent something. A SwarmError that this raises is the hop's failure."""
 
+    def on_sent(self, index: int, message: Message) -> None:
+        """What was posted has gone out."""
+
     def on_failure(self, index: int, error: SwarmError) -> None:
         """A hop is lost, and the chain with it; nothing more will be reported."""
 
@@ -93,7 +96,9 @@ class TrainingChain:
                 await wake.wait()
                 wake.clear()
                 while outbox:
-                    await stream.send(*outbox.popleft())
+                    message, body = outbox.popleft()
+                    await stream.send(message, body)
+                    listener.on_sent(index, message)
         except SwarmError as error:
             self._fail(index, error, listener)
 

@@ -13,6 +13,7 @@ announced and measured into `Offer`s. The search itself is `swarm.route_search`;
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -119,15 +120,20 @@ class Router:
     Args:
         offers: all servers.
         home: where the client is; None if unknown.
+        parts: of their free capacity that servers were seen to have, 0 to 1, where that is not all.
     """
 
-    def __init__(self, offers: Sequence[Offer], home: Place | None = None):
+    def __init__(self, offers: Sequence[Offer], home: Place | None = None, *, parts: Mapping[str, float] | None = None):
         self._offers = tuple(offers)
         self._index = {offer.peer_id: index for index, offer in enumerate(offers)}
         self._spans = Spans(_ints(it.blocks.start for it in offers), _ints(it.blocks.end for it in offers))
         visit_s = _floats(it.visit_s + RELAY_S * it.is_relayed for it in offers)
         self._costs = Costs(block_s=_floats(it.block_s for it in offers), visit_s=visit_s)
-        self._free_tps = _believable(np.maximum(_floats(it.free_tps for it in offers), MIN_FREE_TPS))
+        self._believed_tps = _believable(np.maximum(_floats(it.free_tps for it in offers), MIN_FREE_TPS))
+        self._free_tps = self._believed_tps.copy()
+        for peer_id, part in (parts or {}).items():
+            if (index := self._index.get(peer_id)) is not None:
+                self._free_tps[index] *= part
         self._room = _floats(np.inf if it.kv_free_tokens is None else it.kv_free_tokens for it in offers)
         self._map = PeerMap([it.location for it in offers], home)
         self._entries = self._spans.shortlists(self._costs, self._map.position)
@@ -282,6 +288,19 @@ class Router:
     def knows(self, peer_id: str) -> bool:
         """Whether this server made an offer."""
         return peer_id in self._index
+
+    def believed_tps(self, peer_id: str) -> float:
+        """The free capacity of a server by what it announces, as far as that is believed, whatever was seen of it."""
+        return float(self._believed_tps[self._index[peer_id]])
+
+    @cached_property
+    def usual_tps(self) -> float:
+        """The same of half of the servers at least."""
+        return float(np.median(self._believed_tps))
+
+    def throughput_tps(self, hops: Sequence[Hop]) -> float:
+        """Tokens per second of many batches through a chain: what its slowest server can do, by all that is known."""
+        return min(float(self._free_tps[self._index[hop.peer_id]]) / len(hop.blocks) for hop in hops)
 
     def _visits(self, need: Need | None, penalties: Mapping[str, float] | None) -> Floats:
         """The cost of visiting each server, soft costs included."""

@@ -113,6 +113,11 @@ class Pipeline:
         return bool(self._waiting or self._actions or self.hops_at_work)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is no micro-batch that the chain has, or should get."""
+        return not self._known and not self._waiting
+
+    @property
     def hops_at_work(self) -> frozenset[int]:
         """Hops that are known to have something to do: whoever waits, waits for them."""
         return frozenset(self._at_work(it) for it in self._known.values() if it.state in (State.FORTH, State.BACK))

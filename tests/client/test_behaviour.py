@@ -79,3 +79,6 @@ def test_what_was_seen_fades_until_nothing_counts():
     seen.measured(0.0, block_s=0.01, surprise_s=1.0)
     assert not seen.has_faded(61.0)
     assert seen.has_faded(3600.0)
+    seen.pace.worked(3600.0, due_s=1.0, took_s=100.0, weight=1.0)
+    assert not seen.has_faded(3700.0)
+    assert seen.has_faded(10800.0)

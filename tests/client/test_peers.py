@@ -11,6 +11,7 @@ import pytest
 from swarm.client import peers as peers_module
 from swarm.client.peers import NUM_ACQUAINTANCES, NUM_PROMISING, PUSH_RETRY_S, REFRESH_S, Peers
 from swarm.client.timings import HopTiming
+from swarm.client.way_back import Leg
 from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.registry import ServerRecord
@@ -180,7 +181,7 @@ async def test_the_honest_hops_of_a_chain_are_cleared_by_other_chains(peers, mon
         share_s = sum(overhead_s[name] for name in chain) / 2
         blocks = dict(zip(chain, (first, second), strict=True))
         peers.measured([timing(name, compute_s=0.0, overhead_s=share_s, blocks=blocks[name]) for name in chain])
-    excess_s = {name: peers._behaviour[name].excess_s(1000.0) for name in "abcl"}
+    excess_s = {name: peers._observed[name].excess_s(1000.0) for name in "abcl"}
     assert excess_s["l"] > 1.0 and all(excess_s[name] < 0.1 * excess_s["l"] for name in "abc"), excess_s
 
 
@@ -449,6 +450,46 @@ async def test_servers_of_a_large_swarm_are_balanced_for_training_beside_the_loo
     assert threads[0] is not threading.current_thread()
     with pytest.raises(RouteNotFound):
         await peers.spread(BlockRange(0, 3))
+
+
+async def test_a_training_run_leaves_a_slow_server_for_a_chain_that_is_much_quicker(peers, monkeypatch):
+    """Not for one that only announces more, nor for another slow one; and it comes back when that has faded."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    chain, fast = (Hop(peer_id="liar", blocks=BLOCKS),), record("fast", prefill_tps=4e4)
+    await read(peers, record("liar", prefill_tps=1e4), fast)
+    assert await peers.quicker(chain) == ()
+    for _ in range(30):  # a tenth of what it announces, which would be 3 * 1000 * 2 / 1e4 seconds for each batch
+        now += 6.0
+        peers.trained(Leg(hops=chain, since=now - 6.0), 1000)
+    await read(peers, record("liar", prefill_tps=1e4), fast)
+    assert [hop.peer_id for hop in await peers.quicker(chain)] == ["fast"]
+    now += REFRESH_S + 1
+    peers._directory._refreshed_at = now
+    await read(peers, record("liar", prefill_tps=1e4), record("slow", prefill_tps=100.0))
+    assert await peers.quicker(chain) == ()
+    now += 7200.0
+    await read(peers, record("liar", prefill_tps=1e4), fast)
+    assert await peers.quicker(chain) == ()
+    peers._observed.forget_faded(now)
+    assert "liar" not in peers._observed
+
+
+async def test_routes_of_training_avoid_who_gives_less_than_it_announces(peers, monkeypatch):
+    """In proportion to what it gave; a server that is busy by what it announces is as slow as it should be."""
+    now = 1000.0
+    monkeypatch.setattr(peers_module.time, "monotonic", lambda: now)
+    for load, share in ((0.0, 0.14), (0.9, 0.5)):
+        peers._observed.clear()
+        now += 1.0
+        await read(peers, record("a", prefill_tps=1e4, load=load), record("b", prefill_tps=1e4 * (1.0 - load)))
+        await peers.spread(BLOCKS)
+        for _ in range(30):
+            now += 6.0
+            peers.trained(Leg(hops=(Hop(peer_id="a", blocks=BLOCKS),), since=now - 6.0), 1000)
+        await read(peers, *peers._directory._registry.records)
+        chosen = [(await peers.spread(BLOCKS))[0].peer_id for _ in range(100)]
+        assert chosen.count("a") == pytest.approx(100 * share, abs=4)
 
 
 async def test_a_large_swarm_is_not_read_whole_again_before_that_has_paid(peers, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from swarm.client import route_table as module
-from swarm.client.behaviour import Behaviour
+from swarm.client.observed import Observed
 from swarm.client.route_table import LIFE_S, RouteTable
 from swarm.types import BlockRange
 
@@ -24,9 +24,9 @@ def made(monkeypatch) -> list[str]:
     """The threads in which tables were made."""
     threads = []
 
-    def make_router(*args: Any) -> Any:
+    def make_router(*args: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return router(*args)
+        return router(*args, **options)
 
     router = module.Router
     monkeypatch.setattr(module, "Router", make_router)
@@ -35,7 +35,7 @@ def made(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def table() -> RouteTable:
-    return RouteTable(cast(Any, FakeDirectory()), {"a": Behaviour()}, None)
+    return RouteTable(cast(Any, FakeDirectory()), Observed(), None)
 
 
 @pytest.mark.asyncio

@@ -6,7 +6,7 @@ import pytest
 
 from swarm.client.training_chain import HopFailed, open_chain
 from swarm.errors import PeerBusy
-from swarm.protocol import OpenTraining, TrainingOpened, TrainLink, TrainLinked
+from swarm.protocol import OpenTraining, TrainForget, TrainingOpened, TrainLink, TrainLinked
 from swarm.session import Hop
 from swarm.types import BlockRange
 
@@ -20,11 +20,16 @@ class FakeStream:
         self.answer, self.is_closed = answer, False
         self.fault = ""
         self.asked: list[object] = []
+        self.may_send = asyncio.Event()
+        self.may_send.set()
 
-    async def send(self, message: object) -> None:
+    async def send(self, message: object, body: bytes = b"") -> None:
+        await self.may_send.wait()
         self.asked.append(message)
 
     async def receive(self) -> tuple[object, bytes]:
+        if isinstance(self.asked[-1], TrainForget):
+            await asyncio.Future()
         if isinstance(self.asked[-1], TrainLink):
             return TrainLinked(fault=self.fault), b""
         return await self.answer, b""
@@ -92,3 +97,37 @@ async def test_hops_that_cannot_reach_each_other_are_used_all_the_same(ready):
     assert not chain.links and unlinked == [tuple(HOPS)]
     apart = await open_chain(ready, HOPS, model="m", timeout_s=60.0, may_link=lambda *pair: False)
     assert not apart.links and len(ready.streams["quick"].asked) == 3  # and wasn't asked again
+
+
+class FakeListener:
+    """Waits for what goes out."""
+
+    def __init__(self) -> None:
+        self.sent: asyncio.Queue[tuple[int, object]] = asyncio.Queue()
+
+    def on_message(self, index, message, body) -> None:
+        """Nobody answers here but the opening."""
+
+    def on_sent(self, index, message) -> None:
+        self.sent.put_nowait((index, message))
+
+    def on_failure(self, index, error) -> None:
+        raise error
+
+
+async def test_what_waits_for_the_line_counts_as_sent_when_it_has_gone_out(ready):
+    """In order, and not before: the time until then is not the server's."""
+    chain = await open_chain(ready, HOPS, model="m", timeout_s=60.0)
+    for stream in ready.streams.values():
+        stream.asked, stream.answer = [TrainForget(micro_batches=(), versions=())], asyncio.Future()
+    listener, stream = FakeListener(), ready.streams["slow"]
+    stream.may_send.clear()
+    chain.start(listener)
+    posted = [TrainForget(micro_batches=(number,), versions=()) for number in range(3)]
+    chain.post(1, posted[0])
+    chain.post(1, posted[1])
+    chain.post(0, posted[2])
+    assert await listener.sent.get() == (0, posted[2]) and listener.sent.empty()
+    stream.may_send.set()
+    assert [await listener.sent.get() for _ in range(2)] == [(1, posted[0]), (1, posted[1])]
+    await chain.close()

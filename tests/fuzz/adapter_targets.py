@@ -19,7 +19,8 @@ from swarm.adapters.layout import BlockShape, LinearShape, ModelLayout
 from swarm.adapters.notes import AdapterNote, pack_notes, unpack_notes
 from swarm.adapters.transfer import Assembly
 from swarm.client.config import SessionConfig
-from swarm.client.training import Parameters, RemoteTraining
+from swarm.client.parameters import Parameters
+from swarm.client.training import RemoteTraining
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import PeerUnreachable
 from swarm.protocol import (

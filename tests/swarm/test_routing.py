@@ -218,6 +218,23 @@ def test_who_boasts_draws_no_more_than_sixteen_usual_servers():
     assert peers.count("boasts") / 1000 == pytest.approx(0.5, abs=0.02)
 
 
+def test_batches_are_spread_by_what_servers_were_seen_to_have():
+    """Of what is believed of their announcements: who boasts without bounds and gives a sixteenth is as others are."""
+    offers = [*(offer(f"p{index}", free_tps=100.0) for index in range(9)), offer("boasts", free_tps=1e12)]
+    router, draws = Router(offers, parts={"boasts": 1 / 16, "gone": 0.5}), EvenDraws(np.random.default_rng(0))
+    peers = [router.spread(BlockRange(0, 4), draws, num_tokens=1024).hops[0].peer_id for _ in range(1000)]
+    assert peers.count("boasts") / 1000 == pytest.approx(0.1, abs=0.02)
+    assert router.believed_tps("boasts") == 1600.0 and router.usual_tps == 100.0
+
+
+def test_a_chain_is_as_quick_as_its_slowest_server():
+    """By the blocks that this one runs, and what it was seen to have."""
+    offers = [offer("a", free_tps=100.0), offer("b", free_tps=400.0)]
+    hops = (Hop(peer_id="a", blocks=BlockRange(0, 1)), Hop(peer_id="b", blocks=BlockRange(1, 4)))
+    assert Router(offers).throughput_tps(hops) == pytest.approx(100.0)
+    assert Router(offers, parts={"b": 0.5}).throughput_tps(hops) == pytest.approx(200.0 / 3)
+
+
 def test_no_server_is_a_mere_relay_where_a_direct_way_is_slow():
     """Measured ways need not obey the triangle inequality; a hop that runs no block is none."""
     slow, quick = 2.0, 0.001

@@ -194,10 +194,12 @@ def test_evaluation_leaves_nothing_behind():
 def test_dropped_micro_batches_are_forgotten_by_the_chain():
     """A graph that nobody goes back through holds no server's memory."""
     pipeline, micros, dice = Pipeline(), make_micros(3), random.Random(0)
+    assert pipeline.is_empty
     pipeline.add(micros)
+    assert not pipeline.is_empty
     chain = FakeChain(pipeline, 2, dice)
     run(pipeline, chain, lambda: all(it.outputs is not None for it in micros), dice)
-    assert all(len(held) == 3 for held in chain.held)
+    assert all(len(held) == 3 for held in chain.held) and not pipeline.is_empty
     pipeline.drop(micros[:2])
     chain.pump()
     assert all(len(held) == 1 for held in chain.held)
