@@ -18,7 +18,7 @@ from typing import Any
 
 from swarm.codec import decode_tensor
 from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerTimeout, SwarmError
-from swarm.link import Accepted, Intake, StepChunk
+from swarm.intake import Accepted, Intake
 from swarm.protocol import (
     Forward,
     HandOver,
@@ -45,6 +45,7 @@ from swarm.server.sender import Sender
 from swarm.server.session_moves import SessionMoves
 from swarm.server.session_state import SavedSession
 from swarm.server.work import Produced, Work
+from swarm.step_chunk import StepChunk
 from swarm.transport import EndOfStream, Stream
 from swarm.transport.limits import Budget
 

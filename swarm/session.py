@@ -23,8 +23,10 @@ import torch
 
 from swarm.errors import InvalidRequest, PeerMisbehaved
 from swarm.history import RowHistory, join
-from swarm.link import Link, StepChunk, check_order
+from swarm.link import Link
 from swarm.protocol import LinkFault
+from swarm.rows import check_order
+from swarm.step_chunk import StepChunk
 from swarm.types import BlockRange
 
 

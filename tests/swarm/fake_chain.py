@@ -20,9 +20,11 @@ from itertools import chain, pairwise
 import torch
 
 from swarm.errors import InvalidRequest
-from swarm.link import Accepted, HistoryLost, Intake, Link, StepChunk
+from swarm.intake import Accepted, Intake
+from swarm.link import HistoryLost, Link
 from swarm.protocol import LinkFault
 from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
+from swarm.step_chunk import StepChunk
 from swarm.types import BlockRange
 
 CLIENT = -1
