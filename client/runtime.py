@@ -29,9 +29,8 @@ from swarm.network.node import Node, NodeConfig
 from swarm.network.tasks import TaskSet
 from swarm.private.credentials import Credentials
 from swarm.protocol import ADAPTER_SERVICE
-from swarm.session import Hop
 from swarm.transport import Stream, Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 logger = logging.getLogger(__name__)
 

@@ -62,9 +62,10 @@ from swarm.protocol import (
     Waiting,
     printable,
 )
-from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
+from swarm.session import Session
+from swarm.session_actions import Connect, Done, FindRoute, Open, Send, Wait
 from swarm.transport import Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 __all__ = ["HopTiming", "RemoteSession", "SessionConfig", "WaitingFor"]
 
@@ -228,7 +229,7 @@ class RemoteSession:
             self._had_trouble(step, error)
             return
         if self.machine.next_action() == action:  # no neighbour was lost meanwhile
-            self.machine.fallbacks |= self._peers.pairs_without_push
+            self.machine.fallbacks.update(self._peers.pairs_without_push)
             self.machine.routed(hops)
             step.watch = self._watch(sum(self.machine.lengths))  # somebody has to catch up with everything
             step.watch.asked(time.monotonic())  # ask often from now on: catching up counts as progress

@@ -40,10 +40,9 @@ from swarm.protocol import (
     Step,
     TensorSpec,
 )
-from swarm.session import Hop
 from swarm.step_chunk import StepChunk
 from swarm.transport import EndOfStream, Limits, Stream, Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 HIDDEN = 4
 NUM_BLOCKS = 6

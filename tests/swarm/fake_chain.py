@@ -23,9 +23,10 @@ from swarm.errors import InvalidRequest
 from swarm.intake import Accepted, Intake
 from swarm.link import HistoryLost, Link
 from swarm.protocol import LinkFault
-from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
+from swarm.session import Session
+from swarm.session_actions import Connect, Done, FindRoute, Open, Send, Wait
 from swarm.step_chunk import StepChunk
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 CLIENT = -1
 """The client's place in `FakeChain.tokens`, where servers go by their links."""

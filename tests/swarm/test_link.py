@@ -193,7 +193,7 @@ def test_a_link_to_the_client_goes_on_behind_what_the_client_has() -> None:
     assert (last.positions, last.num_tokens) == ((2,), (1,))
 
 
-# -- both ends -----------------------------------------------------------------------------------------------------
+# -- both ends ----------------------------------------------------------------------------------------------------
 
 steps = st.lists(
     st.tuples(
