@@ -21,7 +21,9 @@ from swarm.checkpoint.source import Checkpoint
 from swarm.client.config import SessionConfig
 from swarm.client.peers import Peers
 from swarm.client.row_adapters import ClientAdapter, RowAdapters
-from swarm.client.session import HopTiming, RemoteSession, WaitingFor
+from swarm.client.session import RemoteSession
+from swarm.client.supervisor import WaitingFor
+from swarm.client.timings import HopTiming
 from swarm.client.training import Call, Parameters, RemoteTraining
 from swarm.errors import SwarmError
 from swarm.identity import Identity

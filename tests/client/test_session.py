@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from swarm.client.session import RemoteSession, SessionConfig
+from swarm.client.config import SessionConfig
+from swarm.client.session import RemoteSession
 from swarm.codec import encode_tensor
 from swarm.errors import (
     CheckpointMismatch,
@@ -61,18 +62,19 @@ async def nodes() -> AsyncIterator[list[Node]]:
 
 
 class CountingSession(RemoteSession):
-    """Counts what it is told."""
+    """Counts what its supervisor is told."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.told: Counter[str] = Counter()
         self.heard = asyncio.Event()
         """Set at every message."""
+        self._tell, self._supervisor.on_message = self._supervisor.on_message, self._count
 
-    def on_message(self, hop, message: Message, body: memoryview) -> None:
+    def _count(self, hop, message: Message, body: memoryview) -> None:
         self.told[type(message).__name__] += 1
         self.heard.set()
-        super().on_message(hop, message, body)
+        self._tell(hop, message, body)
 
 
 @dataclass
@@ -715,7 +717,7 @@ async def test_a_server_without_room_is_waited_for_and_shown(make_swarm, caplog)
 
     swarm.servers[0].script = at(Step, wait)
     client = swarm.session()
-    with caplog.at_level(logging.INFO, "swarm.client.session"):
+    with caplog.at_level(logging.INFO, "swarm.client.supervisor"):
         await Text(client).step(2)
     name = swarm.servers[0].peer_id[-8:]
     assert seen == [
@@ -820,7 +822,7 @@ async def test_a_long_replay_leaves_the_loop_to_others_while_it_is_queued(make_s
     running = asyncio.create_task(session.step(torch.zeros(1 << 20, HIDDEN), positions=[0], num_tokens=[1 << 20]))
     seen: list[int] = []
     async with asyncio.timeout(20):
-        while not seen or session.machine._parts[0].feed.is_behind:
+        while not seen or session.machine._chain.first_feed.is_behind:
             seen.append(sum(len(hop._outbox) for hop in session._hops))
             await asyncio.sleep(0)
     assert len(set(seen)) > 10

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from swarm.checkpoint.source import resolve
+from swarm.client.config import SessionConfig
 from swarm.client.processes import PeerProcess, all_stopped
 from swarm.client.runtime import SwarmService, connect
-from swarm.client.session import SessionConfig
 from swarm.errors import PeerDisconnected
 from swarm.registry import ServerRecord
 from tests.integration.conftest import HIDDEN, NUM_BLOCKS, closing
