@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from swarm.codec import torch_dtype
-from swarm.errors import (
-    InvalidRequest,
-    PeerBusy,
-    PeerDisconnected,
-    PeerError,
-    PeerTimeout,
-    PeerUnreachable,
-)
+from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
 from swarm.network import Node
 from swarm.protocol import (

@@ -5,17 +5,9 @@ import asyncio
 import pytest
 import torch
 
-from swarm.errors import (
-    PeerBusy,
-)
+from swarm.errors import PeerBusy
 from swarm.network import Node
-from swarm.protocol import (
-    PUSH_SERVICE,
-    Forwarding,
-    Probe,
-    ProbeResult,
-    PushHello,
-)
+from swarm.protocol import PUSH_SERVICE, Forwarding, Probe, ProbeResult, PushHello
 from tests.server.conftest import chain_of
 from tests.server.fakes import eventually, failure_of, make_step, run_blocks, tokens
 

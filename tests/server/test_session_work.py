@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from swarm.network import Node
-from swarm.protocol import (
-    Probe,
-    ProbeResult,
-    Waiting,
-)
+from swarm.protocol import Probe, ProbeResult, Waiting
 from tests.server.conftest import chain_of
 from tests.server.fakes import eventually, through, tokens
 

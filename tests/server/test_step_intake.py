@@ -3,18 +3,9 @@
 import pytest
 import torch
 
-from swarm.errors import (
-    InvalidRequest,
-    PeerBusy,
-    PeerMisbehaved,
-)
+from swarm.errors import InvalidRequest, PeerBusy, PeerMisbehaved
 from swarm.network import Node
-from swarm.protocol import (
-    Forward,
-    Forwarding,
-    LinkDown,
-    PushAccepted,
-)
+from swarm.protocol import Forward, Forwarding, LinkDown, PushAccepted
 from tests.server.conftest import chain_of
 from tests.server.fakes import HIDDEN, eventually, failure_of, make_step, through, tokens, until_free
 

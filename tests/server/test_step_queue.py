@@ -4,15 +4,9 @@ import asyncio
 
 import pytest
 
-from swarm.errors import (
-    PeerDisconnected,
-    PeerTimeout,
-)
+from swarm.errors import PeerDisconnected, PeerTimeout
 from swarm.network import Node
-from swarm.protocol import (
-    Probe,
-    Step,
-)
+from swarm.protocol import Probe, Step
 from swarm.server import step_queue
 from swarm.server.step_queue import STEP_BYTES, StepQueue
 from swarm.transport.limits import Budget
