@@ -106,21 +106,12 @@ class ServedSession:
         self._lease: AdapterLease | None = None
         if adapters is not None and opened.adapters:
             self._lease = adapters.lease(opened, stream.account, self._control.tell)
+        max_tokens, patience_s = 2 * max_step_tokens, limits.forward_timeout_s
         self._room = SessionRoom(
-            self._work,
-            self._sender,
-            budget,
-            max_tokens=2 * max_step_tokens,
-            patience_s=limits.forward_timeout_s,
-            on_stalled=self.end,
+            self._work, self._sender, budget, max_tokens=max_tokens, patience_s=patience_s, on_stalled=self.end
         )
-        self._queue = StepQueue(
-            stream,
-            has_room=lambda: self._room.has_room,
-            take=self._take,
-            max_bytes=limits.max_pending_bytes,
-            budget=pending,
-        )
+        has_room, max_bytes = (lambda: self._room.has_room), limits.max_pending_bytes
+        self._queue = StepQueue(stream, has_room=has_room, take=self._take, max_bytes=max_bytes, budget=pending)
         self._pushes: deque[PushStream] = deque()
         self._over = asyncio.Event()
         self._error: SwarmError | None = None
