@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from swarm.client.row_adapters import RowAdapters
 from swarm.protocol import MAX_HOLDERS
 from swarm.registry import ServerRecord
-from swarm.session import Hop
+from swarm.types import Hop
 
 LOAD_BYTES_PER_S = 4e6
 """At which rate an adapter comes to a server, for all that is known."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swarm.client.prospects import Outlook, Prospect
-from swarm.session import Hop
+from swarm.types import Hop
 
 GAIN_SHARE = 0.25
 """Part of a step's time that a move has to save ..."""

@@ -15,8 +15,8 @@ from typing import Protocol
 from swarm.errors import PeerDisconnected, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.network.tasks import TaskSet
 from swarm.protocol import SESSION_SERVICE, Message, OpenSession, Probe, SessionOpened
-from swarm.session import Hop
 from swarm.transport import EndOfStream, Stream, Transport
+from swarm.types import Hop
 
 
 class Listener(Protocol):

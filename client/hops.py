@@ -17,8 +17,10 @@ from swarm.client.hop_stream import HopStream, Listener
 from swarm.codec import encode_tensor
 from swarm.network.tasks import TaskSet
 from swarm.protocol import Forward, OpenSession, SessionOpened
-from swarm.session import Connect, Hop, Send, Session
+from swarm.session import Session
+from swarm.session_actions import Connect, Send
 from swarm.transport import Transport
+from swarm.types import Hop
 
 CLOSE_TIMEOUT_S = 2.0
 NO_KEY = bytes(16)

@@ -33,7 +33,8 @@ from swarm.protocol import (
     printable,
 )
 from swarm.rates import Rate, Rates
-from swarm.session import Hop, Session
+from swarm.session import Session
+from swarm.types import Hop
 
 logger = logging.getLogger(__name__)
 

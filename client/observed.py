@@ -15,7 +15,7 @@ from swarm.client.pace import parts
 from swarm.client.timings import HopTiming
 from swarm.client.way_back import Leg
 from swarm.routing import VISIT_S, Router
-from swarm.session import Hop
+from swarm.types import Hop
 
 BACK_WORK = 3.0
 """What a token costs on its way back, by what it costs forth: that again, and gradients of inputs and parameters."""

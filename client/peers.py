@@ -36,9 +36,8 @@ from swarm.network.node import Node
 from swarm.pings import Pinger
 from swarm.registry import Registry, ServerRecord
 from swarm.routing import Need, Route, Router
-from swarm.session import Hop
 from swarm.transport import Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from swarm.errors import PeerDisconnected, PeerError, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.routing import Route
-from swarm.session import Hop
-from swarm.types import name_ranges
+from swarm.types import Hop, name_ranges
 
 SLOW_S = 1e9
 """Cost of a server that has not answered in time: more than any chain without it ..."""

@@ -29,8 +29,8 @@ from swarm.client.runtime import LoopThread, SwarmService, close_in_time, join, 
 from swarm.errors import PeerMisbehaved
 from swarm.network.node import Node
 from swarm.private.credentials import Credentials
-from swarm.session import Hop
 from swarm.transport import Transport
+from swarm.types import Hop
 
 logger = logging.getLogger(__name__)
 

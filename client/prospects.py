@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm.routing import Need, Replacement, Router
-from swarm.session import Hop
+from swarm.types import Hop
 
 NUM_COMPARED = 32
 """Servers that are looked at for each hop, the quickest by the router's price."""

@@ -23,7 +23,8 @@ from swarm.client.moves import Moves
 from swarm.client.peers import Peers
 from swarm.client.prospects import Outlook, Prospect
 from swarm.client.timings import HopTiming
-from swarm.session import Hop, Session
+from swarm.session import Session
+from swarm.types import Hop
 
 logger = logging.getLogger(__name__)
 

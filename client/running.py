@@ -17,7 +17,7 @@ from swarm.client.timings import HopTiming, attribute
 from swarm.codec import decode_tensor
 from swarm.errors import PeerMisbehaved, SwarmError
 from swarm.protocol import HopTrace, ProbeResult, StepResult
-from swarm.session import Hop
+from swarm.types import Hop
 
 
 class RunningStep:

@@ -22,7 +22,9 @@ from swarm.client.config import SessionConfig
 from swarm.client.parameters import Parameters
 from swarm.client.peers import Peers
 from swarm.client.row_adapters import ClientAdapter, RowAdapters
-from swarm.client.session import HopTiming, RemoteSession, WaitingFor
+from swarm.client.session import RemoteSession
+from swarm.client.supervisor import WaitingFor
+from swarm.client.timings import HopTiming
 from swarm.client.training import Call, RemoteTraining
 from swarm.errors import SwarmError
 from swarm.identity import Identity
@@ -30,9 +32,8 @@ from swarm.network.node import Node, NodeConfig
 from swarm.network.tasks import TaskSet
 from swarm.private.credentials import Credentials
 from swarm.protocol import ADAPTER_SERVICE
-from swarm.session import Hop
 from swarm.transport import Stream, Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 logger = logging.getLogger(__name__)
 

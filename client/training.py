@@ -50,10 +50,9 @@ from swarm.protocol import (
     TrainOutputs,
     printable,
 )
-from swarm.session import Hop
 from swarm.training import Backward, Forward, MicroBatch, Pipeline
 from swarm.transport import Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from typing import Protocol
 from swarm.errors import PeerDisconnected, PeerMisbehaved, PeerTimeout, SwarmError
 from swarm.network.tasks import TaskSet
 from swarm.protocol import TRAIN_SERVICE, Message, OpenTraining, TrainingOpened, TrainLink, TrainLinked, printable
-from swarm.session import Hop
 from swarm.transport import EndOfStream, Stream, Transport
+from swarm.types import Hop
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ servers tell of the way forth are mere words, so nothing is measured there.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarm.session import Hop
+from swarm.types import Hop
 
 MAX_UNDER_WAY = 4096
 """Micro-batches that are remembered: of those that begin again under another number nothing more is heard."""

@@ -55,3 +55,26 @@ class HandlerLimits:
     """Of sessions that come from other servers at once."""
     gone_timeout_s: float = 10.0
     """How long the client of a session that was handed over may keep it open here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingLimits:
+    """What one server accepts of training."""
+
+    max_runs: int = 64
+    """Streams at once."""
+    max_runs_per_peer: int = 8
+    """Or per member of a private swarm."""
+    max_pending_bytes: int = 64 << 20
+    """Of one run: micro-batches that wait to be run, and results that wait to be sent; beyond, it is not read."""
+    max_parameter_bytes: int = 512 << 20
+    """Of one run: all versions of its parameters together, usually two: a new one is made of the one before."""
+    open_timeout_s: float = 10.0
+    idle_timeout_s: float = 900.0
+    """How long a run may be silent before it is ended."""
+    send_timeout_s: float = 120.0
+    """How long a client, or a neighbour, may leave its results unread."""
+    link_timeout_s: float = 8.0
+    """How long opening a stream to the next server may take."""
+    max_forgotten: int = 1 << 14
+    """Micro-batches that the client has forgotten before they came from the server before."""

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from swarm.codec import encode_tensor, torch_dtype
 from swarm.errors import PeerMisbehaved, SwarmError
-from swarm.link import HistoryLost, Link, StepChunk
+from swarm.link import HistoryLost, Link
 from swarm.protocol import (
     MAX_HOPS,
     Forward,
@@ -30,6 +30,7 @@ from swarm.server.limits import HandlerLimits
 from swarm.server.push import PushStream, for_the_client, greet
 from swarm.server.session_state import Sent
 from swarm.server.work import Produced, ProducedRow
+from swarm.step_chunk import StepChunk
 from swarm.transport import EndOfStream
 
 log = logging.getLogger(__name__)

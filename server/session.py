@@ -1,24 +1,22 @@
 """One session on a server: steps come in from the client or the server before, outputs go to the next or the client.
 
-    session stream (Step, Forward, Probe) ─┐                                       ┌─► push stream to the next server
-    push streams (Step) ───────────────────┴► Intake ─► executor ─produced─► Sender ┴─► session stream to the client
+    session stream ─ StepQueue ─┐                                           ┌─► push stream to the next server
+    push streams ───────────────┴► StepIntake ─► SessionWork ─► Sender ─────┴─► session stream to the client
+                                    SessionRoom: while there is room for work
 
 The session stream is the session's life: when it ends, everything is freed. Both kinds of readers stop while the
 session has work enough; the session stream is read a little further, because what stands behind the steps (Probe,
-Forward, HandOver) must be answered whatever happens. Every step is checked here; behind this module steps are trusted.
-A session may go to another server, or come from one: `server.session_moves`.
+Forward, HandOver) must be answered whatever happens. A session may go to another server, or come from one:
+`server.session_moves`. This module knows who is told what, and when; how steps are checked, wait and run is its parts'.
 """
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
-from swarm.codec import decode_tensor
 from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerTimeout, SwarmError
-from swarm.link import Accepted, Intake, StepChunk
 from swarm.protocol import (
     Forward,
     HandOver,
@@ -32,26 +30,23 @@ from swarm.protocol import (
     Waiting,
 )
 from swarm.server.adapter_desk import AdapterDesk, AdapterLease
-from swarm.server.backlog import Backlog, StepStart
 from swarm.server.control import Control
 from swarm.server.executor import Executor
 from swarm.server.history import HistoryBudget
 from swarm.server.limits import HandlerLimits
 from swarm.server.meters import SessionMeter
 from swarm.server.moving import MoveDesk
-from swarm.server.pages import PAGE_SIZE
 from swarm.server.push import PushStream
 from swarm.server.sender import Sender
 from swarm.server.session_moves import SessionMoves
+from swarm.server.session_room import SessionRoom
 from swarm.server.session_state import SavedSession
-from swarm.server.work import Produced, Work
+from swarm.server.session_work import SessionWork
+from swarm.server.step_intake import StepIntake
+from swarm.server.step_queue import StepQueue
+from swarm.server.work import Produced
 from swarm.transport import EndOfStream, Stream
 from swarm.transport.limits import Budget
-
-STEP_BYTES = 1 << 10
-"""Memory that a step takes besides its tensor, about."""
-END_CHECK_S = 0.5
-"""How often it is looked whether the client has gone while its stream is not read."""
 
 
 class ServedSession:
@@ -91,7 +86,7 @@ class ServedSession:
         self._stream = stream
         self._executor, self._limits, self._max_step_tokens = executor, limits, max_step_tokens
         self._budget, self._meter = budget, meter
-        self._intake = Intake(opened.batch_size, max_length=opened.max_length, adapter_of=opened.adapter_of)
+        self._intake = StepIntake(opened, executor, max_step_tokens=max_step_tokens, meter=meter)
         self._control = Control(stream, timeout_s=limits.send_timeout_s, on_lost=self.end, on_tell=meter.told)
         self._sender = Sender(
             opened.batch_size,
@@ -107,24 +102,18 @@ class ServedSession:
         self.moves = SessionMoves(
             self, move_desk, client=stream.account, control=self._control, limits=limits, on_end=self.end
         )
-        self._cached = executor.open(
-            opened.blocks,
-            opened.batch_size,
-            client=stream.account,
-            listener=self,
-            adapters=opened.row_adapters,
-        )
+        self._work = SessionWork(opened, executor, client=stream.account, listener=self)
         self._lease: AdapterLease | None = None
         if adapters is not None and opened.adapters:
             self._lease = adapters.lease(opened, stream.account, self._control.tell)
-        self._backlog = Backlog()
-        self._was_reordered = self._is_waiting = False
-        self._pending: deque[tuple[Step, memoryview]] = deque()
-        self._pending_bytes, self._all_pending = 0, pending
+        max_tokens, patience_s = 2 * max_step_tokens, limits.forward_timeout_s
+        self._room = SessionRoom(
+            self._work, self._sender, budget, max_tokens=max_tokens, patience_s=patience_s, on_stalled=self.end
+        )
+        has_room, max_bytes = (lambda: self._room.has_room), limits.max_pending_bytes
+        self._queue = StepQueue(stream, has_room=has_room, take=self._take, max_bytes=max_bytes, budget=pending)
         self._pushes: deque[PushStream] = deque()
-        self._room = asyncio.Event()
         self._over = asyncio.Event()
-        self._stalled: asyncio.TimerHandle | None = None
         self._error: SwarmError | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -157,7 +146,7 @@ class ServedSession:
         if not self._over.is_set():
             self._error = error
             self._over.set()
-            self._room.set()
+            self._queue.close()
 
     async def _until_end(self, coroutine: Coroutine[Any, Any, None]) -> None:
         try:
@@ -167,15 +156,12 @@ class ServedSession:
 
     async def _free(self) -> None:
         self._over.set()
-        self._room.set()
-        if self._stalled is not None:
-            self._stalled.cancel()
-        self._executor.close(self._cached)
+        self._room.close()
+        self._work.close()
         if self._lease is not None:
             self._lease.close()
         self._budget.forget(self, self._stream.account)
-        self._pending.clear()
-        self._count_pending(-self._pending_bytes)
+        self._queue.close()
         await self.moves.close()
         for stream in list(self._pushes):
             await stream.abort(PeerDisconnected("the session has ended"))
@@ -184,7 +170,7 @@ class ServedSession:
         """Let work run once the session's adapters are here; until then it waits, and others go on."""
         if self._lease is not None:
             await self._lease.load()
-            self._executor.adapters_ready(self._cached)
+            self._work.adapters_ready()
 
     # -- what comes in ------------------------------------------------------------------------------------------
 
@@ -203,7 +189,8 @@ class ServedSession:
                 raise PeerTimeout(f"session closed after {self._limits.idle_timeout_s:.0f} s of silence") from None
             self.last_active = time.monotonic()
             if isinstance(message, Step):
-                await self._queue_step(message, body)
+                if not await self._queue.put(message, body):
+                    return self.end()
             elif isinstance(message, Probe):
                 self._control.tell(self._answer(message))
             elif isinstance(message, Forward):
@@ -230,7 +217,7 @@ class ServedSession:
                 message, body = await stream.receive()
                 if not isinstance(message, Step):
                     raise InvalidRequest(f"expected Step, got {type(message).__name__}")
-                await self._wait_for_turn()
+                await self._queue.turn()
                 try:
                     self._take(message, body)
                 except PeerBusy as error:
@@ -241,85 +228,13 @@ class ServedSession:
     def _silence_left_s(self) -> float:
         return self.last_active + self._limits.idle_timeout_s - time.monotonic()
 
-    async def _queue_step(self, step: Step, body: memoryview) -> None:
-        """Take a step of the client's now or when there is room; returns when more may be read.
-
-        While it waits, nobody reads the stream, so it is looked now and then whether the client is still there.
-        """
-        if not self._pending and self._has_room:
-            return self._take(step, body)
-        self._pending.append((step, body))
-        self._count_pending(len(body) + STEP_BYTES)
-        while self._must_wait and not self._over.is_set():
-            self._room.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(END_CHECK_S):
-                    await self._room.wait()
-            if self._stream.is_over:
-                return self.end()
-
-    def _count_pending(self, num_bytes: int) -> None:
-        self._pending_bytes += num_bytes
-        self._all_pending.used += num_bytes
-
-    @property
-    def _must_wait(self) -> bool:
-        """Whether so much of what was read waits that no more may be read."""
-        is_full = self._all_pending.used > self._all_pending.limit
-        return self._pending_bytes > (0 if is_full else self._limits.max_pending_bytes)
-
-    async def _wait_for_turn(self) -> None:
-        """Wait until a pushed step may be taken.
-
-        Raises:
-            PeerDisconnected: the session has ended.
-        """
-        while not self._over.is_set() and (self._pending or not self._has_room):
-            self._room.clear()
-            await self._room.wait()
-        if self._over.is_set():
-            raise PeerDisconnected("the session has ended")
-
-    @property
-    def _has_room(self) -> bool:
-        """Whether more work is wanted now: not while outputs wait for a receiver that does not keep up.
-
-        Outputs that nobody takes (the next server is lost, or not named yet) are kept anyway, as history; they hold the
-        session up only when they fill the memory for it. A session that moves takes nothing more.
-        """
-        if self.moves.is_frozen:
-            return False
-        num_tokens = self._backlog.num_tokens
-        if self._sender.is_blocked or self._budget.is_full:
-            num_tokens += self._sender.link.num_unsent
-        return num_tokens < 2 * self._max_step_tokens
-
     def _on_room(self) -> None:
         """Something was done or sent: take what waits, and let readers read on."""
-        self._room.set()
-        if self._stalled is None and self._is_stalled:
-            self._stalled = asyncio.get_running_loop().call_later(self._limits.forward_timeout_s, self._end_stalled)
-        elif self._stalled is not None and not self._is_stalled:
-            self._stalled.cancel()
-            self._stalled = None
+        self._room.watch()
         try:
-            while self._pending and self._has_room and not self._over.is_set():
-                step, body = self._pending.popleft()
-                self._count_pending(-len(body) - STEP_BYTES)
-                self._take(step, body)
+            self._queue.advance()
         except SwarmError as error:
             self.end(error)
-
-    @property
-    def _is_stalled(self) -> bool:
-        """Whether only a new Forward can set the session going: it may keep no more outputs, and nobody takes them."""
-        return not self._sender.has_receiver and self._budget.is_full and not self._has_room
-
-    def _end_stalled(self) -> None:
-        if self._is_stalled:
-            waited_s = self._limits.forward_timeout_s
-            self.end(PeerBusy(f"no receiver for {waited_s:g} s, no memory to keep more: no Forward came"))
-        self._stalled = None
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -334,77 +249,19 @@ class ServedSession:
         self.last_active = time.monotonic()
         if step.step_id < self._intake.step_id:
             return
-        chunk = self._check(step, body)
-        if self._intake.step_id < 0 < step.step_id:
-            self._meter.replayed(sum(step.num_tokens))
+        accepted = self._intake.take(step, body)
         self._sender.trace = step.trace
-        accepted = self._intake.accept(chunk)
-        if accepted is None:
-            return
-        self._submit(step, accepted)
-
-    def _check(self, step: Step, body: memoryview) -> StepChunk:
-        expected = (sum(step.num_tokens), self._executor.span.hidden_size)
-        if step.hidden_states.shape != expected or not 1 <= expected[0] <= self._max_step_tokens:
-            raise InvalidRequest(
-                f"hidden states of shape {step.hidden_states.shape}, expected {expected} and 1 to"
-                f" {self._max_step_tokens} tokens"
-            )
-        chunk = StepChunk.of(step, decode_tensor(step.hidden_states, body))
-        self._intake.check(chunk)
-        if self._executor.span.stateful and self._intake.rolls_back(chunk):
-            raise InvalidRequest("this model keeps a recurrent state: its rows can't be rolled back")
-        self._check_room(chunk)
-        return chunk
-
-    def _check_room(self, chunk: StepChunk) -> None:
-        """Refuse what the cache could never hold; rows that were reordered may share pages, so they are let through."""
-        self._was_reordered |= chunk.order is not None
-        lengths = [position + count for position, count in zip(chunk.positions, chunk.num_tokens, strict=True)]
-        pages = [-(-length // PAGE_SIZE) for length in lengths]
-        needed = (max(pages) if self._was_reordered else sum(pages)) * PAGE_SIZE
-        if needed > self._executor.total_tokens:
-            raise PeerBusy(
-                f"the session needs {needed} tokens of KV cache, the server has {self._executor.total_tokens}",
-                retry_after_s=600.0,
-            )
-
-    def _submit(self, step: Step, accepted: Accepted) -> None:
-        """Give the executor what is new; a step that takes back all that is queued makes it drop that."""
-        base, start = accepted.base, None
-        if base is not None:
-            kept = self._backlog.take_back(accepted.step_id, accepted.order, base)
-            if kept is not None:
-                self._executor.drop_queued(self._cached)
-                self._is_waiting = False
-                base = kept
-            start = StepStart(
-                step_id=accepted.step_id,
-                order=accepted.order,
-                base=base,
-                outputs_from=accepted.outputs_from,
-                spec=step.hidden_states,
-            )
-        work = Work(
-            step_id=accepted.step_id,
-            order=accepted.order,
-            base=base,
-            num_tokens=accepted.num_tokens,
-            outputs_from=accepted.outputs_from if self.opened.is_last else (0,) * self.opened.batch_size,
-            hidden_states=accepted.hidden_states,
-        )
-        starts = tuple(end - count for end, count in zip(self._intake.lengths, work.num_tokens, strict=True))
-        self._backlog.add(work, starts, start)
-        self.moves.use_room()
-        self._executor.submit(self._cached, work)
+        if accepted is not None:
+            self.moves.use_room()
+            self._work.submit(accepted, step.hidden_states, self._intake.received)
 
     def _answer(self, probe: Probe) -> ProbeResult:
         return ProbeResult(
             nonce=probe.nonce,
             step_id=self._intake.step_id,
-            received=tuple(self._intake.lengths),
+            received=self._intake.received,
             produced=self._sender.link.lengths,
-            is_waiting=self._is_waiting,
+            is_waiting=self._work.is_waiting,
         )
 
     # -- moving -------------------------------------------------------------------------------------------------
@@ -420,20 +277,20 @@ class ServedSession:
     @property
     def num_pages(self) -> int:
         """Pages that its tokens fill, not counting that beams and prompts share some."""
-        return sum(-(-length // PAGE_SIZE) for length in self._intake.lengths)
+        return self._intake.num_pages
 
     @property
     def taken(self) -> StateTaken:
         """How far this session is."""
-        return StateTaken(step_id=self._intake.step_id, received=tuple(self._intake.lengths))
+        return StateTaken(step_id=self._intake.step_id, received=self._intake.received)
 
     def freeze(self) -> None:
         """Take no more steps."""
-        self.moves.is_frozen = True
+        self._room.is_frozen = True
 
     def thaw(self) -> None:
         """Take steps again, those first that came meanwhile."""
-        self.moves.is_frozen = False
+        self._room.is_frozen = False
         self._on_room()
 
     async def settle(self) -> None:
@@ -442,36 +299,30 @@ class ServedSession:
         Raises:
             PeerDisconnected: the session has ended.
         """
-        while not self._over.is_set() and (self._backlog.num_tokens or not self._sender.is_settled):
-            self._room.clear()
-            await self._room.wait()
-        if self._over.is_set():
-            raise PeerDisconnected("the session has ended")
+        await self._queue.until(lambda: not self._work.num_tokens and self._sender.is_settled)
 
     async def save(self) -> SavedSession:
         """What another server needs to go on, while nothing is taken and nothing runs."""
-        image = await self._executor.take_image(self._cached)
+        image = await self._work.save()
         return SavedSession(intake=self._intake.save(), image=image, sent=self._sender.save())
 
     async def resume(self, saved: SavedSession) -> None:
         """Go on, before the first step, where another server was."""
-        await self._executor.put_image(self._cached, saved.image)
+        await self._work.resume(saved.image)
         if self._over.is_set():
             raise PeerDisconnected("the session has ended")
         self._intake.resume(saved.intake)
         self._sender.resume(saved.sent)
-        self._was_reordered = True  # rows may share pages
         self._budget.use(self, self._stream.account, self._sender.link)
 
     # -- the executor tells us ----------------------------------------------------------------------------------
 
     def produced(self, produced: Produced) -> None:
         """One batch has run: its outputs go on at once."""
-        if self._over.is_set() or self._backlog.is_void(produced.step_id):
+        if self._over.is_set() or self._work.is_void(produced.step_id):
             return
         self.last_active = time.monotonic()
-        self._is_waiting = False
-        for start in self._backlog.done(produced.step_id, produced.num_tokens):
+        for start in self._work.done(produced):
             self._sender.begin(start)
         self._sender.append(produced)
         self._sender.pump()
@@ -481,13 +332,13 @@ class ServedSession:
 
     def failed(self, step_id: int, error: SwarmError) -> None:
         """Work can't be done: the session ends."""
-        if not self._backlog.is_void(step_id):
+        if not self._work.is_void(step_id):
             self.end(error)
 
     def waiting(self, step_id: int, expected_s: float) -> None:
         """Work waits for room in the cache."""
         if not self._over.is_set():
-            self._is_waiting = True
+            self._work.is_waiting = True
             self._control.tell(Waiting(step_id=step_id, expected_s=min(max(expected_s, 0.0), 86400.0)))
 
 

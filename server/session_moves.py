@@ -5,7 +5,7 @@
      └── urge, as long as the server drains ───────────────┘
     receive ─► MoveDesk.take ─► StateTaken ~~► client
 
-While `is_frozen`, the session takes no steps. It knows what it may do; how a session travels is `server.moving`'s.
+It knows what the session may do; how one travels is `server.moving`'s.
 """
 
 import asyncio
@@ -53,8 +53,8 @@ class SessionMoves:
         limits: HandlerLimits,
         on_end: Callable[[], None],
     ):
-        self.is_frozen = self.is_gone = False
-        """Whether no steps are taken; whether another server has the session."""
+        self.is_gone = False
+        """Whether another server has the session."""
         self.has_nowhere = False
         """Whether the client knows nobody who would take it."""
         self.stays_until = -inf

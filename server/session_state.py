@@ -15,8 +15,10 @@ import torch
 
 from swarm.codec import torch_dtype
 from swarm.errors import InvalidRequest
-from swarm.link import IntakeState, LinkState, check_order
+from swarm.intake import IntakeState
+from swarm.link import LinkState
 from swarm.protocol import DType, Encoding, OpenSession, SentState, SessionState, StatePart
+from swarm.rows import check_order
 from swarm.server.blocks.parcel import Layout
 from swarm.server.cache_image import CacheImage
 from swarm.server.pages import PAGE_SIZE

@@ -23,9 +23,8 @@ from swarm.errors import RouteNotFound
 from swarm.flow import Flow
 from swarm.route_map import ChainWays, Location, PeerMap
 from swarm.route_search import Costs, Floats, Ints, Spans, cheapest
-from swarm.session import Hop
 from swarm.shares import MAX_MEDIANS
-from swarm.types import BlockRange, name_ranges
+from swarm.types import BlockRange, Hop, name_ranges
 
 VISIT_S = 0.001
 """What a server does with a step besides its blocks: reading, queueing and sending, on an idle one."""

@@ -51,6 +51,14 @@ class BlockRange:
         return f"{self.start}:{self.end}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hop:
+    """One server's part of a route."""
+
+    peer_id: str
+    blocks: BlockRange
+
+
 def name_ranges(indices: Sequence[int]) -> str:
     """[3, 4, 5, 9] as "3:6, 9:10"."""
     ranges: list[list[int]] = []

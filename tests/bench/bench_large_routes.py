@@ -33,8 +33,7 @@ from swarm.coordinates import Place
 from swarm.directory import REMEMBERED_S, shards_due, shards_to_begin
 from swarm.registry import NUM_SHARDS, shard_of
 from swarm.routing import Offer, Router
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.swarm.route_reference import random_offers
 
 NUM_BLOCKS = 126

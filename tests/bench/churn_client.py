@@ -27,7 +27,7 @@ from swarm.checkpoint.source import resolve
 from swarm.client.peers import Peers
 from swarm.client.runtime import SwarmService, connect
 from swarm.errors import RouteNotFound, SwarmError
-from swarm.session import Hop
+from swarm.types import Hop
 
 QUESTIONS = (
     "Why is the sky blue?",

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 
 from swarm.coordinates import Place
 from swarm.routing import Offer
-from swarm.session import Hop
+from swarm.types import Hop
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

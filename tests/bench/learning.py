@@ -17,8 +17,7 @@ from swarm.client.observed import BACK_WORK, MUCH_QUICKER, Observed
 from swarm.client.way_back import Leg
 from swarm.flow import EvenDraws
 from swarm.routing import Offer, Router
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.bench.sharing import Floats, fair_rates
 
 STEP_S = 30.0

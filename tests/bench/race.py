@@ -10,8 +10,7 @@ import numpy as np
 
 from swarm.route_map import UNKNOWN_RTT_S
 from swarm.routing import Offer, Route
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 
 class RaceRouter:

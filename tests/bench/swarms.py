@@ -20,8 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.checkpoint.source import resolve
+from swarm.client.config import SessionConfig
 from swarm.client.processes import PeerProcess
-from swarm.client.session import HopTiming, SessionConfig
+from swarm.client.timings import HopTiming
 from tests.wan import DelayProxies, Wan
 
 MODEL = "smollm2-135m-instruct"

@@ -26,7 +26,7 @@ def make_answer(gaps, *, servers_s, client_s, hops=2):
     """An answer whose steps take `servers_s` on all servers together, and some way."""
     from swarms import Answer
 
-    from swarm.client.session import HopTiming
+    from swarm.client.timings import HopTiming
     from swarm.types import BlockRange
 
     times = [1.0]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swarm
 from swarm.checkpoint.source import resolve
-from swarm.client.session import SessionConfig
+from swarm.client.config import SessionConfig
 
 LEARNING_RATE = 5e-4
 

@@ -1,10 +1,13 @@
-"""Tiny distributed models around local blocks, and a tiny tokenizer."""
+"""Tiny distributed models around local blocks, a tiny tokenizer, and swarms of scripted servers."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -12,7 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from swarm.checkpoint.source import resolve
 from swarm.client.generation import DistributedModel
 from swarm.client.model import distribute
+from swarm.network import Node, NodeConfig
+from swarm.transport import Transport
+from swarm.types import BlockRange
+from tests.client.fake_server import FakePeers, FakeServer
 from tests.client.local_blocks import LocalBlockService
+from tests.client.scripted_swarm import NUM_NODES, Swarm
 from tests.families.configs import FAMILIES, VOCABULARY
 
 CHAT_TEMPLATE = (
@@ -81,3 +89,39 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def nodes() -> AsyncIterator[list[Node]]:
+    """Peers that know each other; the last is the client's."""
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(await Node.start(NodeConfig(host="127.0.0.1")))
+        config = NodeConfig(host="127.0.0.1", initial_peers=first.addresses)
+        others = await asyncio.gather(*(Node.start(config) for _ in range(NUM_NODES - 1)))
+        for node in others:
+            await stack.enter_async_context(node)
+        yield [first, *others]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def make_swarm(nodes: list[Node]) -> AsyncIterator[Callable]:
+    """Swarms of one's own, with servers of the given spans."""
+    async with AsyncExitStack() as stack:
+        made: list[Swarm] = []
+
+        async def make(*spans: str, **settings) -> Swarm:
+            servers = [
+                FakeServer(node, BlockRange.parse(span), **settings)
+                for node, span in zip(nodes[:-1], spans, strict=False)
+            ]
+            assert len(servers) == len(spans)
+            for server in servers:
+                await stack.enter_async_context(server.transport)
+            transport = await stack.enter_async_context(Transport(nodes[-1]))
+            made.append(Swarm(servers, FakePeers(servers), transport))
+            return made[-1]
+
+        yield make
+        for swarm in made:
+            for session in swarm.sessions:
+                await session.close()

@@ -19,7 +19,8 @@ from swarm.client.prospects import Outlook
 from swarm.client.timings import HopTiming
 from swarm.codec import decode_tensor, encode_tensor
 from swarm.errors import InvalidRequest, PeerDisconnected, PeerMisbehaved, PeerTimeout, RouteNotFound, SwarmError
-from swarm.link import HistoryLost, Intake, Link, StepChunk
+from swarm.intake import Intake
+from swarm.link import HistoryLost, Link
 from swarm.network import Node
 from swarm.protocol import (
     PUSH_SERVICE,
@@ -39,9 +40,9 @@ from swarm.protocol import (
     Step,
     TensorSpec,
 )
-from swarm.session import Hop
+from swarm.step_chunk import StepChunk
 from swarm.transport import EndOfStream, Limits, Stream, Transport
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 HIDDEN = 4
 NUM_BLOCKS = 6

@@ -15,8 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from swarm.checkpoint.partial import find_blocks
 from swarm.errors import InvalidRequest
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,7 @@ from swarm.adapters.notes import AdapterNote
 from swarm.client.adapter_needs import MAX_SEEN, MAX_SERVERS, AdapterNeeds, WhoHas
 from swarm.client.row_adapters import RowAdapters
 from swarm.protocol import MAX_HOLDERS
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.adapters import MadeAdapter, make_adapter
 
 A, B = make_adapter(1, blocks=range(8)), make_adapter(2, blocks=(0, 1))

@@ -11,8 +11,7 @@ from swarm.client.autograd import TrainedBlocks
 from swarm.client.remote_blocks import run_trained
 from swarm.client.train_log import route_of
 from swarm.errors import InvalidRequest
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.client.conftest import Pair
 
 FAMILIES = ("llama", "gemma2", "gpt2", "bloom", "falcon-7b", "opt", "qwen3_moe", "gpt_oss")

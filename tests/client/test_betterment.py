@@ -24,8 +24,7 @@ from swarm.client.betterment import (
     MoveCosts,
 )
 from swarm.client.prospects import Outlook, Prospect
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 LOOK_S = 15.0
 SPANS = (BlockRange(0, 4), BlockRange(4, 8))

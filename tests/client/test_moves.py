@@ -12,9 +12,11 @@ import pytest_asyncio
 import torch
 
 from swarm.client import moves
-from swarm.client import session as client_session
+from swarm.client import supervisor as client_supervisor
+from swarm.client.alarm import Alarm
+from swarm.client.config import SessionConfig
 from swarm.client.moves import MAX_ASKED
-from swarm.client.session import RemoteSession, SessionConfig
+from swarm.client.session import RemoteSession
 from swarm.errors import PeerMisbehaved
 from swarm.network import Node, NodeConfig
 from swarm.server import handler, session_moves
@@ -260,8 +262,9 @@ class Frozen:
 
     def is_stuck(self, now: float) -> None:
         """The step has stood still for too long."""
-        self.session._lose_stuck(self.session._step, now)
-        self.session._wake()
+        supervisor = self.session._supervisor
+        supervisor._lose_stuck(supervisor.step, now)
+        supervisor.alarm.ring()
 
     async def _wait(self, blocks: BlockRange):
         self.frozen.set()
@@ -282,7 +285,7 @@ async def test_a_step_waits_for_a_session_that_travels(nodes, monkeypatch):
 
 async def test_a_server_that_freezes_a_session_and_goes_no_further_is_replaced(nodes, monkeypatch):
     """However often it asks for moves: one step waits so long for them, and no longer."""
-    monkeypatch.setattr(client_session, "MOVE_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(client_supervisor, "MOVE_TIMEOUT_S", 5.0)
     async with chain_of(nodes, 6) as chain, Frozen(Swarm(chain), monkeypatch) as it:
         now = time.monotonic()
         it.is_stuck(now)
@@ -298,14 +301,14 @@ async def test_a_server_that_freezes_a_session_and_goes_no_further_is_replaced(n
 
 async def test_another_server_is_no_less_watched_while_a_session_travels(nodes, monkeypatch):
     """All are asked how far they are as ever, and waiting does not keep the loop busy."""
-    waits, wait = list[float](), RemoteSession._woken
+    waits, wait = list[float](), Alarm.wait
 
-    async def woken(session, timeout_s):
+    async def noted(alarm, timeout_s):
         waits.append(timeout_s)
-        await wait(session, timeout_s)
+        await wait(alarm, timeout_s)
 
     async with chain_of(nodes, 6) as chain:
-        monkeypatch.setattr(RemoteSession, "_woken", woken)
+        monkeypatch.setattr(Alarm, "wait", noted)
         async with Frozen(Swarm(chain), monkeypatch, late_s=0.05, probe_timeout_s=30.0) as it:
             num_probes = it.session._hops._num_probes
             await eventually(lambda: it.session._hops._num_probes > num_probes + 2, "questions")

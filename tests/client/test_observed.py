@@ -9,8 +9,7 @@ from swarm.client.observed import BACK_WORK, Observed
 from swarm.client.way_back import Leg
 from swarm.flow import EvenDraws
 from swarm.routing import Offer, Router
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 TOKENS = 1024
 BLOCKS = BlockRange(0, 4)

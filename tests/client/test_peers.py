@@ -16,8 +16,7 @@ from swarm.coordinates import Place
 from swarm.errors import PeerDisconnected, PeerTimeout, PeerUnreachable, RelaysBusy, RouteNotFound
 from swarm.registry import ServerRecord
 from swarm.routing import Router
-from swarm.session import Hop
-from swarm.types import BlockRange, ServerState
+from swarm.types import BlockRange, Hop, ServerState
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import pytest
 from swarm.client.prospects import MAX_SLOWNESS, Outlook, Seen, look_ahead
 from swarm.route_map import Location
 from swarm.routing import Need, Offer, Router
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 FORMAT = ("float32", "none")
 FIRST, SECOND = Hop(peer_id="a", blocks=BlockRange(0, 4)), Hop(peer_id="b", blocks=BlockRange(4, 8))

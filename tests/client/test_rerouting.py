@@ -13,8 +13,7 @@ from swarm.client.config import SessionConfig
 from swarm.client.prospects import Outlook, Prospect
 from swarm.client.session import RemoteSession
 from swarm.server.session_moves import SessionMoves
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.server.conftest import chain_of
 from tests.server.fakes import eventually, tokens
 

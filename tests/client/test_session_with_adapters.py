@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from swarm.client.adapter_needs import AdapterNeeds, WhoHas
+from swarm.client.config import SessionConfig
 from swarm.client.row_adapters import RowAdapters
-from swarm.client.session import RemoteSession, SessionConfig
+from swarm.client.session import RemoteSession
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy
 from swarm.protocol import ADAPTER_SERVICE
 from swarm.server import adapter_desk

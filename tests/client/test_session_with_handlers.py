@@ -9,7 +9,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from swarm.client.session import RemoteSession, SessionConfig
+from swarm.client.config import SessionConfig
+from swarm.client.session import RemoteSession
 from swarm.errors import InvalidRequest
 from swarm.network import Node, NodeConfig
 from swarm.types import BlockRange

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from swarm.client.timings import attribute
 from swarm.protocol import HopTrace
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 TRACES = st.lists(
     st.builds(

@@ -7,8 +7,7 @@ import pytest
 from swarm.client.training_chain import HopFailed, open_chain
 from swarm.errors import PeerBusy
 from swarm.protocol import OpenTraining, TrainForget, TrainingOpened, TrainLink, TrainLinked
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 HOPS = [Hop(peer_id="quick", blocks=BlockRange(0, 2)), Hop(peer_id="slow", blocks=BlockRange(2, 4))]
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from swarm.client.pace import Pace
 from swarm.client.way_back import MAX_UNDER_WAY, WayBack
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 
 
 def make_hops(count: int) -> tuple[Hop, ...]:

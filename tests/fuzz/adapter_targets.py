@@ -38,9 +38,10 @@ from swarm.protocol import (
     decode,
     encode,
 )
+from swarm.server.limits import TrainingLimits
 from swarm.server.push import PushStream
 from swarm.server.trainer import Back, Forth, Result
-from swarm.server.training import ServedTraining, TrainingLimits
+from swarm.server.training_run import ServedTraining
 from swarm.training import MicroBatch
 from swarm.transport import EndOfStream
 from swarm.types import BlockRange
@@ -215,7 +216,7 @@ def train_requests(data: bytes) -> None:
     finally:
         _loop().run_until_complete(served._links.close())
         assert not served._pending
-        assert sum(len(version.shards) for version in served._versions.values()) <= limits.max_parameter_bytes
+        assert served._versions.num_bytes <= limits.max_parameter_bytes
 
 
 def _parameters(version: int = 1, scale: float = 1.0) -> Parameters:

@@ -30,8 +30,9 @@ from swarm import catalog, codec, protocol, registry
 from swarm.checkpoint import content, hub
 from swarm.errors import SwarmError
 from swarm.identity import Identity
+from swarm.intake import Intake
 from swarm.leases import Claim
-from swarm.link import Intake, Link, StepChunk
+from swarm.link import Link
 from swarm.network import roll
 from swarm.network.addresses import AddressBook, Card
 from swarm.network.calls import Answer, Call, Cancel, Failure, Known, Statements, decode_link_message
@@ -45,6 +46,7 @@ from swarm.private.gate import Gate
 from swarm.private.revocations import Revocations, decode_revocations, encode_revocations, revoke
 from swarm.server.pages import PAGE_SIZE
 from swarm.server.session_state import Arrival, pack
+from swarm.step_chunk import StepChunk
 from swarm.transport.direct import Certificate, Offer, _check_offer
 from swarm.transport.frames import HELLO_PREFIX, FrameDecoder, Kind, encode_frame
 from swarm.transport.limits import Limits

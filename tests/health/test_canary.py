@@ -10,8 +10,7 @@ from swarm.errors import RouteNotFound, UnknownModel
 from swarm.health import canary as canary_module
 from swarm.health.canary import MAX_MODELS, Canaries
 from swarm.health.state import Model
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.health.fakes import peer_ids, random_model
 
 

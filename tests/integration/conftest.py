@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 from swarm.checkpoint.source import resolve
+from swarm.client.config import SessionConfig
 from swarm.client.runtime import LoopThread, SwarmService, connect
-from swarm.client.session import SessionConfig
 from swarm.network.node import Node, NodeConfig
 from swarm.server.config import CacheSize, ServerConfig
 from swarm.server.plan import make_plan

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from swarm import AutoDistributedModelForCausalLM
+from swarm.client.config import SessionConfig
 from swarm.client.processes import start_bootstrap
-from swarm.client.session import SessionConfig
 from swarm.protocol import INFO_SERVICE, Info, InfoRequest
 from tests.bench.forked import ForkedServer, ServerFactory
 
@@ -119,7 +119,7 @@ def test_killed_processes_cost_no_token_of_any_adapter(fleet, adapters, seed, op
             sent: list[int] = []
 
             def kill(hop: int) -> None:
-                sent.append(session.session._remote._uploads.num_bytes)
+                sent.append(session.session._remote._supervisor._uploads.num_bytes)
                 fleet.kill(session.route[hop].peer_id)
 
             torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def test_killed_processes_cost_no_token_of_any_adapter(fleet, adapters, seed, op
             found = model.generate(PROMPTS, attention_mask=MASK, session=session, streamer=kills, **options)
             assert len(sent) == len(SPANS) and session.session.num_replays >= len(SPANS)
             assert {hop.peer_id for hop in session.route} == fleet.servers.keys()
-            assert 0 < sent[0] < session.session._remote._uploads.num_bytes  # the spares asked for it, too
+            assert 0 < sent[0] < session.session._remote._supervisor._uploads.num_bytes  # the spares asked for it, too
         wait_until_nothing_is_held(model.block_service, fleet)
         torch.manual_seed(seed)
         expected = model.generate(PROMPTS, attention_mask=MASK, adapter_name=names, **options)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm import AutoDistributedModelForCausalLM
-from swarm.client.session import SessionConfig
+from swarm.client.config import SessionConfig
 from swarm.errors import AdapterError, InvalidRequest, PeerBusy
 from swarm.server.config import CacheSize
 from swarm.server.pages import PAGE_SIZE

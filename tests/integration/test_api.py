@@ -23,9 +23,9 @@ from swarm.api.keys import Keys, add_key
 from swarm.api.models import Models, serve_model
 from swarm.checkpoint.source import resolve
 from swarm.client.adapters import BASE
+from swarm.client.config import SessionConfig
 from swarm.client.model import distribute
 from swarm.client.runtime import SwarmService, connect
-from swarm.client.session import SessionConfig
 from swarm.identity import Identity
 from tests.api.conftest import RunningApi
 from tests.client.conftest import tokenizer

@@ -8,7 +8,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from swarm import AutoDistributedModelForCausalLM
-from swarm.client.session import SessionConfig
+from swarm.client.config import SessionConfig
 from swarm.errors import RouteNotFound
 from swarm.transport import stream as stream_module
 

@@ -7,8 +7,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from swarm import AutoDistributedModelForCausalLM
+from swarm.client.config import SessionConfig
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, start_server
-from swarm.client.session import SessionConfig
 
 from .conftest import PATIENT, LocalSwarm
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from swarm.checkpoint.source import resolve
+from swarm.client.config import SessionConfig
 from swarm.client.processes import PeerProcess, all_stopped, start_bootstrap, start_server
 from swarm.client.runtime import SwarmService, connect
-from swarm.client.session import SessionConfig
 
 from .conftest import HIDDEN, NUM_BLOCKS, LocalSwarm, closing
 from .test_swarm import embed, expected_logits, logits, wait_for_free_pages

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from swarm.checkpoint.source import resolve
+from swarm.client.config import SessionConfig
 from swarm.client.processes import PeerProcess, all_stopped
 from swarm.client.runtime import SwarmService, connect
-from swarm.client.session import SessionConfig
 from swarm.errors import PeerDisconnected
 from swarm.private.certificates import Role
 from swarm.registry import ServerRecord

@@ -424,3 +424,21 @@ async def failure_of(stream: Stream) -> SwarmError:
                 await stream.receive()
     except SwarmError as error:
         return error
+
+
+def through(inputs: torch.Tensor, *constants: int) -> torch.Tensor:
+    """What a chain of these hops makes of a row."""
+    for constant in constants:
+        inputs = run_blocks(inputs, constant)
+    return inputs
+
+
+async def until_free(chain: Chain) -> None:
+    """Wait until nothing is held any more, anywhere."""
+    await eventually(lambda: not any(executor.sessions for executor in chain.executors), "the end of all sessions")
+    assert chain.pages == 0
+    for handler in chain.handlers:
+        assert handler.num_sessions == handler.num_rows == 0
+        assert handler.history.used_bytes == 0 and not handler.history._clients
+        assert handler._pending.used == 0
+        assert not handler.pushes._targets and not handler.pushes._awaited and not handler.pushes._num_early

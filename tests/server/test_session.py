@@ -7,22 +7,13 @@ import pytest
 import torch
 
 from swarm.codec import torch_dtype
-from swarm.errors import (
-    InvalidRequest,
-    PeerBusy,
-    PeerDisconnected,
-    PeerError,
-    PeerMisbehaved,
-    PeerTimeout,
-    PeerUnreachable,
-)
+from swarm.errors import InvalidRequest, PeerBusy, PeerDisconnected, PeerError, PeerTimeout, PeerUnreachable
 from swarm.identity import Identity
 from swarm.network import Node
 from swarm.protocol import (
     PUSH_SERVICE,
     DType,
     Encoding,
-    Forward,
     Forwarding,
     LinkDown,
     LinkFault,
@@ -33,28 +24,11 @@ from swarm.protocol import (
     Waiting,
 )
 from swarm.server.handler import Handler
+from swarm.server.loopback import LocalStream
 from tests.server.conftest import chain_of
-from tests.server.fakes import HIDDEN, Chain, eventually, failure_of, make_step, run_blocks, tokens
+from tests.server.fakes import HIDDEN, Chain, eventually, failure_of, make_step, through, tokens, until_free
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def through(inputs: torch.Tensor, *constants: int) -> torch.Tensor:
-    """What a chain of these hops makes of a row."""
-    for constant in constants:
-        inputs = run_blocks(inputs, constant)
-    return inputs
-
-
-async def until_free(chain: Chain) -> None:
-    """Wait until nothing is held any more, anywhere."""
-    await eventually(lambda: not any(executor.sessions for executor in chain.executors), "the end of all sessions")
-    assert chain.pages == 0
-    for handler in chain.handlers:
-        assert handler.num_sessions == handler.num_rows == 0
-        assert handler.history.used_bytes == 0 and not handler.history._clients
-        assert handler._pending.used == 0
-        assert not handler.pushes._targets and not handler.pushes._awaited and not handler.pushes._num_early
 
 
 # -- the chain ------------------------------------------------------------------------------------------------------
@@ -214,119 +188,6 @@ async def test_a_newer_forward_replaces_the_older_and_ends_its_stream(nodes: lis
         assert not old.stream._inbox and chain.executors[1].sessions
 
 
-# -- receiving ------------------------------------------------------------------------------------------------------
-
-
-async def test_duplicate_and_stale_steps_change_nothing(nodes: list[Node]):
-    """A chunk may come twice, overlap what is there, or belong to a step that is over."""
-    async with chain_of(nodes, 1) as chain:
-        hop = await chain.open(0, is_last=True)
-        inputs = tokens(8)
-        await hop.step(0, [inputs[:4]], positions=[0])
-        await hop.step(0, [inputs[:4]], positions=[0])
-        await hop.results(0, [4])
-        await hop.step(1, [inputs[2:7]], positions=[2], base=[4], outputs_from=[4])
-        await hop.step(0, [tokens(3, 5)], positions=[1])
-        await hop.step(1, [inputs[6:8]], positions=[6], base=[4], outputs_from=[4])
-        [out] = await hop.results(1, [8])
-        torch.testing.assert_close(out, through(inputs, 10)[4:], rtol=0, atol=0)
-        assert chain.executors[0].num_tokens_run == 8
-
-
-async def test_an_abandoned_step_that_is_still_queued_never_runs(nodes: list[Node]):
-    """The next step begins where the abandoned one began: its tokens are dropped, and its outputs do not count."""
-    async with chain_of(nodes, 2) as chain:
-        first, last = await chain.open_route(0, 1)
-        inputs, other = tokens(4), tokens(30, 3)
-        await first.step(0, [inputs], positions=[0])
-        await last.results(0, [4])
-        chain.executors[0].hold()
-        for start in (0, 10, 20):
-            await first.step(1, [other[start : start + 10]], positions=[4 + start], base=[4], outputs_from=[4])
-        await first.step(2, [other[:2]], positions=[4], outputs_from=[5])
-        await eventually(lambda: chain.executors[0].num_dropped == 3)
-        chain.executors[0].release()
-        [out] = await last.results(2, [6])
-        torch.testing.assert_close(out, through(torch.cat([inputs, other[:2]]), 10, 20)[5:], rtol=0, atol=0)
-        assert chain.executors[0].num_tokens_run == 6
-
-
-async def test_a_replay_that_still_runs_when_the_next_step_comes_is_not_dropped(nodes: list[Node]):
-    """A server that catches up gets the next step's token meanwhile; both count."""
-    async with chain_of(nodes, 2) as chain:
-        first, last = await chain.open_route(0, 1)
-        inputs = tokens(21)
-        chain.executors[0].hold()
-        await first.step(0, [inputs[:20]], positions=[0])
-        await first.step(1, [inputs[20:]], positions=[20])
-        chain.executors[0].release()
-        [out] = await last.results(1, [21])
-        torch.testing.assert_close(out, through(inputs, 10, 20)[20:], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("step", "text"),
-    [
-        (make_step(0, [tokens(2)], positions=[1]), "cannot continue at position 1"),
-        (make_step(0, [tokens(2), tokens(1)], positions=[0, 0]), "the session has 1 rows"),
-        (make_step(0, [tokens(2)], positions=[2047], base=[0]), "cannot continue"),
-        (make_step(0, [tokens(2)], positions=[0], order=[1]), "order names row 1"),
-        (make_step(0, [torch.zeros(2, HIDDEN + 1)], positions=[0]), "hidden states of shape"),
-        (make_step(0, [tokens(33)], positions=[0]), "1 to 32 tokens"),
-        (make_step(0, [tokens(0)], positions=[0]), "1 to 32 tokens"),
-        ((make_step(0, [tokens(2)], positions=[0])[0], memoryview(b"short")), "bytes"),
-        ((PushAccepted(), b""), "expected Step, Forward, Probe or HandOver"),
-        ((make_step(0, [tokens(1)], positions=[0])[0], memoryview(bytes(16 * 64))), "bytes"),
-        ((Forward(epoch=0, peer_id="", push_key=bytes(16), held=(0, 0), as_of=-1, max_step_tokens=1), b""), "1 rows"),
-    ],
-)
-async def test_a_bad_message_ends_the_session_with_a_typed_error_and_frees_it(nodes: list[Node], step, text: str):
-    """Whatever does not fit is refused by name before anything runs, and nothing stays behind."""
-    async with chain_of(nodes, 1, max_step_tokens=32) as chain:
-        hop, other = await chain.open(0, is_last=True), await chain.open(0, is_last=True)
-        await hop.stream.send(*step)
-        error = await failure_of(hop.stream)
-        assert isinstance(error, InvalidRequest | PeerMisbehaved) and text in str(error), error
-        await eventually(lambda: len(chain.executors[0].sessions) == 1)
-        await other.step(0, [tokens(2)], positions=[0])
-        await other.results(0, [2])
-        await other.stream.close()
-        await until_free(chain)
-
-
-async def test_a_recurrent_model_refuses_to_roll_back(nodes: list[Node]):
-    """Its state can't go back; going on is fine."""
-    async with chain_of(nodes, 1, executor={"stateful": True}) as chain:
-        hop = await chain.open(0, is_last=True)
-        assert not hop.opened.can_rollback
-        await hop.step(0, [tokens(3)], positions=[0])
-        await hop.step(1, [tokens(1)], positions=[3])
-        await hop.results(1, [4])
-        await hop.step(2, [tokens(1)], positions=[2])
-        assert isinstance(await failure_of(hop.stream), InvalidRequest)
-
-
-async def test_what_the_cache_could_never_hold_is_refused_at_once(nodes: list[Node]):
-    """Both numbers are in the message."""
-    async with chain_of(nodes, 1, executor={"num_pages": 4}) as chain:
-        hop = await chain.open(0, is_last=True, rows=2)
-        await hop.step(0, [tokens(33), tokens(32)], positions=[0, 0])
-        error = await failure_of(hop.stream)
-        assert isinstance(error, PeerBusy) and "80" in str(error) and "64" in str(error)
-        await until_free(chain)
-
-
-async def test_what_is_pushed_and_could_never_be_held_ends_the_session(nodes: list[Node]):
-    """The client, not the server before, has to look elsewhere: it is told so."""
-    async with chain_of(nodes, 2) as chain:
-        chain.executors[1].num_pages = 2
-        first, last = await chain.open_route(0, 1)
-        await first.step(0, [tokens(33)], positions=[0])
-        assert isinstance(await failure_of(last.stream), PeerBusy)
-        await first.expect(Forwarding)
-        await first.expect(LinkDown)
-
-
 # -- push streams ---------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +285,31 @@ async def test_a_push_key_is_used_once(nodes: list[Node]):
         await hop.results(0, [2])
 
 
+async def test_a_push_stream_that_comes_when_the_session_ends_is_not_kept(nodes: list[Node]):
+    """It would stay open for ever, since whoever ends the streams has been there already."""
+    async with chain_of(nodes, 1) as chain:
+        hop = await chain.open(0, is_last=True)
+        session = chain.handlers[0].pushes._targets[hop.push_key]
+        await hop.stream.close()
+        await eventually(lambda: not chain.executors[0].sessions)
+        near, far = LocalStream.pair("x")
+        async with asyncio.timeout(5), near:
+            with pytest.raises(PeerDisconnected):
+                await session.receive_pushes(far)
+        assert not session._pushes
+
+
+async def test_a_client_can_not_make_a_server_call_others_without_end(nodes: list[Node]):
+    """Each Forward opens a stream to a peer of the client's choice: how many, over all its sessions, is bounded."""
+    async with chain_of(nodes, 1, max_forwards=4, forwards_per_s=0.0) as chain:
+        for epoch in range(6):
+            hop = await chain.open(0)
+            target = await chain.open(0, is_last=True)
+            await hop.forward(epoch, target, peer_id="nobody")
+            down = await hop.expect(LinkDown)
+            assert down.epoch == epoch and ("too many Forwards" in down.text) == (epoch >= 4)
+
+
 # -- pressure -------------------------------------------------------------------------------------------------------
 
 
@@ -481,22 +367,6 @@ async def test_a_probe_is_answered_while_steps_wait(nodes: list[Node]):
         await hop.stream.send(Probe(nonce=79))
         answer = await hop.expect(ProbeResult)
         assert answer.produced == answer.received == (80,) and not answer.is_waiting
-
-
-@pytest.mark.parametrize("limits", [{"max_pending_bytes": 64}, {"max_total_pending_bytes": 64}])
-async def test_a_session_that_reads_no_more_still_notices_its_end(nodes: list[Node], limits: dict[str, int]):
-    """The client leaves while its steps wait and its stream is not read: all is freed soon."""
-    async with chain_of(nodes, 1, max_step_tokens=8, **limits) as chain:
-        chain.executors[0].hold()
-        hop = await chain.open(0, is_last=True)
-        for start in range(0, 64, 8):
-            await hop.step(0, [tokens(8)], positions=[start], base=[0])
-        await eventually(lambda: chain.handlers[0]._pending.used)
-        await hop.stream.send(Probe(nonce=1))
-        with pytest.raises(PeerTimeout):
-            await hop.stream.receive(0.05)
-        await hop.stream.close()
-        await until_free(chain)
 
 
 async def test_a_slow_next_server_slows_the_first_down(nodes: list[Node]):

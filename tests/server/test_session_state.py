@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import InvalidRequest
-from swarm.link import IntakeState, LinkState
+from swarm.intake import IntakeState
+from swarm.link import LinkState
 from swarm.protocol import DType, Encoding, OpenSession, SessionState, StatePart, decode, encode
 from swarm.server.blocks.parcel import Layout
 from swarm.server.cache_image import CacheImage

@@ -20,10 +20,13 @@ from itertools import chain, pairwise
 import torch
 
 from swarm.errors import InvalidRequest
-from swarm.link import Accepted, HistoryLost, Intake, Link, StepChunk
+from swarm.intake import Accepted, Intake
+from swarm.link import HistoryLost, Link
 from swarm.protocol import LinkFault
-from swarm.session import Connect, Done, FindRoute, Hop, Open, Send, Session, Wait
-from swarm.types import BlockRange
+from swarm.session import Session
+from swarm.session_actions import Connect, Done, FindRoute, Open, Send, Wait
+from swarm.step_chunk import StepChunk
+from swarm.types import BlockRange, Hop
 
 CLIENT = -1
 """The client's place in `FakeChain.tokens`, where servers go by their links."""

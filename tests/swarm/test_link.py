@@ -1,4 +1,4 @@
-"""Both ends of a link: the sender owes what the receiver lacks, and the receiver takes nothing twice."""
+"""The sending end of a link owes what the receiver lacks; with the receiving end, every token arrives once."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import InvalidRequest
-from swarm.link import Accepted, HistoryLost, Intake, Link, StepChunk
+from swarm.intake import Intake
+from swarm.link import HistoryLost, Link
+from swarm.step_chunk import StepChunk
 
 
 def numbers(*values: float) -> torch.Tensor:
@@ -34,9 +36,6 @@ def connected(num_rows: int = 1, **options: int) -> Link:
     link = Link(num_rows, to_client=False)
     link.connect(held=(0,) * num_rows, as_of=-1, **options)
     return link
-
-
-# -- the sending end --------------------------------------------------------------------------------------------
 
 
 def test_a_link_sends_what_its_receiver_lacks_and_nothing_twice() -> None:
@@ -181,59 +180,20 @@ def test_a_receiver_of_other_rows_is_refused() -> None:
         Link(2, to_client=False).connect(held=(0,), as_of=-1)
 
 
-# -- the receiving end ------------------------------------------------------------------------------------------
+def test_a_link_to_the_client_goes_on_behind_what_the_client_has() -> None:
+    """What was sent is not sent again by another server; what comes next is."""
+    first, second = Link(1, to_client=True), Link(1, to_client=True)
+    begin(first, 0, [0])
+    first.append(0, 0, numbers(1, 2))
+    assert len(drain(first)) == 1
+    second.resume(first.save())
+    assert drain(second) == []
+    second.append(0, 2, numbers(3))
+    (last,) = drain(second)
+    assert (last.positions, last.num_tokens) == ((2,), (1,))
 
 
-def chunk(
-    step_id: int,
-    base: tuple[int, ...],
-    positions: tuple[int, ...],
-    *rows: Sequence[float],
-    order: tuple[int, ...] | None = None,
-    outputs_from: tuple[int, ...] | None = None,
-) -> StepChunk:
-    return StepChunk(
-        step_id=step_id,
-        order=order,
-        base=base,
-        positions=positions,
-        num_tokens=tuple(len(row) for row in rows),
-        outputs_from=base if outputs_from is None else outputs_from,
-        hidden_states=numbers(*(value for row in rows for value in row)),
-    )
-
-
-def taken(accepted: Accepted | None) -> tuple[tuple[int, ...], list[float], bool]:
-    assert accepted is not None
-    return accepted.num_tokens, accepted.hidden_states.flatten().tolist(), accepted.is_new_step
-
-
-def test_a_step_is_applied_once_and_tokens_are_taken_once() -> None:
-    """Order and rollback come with the first new tokens; overlaps are cut, old steps ignored."""
-    intake = Intake(2, max_length=10)
-    assert taken(intake.accept(chunk(0, (0, 0), (0, 0), [1, 2, 3], [7]))) == ((3, 1), [1, 2, 3, 7], True)
-    second = chunk(1, (1, 2), (1, 2), [8], [9, 10], order=(1, 0))
-    assert intake.rolls_back(second)
-    accepted = intake.accept(second)
-    assert taken(accepted) == ((1, 2), [8, 9, 10], True)
-    assert accepted is not None and (accepted.order, accepted.base) == ((1, 0), (1, 2))
-    assert intake.lengths == [2, 4]
-    assert intake.accept(second) is None and not intake.rolls_back(second)
-    assert taken(intake.accept(chunk(1, (1, 2), (0, 3), [7, 8, 11], [10], order=(1, 0)))) == ((1, 0), [11], False)
-    assert intake.accept(chunk(0, (0, 0), (3, 1), [4], [])) is None
-    assert intake.lengths == [3, 4]
-
-
-def test_a_step_that_brings_nothing_new_at_first_is_applied_with_its_first_new_tokens() -> None:
-    """A replay may begin with tokens that are there already, also twice in a row."""
-    intake = Intake(2, max_length=10)
-    intake.accept(chunk(0, (0, 0), (0, 0), [1, 2, 3], [7, 8]))
-    assert intake.accept(chunk(1, (2, 2), (0, 0), [7, 8], [], order=(1, 0))) is None
-    assert intake.lengths == [2, 2]
-    assert intake.accept(chunk(2, (2, 1), (0, 0), [7], [])) is None
-    accepted = intake.accept(chunk(3, (1, 2), (1, 2), [5], [6], order=(1, 0)))
-    assert accepted is not None and accepted.order == (0, 1) and accepted.base == (1, 2)
-
+# -- both ends ----------------------------------------------------------------------------------------------------
 
 steps = st.lists(
     st.tuples(
@@ -303,58 +263,3 @@ def deliver(intake: Intake, message: StepChunk, rows: list[list[float]]) -> list
         rows = [row[:base] for row, base in zip(rows, accepted.base, strict=True)]
     pieces = accepted.hidden_states.split(list(accepted.num_tokens))
     return [row + piece.flatten().tolist() for row, piece in zip(rows, pieces, strict=True)]
-
-
-def test_what_a_step_wants_is_settled_by_its_first_message() -> None:
-    """Or there could be a gap between outputs, which a link can't send."""
-    intake = Intake(1, max_length=10)
-    intake.accept(chunk(0, (0,), (0,), [1, 2], outputs_from=(1,)))
-    accepted = intake.accept(chunk(0, (0,), (2,), [3, 4, 5], outputs_from=(4,)))
-    assert accepted is not None and accepted.outputs_from == (1,)
-
-
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        (chunk(1, (2, 2), (3, 2), [1], []), "row 0 holds 2 tokens, cannot continue at position 3"),
-        (chunk(0, (0, 0), (2, 3), [], [1]), "row 1 holds 2 tokens, cannot continue at position 3"),
-        (chunk(1, (2, 2), (2, 2), [1] * 9, []), "row 0: 9 tokens at 2, session limit 10"),
-        (chunk(1, (2,), (2,), [1]), "has 2 rows"),
-        (chunk(1, (2, 2), (2, 2), [1], [1], order=(0,)), "has 2 rows"),
-        (chunk(1, (2, 2), (2, 2), [1], [1], order=(0, 2)), "order names row 2 of 2"),
-        (chunk(1, (2, 2), (2, 2), [], []), "0 hidden states for 0 tokens"),
-        (chunk(1, (2, 2), (2, 2), [1], [], outputs_from=(2, 1)), "outputs wanted"),
-    ],
-)
-def test_a_chunk_that_does_not_fit_is_refused_and_changes_nothing(message: StepChunk, words: str) -> None:
-    """Gaps, rows, orders and lengths of a hostile sender are refused before anything is applied."""
-    intake = Intake(2, max_length=10)
-    intake.accept(chunk(0, (0, 0), (0, 0), [1, 2], [3, 4]))
-    for attempt in (intake.check, intake.accept):
-        with pytest.raises(InvalidRequest, match=words):
-            attempt(message)
-    assert intake.step_id == 0 and intake.lengths == [2, 2]
-    assert taken(intake.accept(chunk(1, (2, 2), (2, 2), [5], []))) == ((1, 0), [5], True)
-
-
-def test_a_link_to_the_client_goes_on_behind_what_the_client_has() -> None:
-    """What was sent is not sent again by another server; what comes next is."""
-    first, second = Link(1, to_client=True), Link(1, to_client=True)
-    begin(first, 0, [0])
-    first.append(0, 0, numbers(1, 2))
-    assert len(drain(first)) == 1
-    second.resume(first.save())
-    assert drain(second) == []
-    second.append(0, 2, numbers(3))
-    (last,) = drain(second)
-    assert (last.positions, last.num_tokens) == ((2,), (1,))
-
-
-def test_an_intake_knows_what_is_still_to_be_done_of_a_step_without_tokens() -> None:
-    """Order and rollback of a step that has begun are applied to what another cache has."""
-    intake = Intake(2, max_length=10)
-    intake.accept(chunk(0, (0, 0), (0, 0), [1, 2], [3, 4]))
-    assert intake.save().lengths_after((2, 2)) == (2, 2)
-    intake.accept(chunk(1, (2, 1), (2, 1), [], [4], order=(1, 1)))  # row 1 holds that already
-    state = intake.save()
-    assert state.lengths_after((2, 2)) == state.lengths == (2, 2)

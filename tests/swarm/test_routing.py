@@ -12,8 +12,7 @@ from swarm.errors import RouteNotFound
 from swarm.flow import EvenDraws
 from swarm.route_map import UNKNOWN_RTT_S, Location
 from swarm.routing import MIN_FREE, NO_ROOM_S, Need, Offer, Router, free_tps
-from swarm.session import Hop
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Hop
 from tests.swarm.route_reference import optimum_s, random_offers
 
 COSTS = st.floats(1e-4, 1.0)

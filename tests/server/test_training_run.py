@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 from swarm.protocol import OpenTraining, TrainForget
-from swarm.server.training import ServedTraining, TrainingLimits
+from swarm.server.limits import TrainingLimits
+from swarm.server.training_run import ServedTraining
 
 
 async def test_micro_batches_that_are_forgotten_in_the_queue_take_no_room():
