@@ -79,7 +79,7 @@ def test_the_commands_of_the_documents_exist():
     text = (ROOT / "docs" / "private-swarm.md").read_text()
     [parsers] = [action.choices for action in cli.whole_parser()._actions if isinstance(action.choices, dict)]
     lines = re.findall(r"python -m swarm\.(\w+)([^\n`#]*)", text)
-    assert {verb for verb, _ in lines} == {"server", "client", "health", "api", "top", "keys"}
+    assert {verb for verb, _ in lines} == {"server", "client", "health", "api", "top", "keys", "bootstrap"}
     for verb, rest in lines:
         assert set(re.findall(r"--[\w-]+", rest)) <= _options_of(parsers[verb]), rest
 
