@@ -45,7 +45,7 @@ MAX_DOUBT = 0.05
 """While more than this part of the others is in doubt, nobody moves for a gain: the picture is about to change."""
 DRAIN_S = 30.0
 """How long sessions may take to go elsewhere before a server leaves for a gain ..."""
-GAP_DRAIN_S = 5.0
+GAP_DRAIN_S = 3.0
 """... and for a gap, where others stand still meanwhile: enough to hand them over, too little to wait for more."""
 SMALL_PART = 0.01
 """When a server that is no more than this part of the swarm has left its blocks, others of the region may move ..."""
