@@ -204,8 +204,10 @@ class Reach:
                 if await self._has_moved():
                     self._is_settled = False
                     known.hint(_now())
-                if _now() >= known.due_at and known.heard(await self._ask(), _now()):
-                    self._is_settled = False
+                if (asked_at := _now()) >= known.due_at:
+                    verdict = await self._ask()
+                    if known.heard(verdict, _now(), asked_at=asked_at):
+                        self._is_settled = False
                 if not self._is_settled:
                     await self._settle(known)
                     self._is_settled = True

@@ -25,6 +25,8 @@ HOLD_S, MAX_HOLD_S = 120.0, 3600.0
 """After a change we don't become reachable (elsewhere) for so long, twice as long after each one more ..."""
 CALM_S = 3600.0
 """... in so many seconds."""
+MAX_MUTE = 8
+"""So often the time until then doubles while nobody can tell."""
 JITTER = 0.25
 
 
@@ -63,15 +65,30 @@ class Standing:
         """What was said last, where that is not what is known ..."""
         self._num_against = 0
         """... and how often in a row."""
+        self._hinted_at = float("-inf")
+        """When a change was hinted at that nobody has spoken of since."""
+        self._num_mute = 0
+        """How often in a row nobody could tell whether there was one."""
         self._changes: list[float] = []
         self._held_until = self._asked_at = float("-inf")
         self._answered(now)
 
-    def heard(self, verdict: Verdict | None, now: float) -> bool:
-        """Some were asked; whether something is known now that was not."""
+    def heard(self, verdict: Verdict | None, now: float, *, asked_at: float | None = None) -> bool:
+        """Some were asked, at that time or now; whether something is known now that was not."""
         self._answered(now)
         if verdict is None or self._is_narrow(verdict):
+            if self._num_against or self._hinted_at > float("-inf"):
+                self._ask_on(now)
             return False
+        self._num_mute = 0
+        if self._hinted_at <= (now if asked_at is None else asked_at):
+            self._hinted_at = float("-inf")
+        is_news = self._said(verdict, now)
+        if self._hinted_at > float("-inf"):  # while they were asked: what they say may be of before
+            self.due_at = min(self.due_at, now + self._spread(CONFIRM_S))
+        return is_news
+
+    def _said(self, verdict: Verdict, now: float) -> bool:
         said = verdict.is_reachable, verdict.host if verdict.is_reachable else ""
         if said == (self.is_reachable, self.host if self.is_reachable else ""):
             return self._confirmed(verdict.host)
@@ -94,13 +111,14 @@ class Standing:
             if _is_public(host):
                 self.hint(now)  # one of two ports is open
             return False
-        if not self._is_outside(host):
+        if not self._is_outside(host) or self._num_against:  # one of two ports may be closed by now
             return False
         self.due_at = max(self.due_at, min(now + self._spread(PERIOD_S), self._asked_at + MAX_UNASKED_S))
         return self._confirmed(self.host)
 
     def hint(self, now: float) -> None:
         """Something speaks for a change: ask soon."""
+        self._hinted_at = now
         soon = max(now, self._asked_at + CONFIRM_S)
         self.due_at = min(self.due_at, soon if self.is_reachable else max(soon, self._held_until))
 
@@ -108,6 +126,11 @@ class Standing:
         self._asked_at = now
         self.due_at = now + self._spread(PERIOD_S)
         """When to ask."""
+
+    def _ask_on(self, now: float) -> None:
+        """Nobody could tell, but something is to be told: ask again soon, then ever more seldom."""
+        self.due_at = min(self.due_at, now + self._spread(CONFIRM_S) * 2.0**self._num_mute)
+        self._num_mute = min(self._num_mute + 1, MAX_MUTE)
 
     def _confirmed(self, host: str) -> bool:
         is_news, self.is_known, self.host = not self.is_known, True, host

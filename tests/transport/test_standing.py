@@ -123,16 +123,50 @@ def test_a_router_that_comes_and_goes_is_waited_for_ever_longer():
 
 
 def test_who_connects_from_outside_proves_that_we_can_be_reached():
-    """Nobody need be asked then, and what was said against it is void; neighbours and our own router prove nothing."""
+    """Nobody need be asked then; neighbours and our own router prove nothing."""
     known = standing(verdict(True))
-    known.heard(verdict(False), 100.0)
+    before = known.due_at
     for host in (NEIGHBOUR, OUTSIDE, "127.0.0.1"):
-        known.came(host, 110.0)
-        assert known.due_at <= 100.0 + LONGEST * CONFIRM_S
-    known.came(STRANGER, 110.0)
-    assert known.due_at >= 110.0 + (1 - JITTER) * PERIOD_S
-    known.heard(verdict(False), 120.0)
-    assert known.is_reachable  # it was the first one again
+        known.came(host, before)
+        assert known.due_at == before
+    known.came(STRANGER, before)
+    assert known.due_at >= before + (1 - JITTER) * PERIOD_S
+
+
+def test_one_of_two_ports_that_closes_is_noticed_however_many_come_through_the_other():
+    """What was said against us is asked for again soon, whoever connects meanwhile."""
+    known, now = standing(verdict(True)), 0.0
+    while known.is_reachable:
+        now += 15.0
+        known.came(STRANGER, now)
+        if now >= known.due_at:
+            known.heard(verdict(False), now)
+        assert now <= MAX_UNASKED_S + 2 * LONGEST * CONFIRM_S
+
+
+def test_what_speaks_for_a_change_is_asked_for_until_somebody_can_tell():
+    """Soon at first, then ever more seldom; a verdict that was half confirmed waits for no quarter of an hour."""
+    known = standing(verdict(True))
+    known.heard(verdict(False), 200.0)
+    asked(known, None)
+    assert known.due_at <= 200.0 + 2 * LONGEST * CONFIRM_S
+    pauses = [b - a for a, b in pairwise(asked(known, None) for _ in range(12))]
+    assert pauses[0] <= 3 * CONFIRM_S and (1 - JITTER) * PERIOD_S <= pauses[-1] <= LONGEST * PERIOD_S
+    asked(known, verdict(False))
+    assert not known.is_reachable
+
+
+def test_a_hint_that_comes_while_others_are_asked_has_them_asked_again():
+    """What they say may be of before; and nobody who could tell is no answer to it."""
+    known = standing(verdict(True))
+    known.hint(100.0)
+    known.heard(None, 120.0, asked_at=110.0)
+    assert known.due_at <= 120.0 + LONGEST * CONFIRM_S
+    known.hint(150.0)
+    known.heard(verdict(True), 155.0, asked_at=145.0)
+    assert known.due_at <= 155.0 + LONGEST * CONFIRM_S
+    known.heard(verdict(True), 180.0, asked_at=175.0)
+    assert known.due_at >= 180.0 + (1 - JITTER) * PERIOD_S
 
 
 def test_others_are_asked_every_hour_however_many_connect():
