@@ -5,9 +5,11 @@
 
 Both are priced by the same router at the same moment, for what one price has wrong the other has wrong, too. In one
 thing they differ: of the servers in use is known what they take, of others what they say. So a server that was never
-measured is taken to exceed its word at least as much as every other one that was. Of the present chain counts neither
-room, since the session has its own, nor failures: who fails is replaced, which is not done here. Only servers that
-compute in the same format come into question: nobody's answer shall change for the sake of speed.
+measured is taken to exceed its word at least as much as every other one that was. But where more goes missing than is
+explained, something is wrong with a server, and which one it is a single chain can't tell: no more than that is
+expected of a new one. Of the present chain counts neither room, since the session has its own, nor failures: who fails
+is replaced, which is not done here. Only servers that compute in the same format come into question: nobody's answer
+shall change for the sake of speed.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -89,13 +91,15 @@ def look_ahead(
         if not others and (own := seen.get(hop.peer_id)) is not None:
             others = [_usual(own)]
         neighbours = _neighbours(chain, index)
+        hidden_s = sum(seen[it.peer_id].excess_s for it in chain if it != hop and it.peer_id in seen)
         for found in router.replacements(chain, index, need=need, penalties=penalties, limit=NUM_COMPARED):
             peer_id = found.hop.peer_id
             if format_of(peer_id) != format_of(hop.peer_id):
                 continue
             if any((a or peer_id, b or peer_id) in without_push for a, b in neighbours):
                 continue
-            predicted_s = found.cost_s + _doubt_s(found, seen.get(peer_id), others)
+            explained_s = max(0.0, found.cost_s - hidden_s)
+            predicted_s = found.cost_s + _doubt_s(found, seen.get(peer_id), others, explained_s)
             prospects.append(Prospect(hop=hop, target=found.hop, predicted_s=predicted_s))
     return Outlook(version=version, predicted_s=router.cost_s(chain), prospects=tuple(prospects))
 
@@ -114,9 +118,17 @@ def _usual(own: Seen) -> Seen:
     return Seen(slowness=min(own.slowness, USUAL_SLOWNESS), excess_s=own.excess_s)
 
 
-def _doubt_s(found: Replacement, seen: Seen | None, others: Sequence[Seen]) -> float:
-    """What a server may take beyond its word, by what others have taken; nothing where it was measured itself."""
+def _doubt_s(found: Replacement, seen: Seen | None, others: Sequence[Seen], explained_s: float) -> float:
+    """What a server may take beyond its word, by what others have taken; nothing where it was measured itself.
+
+    Args:
+        found: the server, in the place of another one.
+        seen: how it compares.
+        others: how others compare.
+        explained_s: what the whole chain takes, but for what goes missing.
+    """
     if seen is not None or not others:
         return 0.0
     slowness = min(it.slowness for it in others)
-    return found.blocks_s * (min(max(slowness, 1.0), MAX_SLOWNESS) - 1.0) + min(it.excess_s for it in others)
+    slow_s = found.blocks_s * (min(max(slowness, 1.0), MAX_SLOWNESS) - 1.0)
+    return slow_s + min(explained_s, *(it.excess_s for it in others))

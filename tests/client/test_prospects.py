@@ -87,6 +87,32 @@ def test_where_nobody_else_was_measured_a_twin_is_as_slow_as_the_server_in_use(s
     assert (gains(outlook)["twin"] > 1e-9) is is_better
 
 
+@pytest.mark.parametrize(("missing_s", "least_s", "most_s"), [(0.05, 0.0, 0.0), (0.08, 0.0, 0.0), (1.0, 0.8, 0.92)])
+def test_a_chain_in_which_much_goes_missing_is_worth_a_try_elsewhere(missing_s: float, least_s: float, most_s: float):
+    """By the steps of one chain nobody can tell with whom it goes, so all have equal shares. Little goes everywhere."""
+    seen = {name: Seen(slowness=1.0, excess_s=missing_s) for name in "ab"}
+    offers = [
+        Offer(peer_id=peer_id, blocks=blocks, block_s=0.01, visit_s=visit_s, location=Location(client_rtt_s=0.0))
+        for peer_id, blocks, visit_s in (
+            ("a", FIRST.blocks, missing_s),
+            ("b", SECOND.blocks, missing_s),
+            ("c", FIRST.blocks, 0.0),
+            ("d", SECOND.blocks, 0.0),
+        )
+    ]
+    outlook = look_ahead(
+        Router(offers),
+        (FIRST, SECOND),
+        version=1,
+        need=Need(),
+        penalties={},
+        seen=seen,
+        format_of=lambda peer_id: FORMAT,
+    )
+    found = gains(outlook)
+    assert found.keys() == {"c", "d"} and all(least_s - 1e-9 <= it <= most_s + 1e-9 for it in found.values())
+
+
 def test_who_was_measured_is_taken_at_that():
     """Its price has what it took already."""
     seen = {"b": Seen(slowness=2.0, excess_s=0.01), "c": Seen(slowness=3.0, excess_s=0.02)}
