@@ -24,7 +24,7 @@ SLOW_TPS = 100.0
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     """As if somebody else used its device."""
-    span = server.executor.span
+    span = server.serving.executor.span
     training_pass = span.training_pass
 
     def slowly(*args):
@@ -43,8 +43,8 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
 
 def claim(swarm: LocalSwarm, server: Server, tps: float) -> None:
     """Announce this speed."""
-    server._placing.facts = msgspec.structs.replace(server._placing.facts, prefill_tps=tps)
-    swarm.loop.run(server._announce())
+    server._facts.latest = msgspec.structs.replace(server._facts.latest, prefill_tps=tps)
+    swarm.loop.run(server._announcer.tell())
 
 
 @pytest.mark.parametrize(
