@@ -71,6 +71,8 @@ class Standing:
         """How often in a row nobody could tell whether there was one."""
         self._changes: list[float] = []
         self._held_until = self._asked_at = float("-inf")
+        self.due_at = now
+        """When to ask."""
         self._answered(now)
 
     def heard(self, verdict: Verdict | None, now: float, *, asked_at: float | None = None) -> bool:
@@ -125,7 +127,6 @@ class Standing:
     def _answered(self, now: float) -> None:
         self._asked_at = now
         self.due_at = now + self._spread(PERIOD_S)
-        """When to ask."""
 
     def _ask_on(self, now: float) -> None:
         """Nobody could tell, but something is to be told: ask again soon, then ever more seldom."""
